@@ -1,0 +1,158 @@
+"""What can go wrong, one class each. The message is a sentence: what was wrong, where, what to do.
+
+HeadscopeError
+├── UsageError              the user asked for something that cannot be
+│   ├── UnknownModel
+│   ├── UnreadableModel
+│   ├── UnsupportedModel
+│   ├── LayerOutOfRange
+│   ├── UnknownCorpus
+│   ├── EmptyCorpus
+│   ├── UnreadableCorpus
+│   ├── UnreadableSAE
+│   ├── SAEMismatch
+│   └── WrongChecksum
+├── EnvironmentError_       the machine does not allow it now
+│   ├── DataFolderNotWritable
+│   ├── DiskFull
+│   ├── PortTaken
+│   ├── DatabaseTooNew
+│   ├── DatabaseTooOld
+│   ├── DatabaseAway
+│   ├── EngineAway
+│   └── MissingWorkerExtra
+├── JobError
+│   ├── UnknownJob
+│   ├── Cancelled           a person cancelled the job; not a fault
+│   └── Fenced              another worker took this job over; this one must stop
+└── NotFound                no such SAE, feature, page
+
+The CLI prints the sentence and exits 2; the API answers it as `{"error": {"code", "message", "field"}}`; a page shows it.
+"""
+
+
+class HeadscopeError(Exception):
+    """Base of every error that a user may see; `str()` of it is the sentence shown."""
+
+    status = 400
+    field: str | None = None
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+
+    @property
+    def code(self) -> str:
+        """Stable name for scripts: the class name in snake case."""
+        name = type(self).__name__.rstrip("_")
+        return "".join(
+            "_" + c.lower() if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name)
+        )
+
+
+class UsageError(HeadscopeError):
+    """The user asked for something that cannot be."""
+
+    status = 422
+
+
+class UnknownModel(UsageError):
+    """No model of that name: not registered, no such folder or file, not known to the hub."""
+
+
+class UnreadableModel(UsageError):
+    """The model file is damaged or not what its name says."""
+
+
+class UnsupportedModel(UsageError):
+    """The model loads, but pattern times v does not give its z, so attribution would be wrong."""
+
+
+class LayerOutOfRange(UsageError):
+    """The model lacks the layer."""
+
+
+class UnknownCorpus(UsageError):
+    """No corpus of that name or at that place."""
+
+
+class EmptyCorpus(UsageError):
+    """The corpus has too little text for what was asked."""
+
+
+class UnreadableCorpus(UsageError):
+    """The corpus file is binary or damaged."""
+
+
+class UnreadableSAE(UsageError):
+    """The SAE's files are damaged, incomplete or unsafe."""
+
+
+class SAEMismatch(UsageError):
+    """The SAE does not fit the model it is used with."""
+
+
+class WrongChecksum(UsageError):
+    """A downloaded file is not the one that was expected."""
+
+
+class EnvironmentError_(HeadscopeError):
+    """The machine does not allow it now."""
+
+    status = 503
+
+
+class DataFolderNotWritable(EnvironmentError_):
+    """The data folder cannot be written."""
+
+
+class DiskFull(EnvironmentError_):
+    """No room is left where Headscope writes."""
+
+
+class PortTaken(EnvironmentError_):
+    """Another program listens on the port."""
+
+
+class DatabaseTooNew(EnvironmentError_):
+    """The database was written by a newer Headscope."""
+
+
+class DatabaseTooOld(EnvironmentError_):
+    """The database must be upgraded first."""
+
+
+class DatabaseAway(EnvironmentError_):
+    """The database does not answer."""
+
+
+class EngineAway(EnvironmentError_):
+    """The engine does not answer, so live questions cannot be asked."""
+
+
+class MissingWorkerExtra(EnvironmentError_):
+    """torch or transformer_lens is not installed here."""
+
+
+class JobError(HeadscopeError):
+    """Something about a job."""
+
+
+class UnknownJob(JobError):
+    """No job of that id."""
+
+    status = 404
+
+
+class Cancelled(JobError):
+    """A person cancelled the job."""
+
+
+class Fenced(JobError):
+    """Another worker has taken the job over; whatever this one still does must not count."""
+
+
+class NotFound(HeadscopeError):
+    """There is nothing at that address."""
+
+    status = 404

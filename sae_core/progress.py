@@ -1,0 +1,28 @@
+"""What a long computation says while it runs. No torch, so that the web may read it."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report of a generator such as `train()`; the caller stores it, shows it or drops it."""
+
+    phase: str
+    """What is being done now, as a person would say it: `collect`, `train`, `evaluate`, `scan`, `visit`."""
+    done: int
+    """How much of this phase is done, in `unit`."""
+    total: int
+    """How much there is, in `unit`."""
+    unit: str = "tokens"
+    """`tokens` or `rows`."""
+    rate: float = 0.0
+    """Units per second, over the last few seconds; 0 while unknown."""
+    values: dict[str, float] = field(default_factory=dict)
+    """What to plot at `step`, by name: `loss`, `fvu`, `l0`, `dead`, `threshold`."""
+    step: int | None = None
+    """The training step that `values` belong to; None where there is no curve."""
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Seconds until this phase ends at the present rate; None while the rate is unknown."""
+        return (self.total - self.done) / self.rate if self.rate > 0 else None

@@ -1,0 +1,1 @@
+"""One file per architecture; `base.py` holds what all of them share."""

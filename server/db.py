@@ -1,0 +1,109 @@
+"""Makes the one SQLAlchemy engine, its sessions, and brings the schema up to date. No torch."""
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config as AlembicConfig
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
+from sqlalchemy.orm import Session, sessionmaker
+
+from sae_core.errors import DatabaseAway, DatabaseTooNew, DatabaseTooOld
+from server.resources import resource_path
+
+
+def make_engine(url: sa.URL) -> sa.Engine:
+    """An engine on `url`. SQLite gets WAL, foreign keys, a busy timeout, and BEGIN IMMEDIATE in `write()`."""
+    engine = sa.create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite")
+    if url.get_backend_name() == "sqlite":
+        sa.event.listen(engine, "connect", _sqlite_connect)
+        sa.event.listen(engine, "begin", _sqlite_begin)
+    return engine
+
+
+def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # we say BEGIN ourselves, so that a writer takes its lock at the start
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _sqlite_begin(connection: sa.Connection) -> None:
+    # A deferred transaction that reads first and writes later can fail with SQLITE_BUSY at once, whatever the timeout.
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if connection.get_execution_options().get("write") else "BEGIN")
+
+
+class Database:
+    """Sessions on one database: `read()` never locks writers out, `write()` is one short transaction."""
+
+    def __init__(self, url: sa.URL) -> None:
+        self.url = url
+        self.engine = make_engine(url)
+        self._read = sessionmaker(self.engine, expire_on_commit=False)
+        self._write = sessionmaker(self.engine.execution_options(write=True), expire_on_commit=False)
+
+    @contextmanager
+    def read(self) -> Iterator[Session]:
+        """A session that only reads."""
+        with self._read() as session:
+            yield session
+
+    @contextmanager
+    def write(self) -> Iterator[Session]:
+        """A transaction: committed at the end, rolled back by an exception."""
+        with self._write.begin() as session:
+            yield session
+
+    def close(self) -> None:
+        """Give every connection back."""
+        self.engine.dispose()
+
+    def check_version(self) -> None:
+        """Raise a sentence unless the schema is exactly what this code knows."""
+        try:
+            with self.engine.connect() as connection:
+                present = MigrationContext.configure(connection).get_current_revision()
+        except sa.exc.OperationalError as error:
+            raise DatabaseAway(f"The database at {self.url!r} does not answer: {error.orig}.") from error
+        script = ScriptDirectory.from_config(_alembic(self.url))
+        if present == script.get_current_head():
+            return
+        if present is not None and not _known(script, present):
+            raise DatabaseTooNew(_too_new(self.url, present))
+        raise DatabaseTooOld(f"The database at {self.url!r} is not up to date; run `headscope db upgrade`.")
+
+    def upgrade(self) -> None:
+        """Bring the schema to the newest version; a database of a newer Headscope is left alone."""
+        config = _alembic(self.url)
+        with self.engine.connect() as connection:
+            present = MigrationContext.configure(connection).get_current_revision()
+        if present is not None and not _known(ScriptDirectory.from_config(config), present):
+            raise DatabaseTooNew(_too_new(self.url, present))
+        command.upgrade(config, "head")
+
+
+def _too_new(url: sa.URL, revision: str) -> str:
+    return f"The database at {url!r} was written by a newer Headscope (schema {revision}); install that version, or use another data folder."
+
+
+def _known(script: ScriptDirectory, revision: str) -> bool:
+    try:
+        return script.get_revision(revision) is not None
+    except CommandError:
+        return False
+
+
+def _alembic(url: sa.URL) -> AlembicConfig:
+    config = AlembicConfig()
+    config.set_main_option("script_location", str(resource_path("migrations")))
+    config.attributes["url"] = url
+    return config
+
+
+def sqlite_path(url: sa.URL) -> Path | None:
+    """The file of a SQLite database; None for another backend or memory."""
+    return Path(url.database) if url.get_backend_name() == "sqlite" and url.database else None

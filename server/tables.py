@@ -1,0 +1,266 @@
+"""The schema: one SQLAlchemy 2 description for SQLite and PostgreSQL. Only `store/` and `migrations/` read it.
+
+Large tensors stay on disk; what is browsed is rows. Packed columns (`LargeBinary`) are little-endian, laid out as
+`packing.py` says. A published harvest never changes; a later one replaces it by moving `sae.harvest_id`.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+NAMES = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+BigId = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+Json = sa.JSON().with_variant(JSONB(), "postgresql")
+Time = sa.DateTime(timezone=True)
+
+
+def now() -> datetime:
+    """The present, in UTC."""
+    return datetime.now(UTC)
+
+
+class Base(DeclarativeBase):
+    metadata = sa.MetaData(naming_convention=NAMES)
+    type_annotation_map = {dict[str, Any]: Json, list[Any]: Json, datetime: Time}
+
+
+class Model(Base):
+    """A language model registered by name."""
+
+    __tablename__ = "model"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(200), unique=True)
+    source: Mapped[dict[str, Any]]  # ModelSource
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    # known once a worker has loaded it
+    fingerprint: Mapped[str | None] = mapped_column(sa.String(64))
+    n_layers: Mapped[int | None]
+    n_heads: Mapped[int | None]
+    n_kv_heads: Mapped[int | None]
+    d_head: Mapped[int | None]
+    d_model: Mapped[int | None]
+    d_vocab: Mapped[int | None]
+
+
+class Corpus(Base):
+    """A body of text registered by name."""
+
+    __tablename__ = "corpus"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(200), unique=True)
+    source: Mapped[dict[str, Any]]  # CorpusSource
+    licences: Mapped[list[Any]] = mapped_column(default=list)  # [{"part", "licence", "source"}]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class SAE(Base):
+    """A trained dictionary on one site. Its weights are a folder on disk."""
+
+    __tablename__ = "sae"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(200), unique=True)
+    model_id: Mapped[int] = mapped_column(sa.ForeignKey("model.id"))
+    layer: Mapped[int]
+    hook: Mapped[str] = mapped_column(sa.String(100))
+    arch: Mapped[str] = mapped_column(sa.String(30))
+    d_in: Mapped[int]
+    d_sae: Mapped[int]
+    k: Mapped[int]
+    n_heads: Mapped[int]
+    config: Mapped[dict[str, Any]]  # SAEConfig
+    metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)  # sae_core.evaluate.Evaluation
+    folder: Mapped[str] = mapped_column(sa.Text)  # relative to the data folder
+    sha256: Mapped[str] = mapped_column(sa.String(64))
+    job_id: Mapped[str | None] = mapped_column(sa.String(100), unique=True)
+    harvest_id: Mapped[int | None] = mapped_column(sa.ForeignKey("harvest.id", use_alter=True))  # the published one
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Harvest(Base):
+    """One sweep of a corpus through a model and an SAE. Readers see it once `sae.harvest_id` points at it."""
+
+    __tablename__ = "harvest"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sae_id: Mapped[int] = mapped_column(sa.ForeignKey("sae.id"), index=True)
+    corpus_id: Mapped[int] = mapped_column(sa.ForeignKey("corpus.id"))
+    job_id: Mapped[str] = mapped_column(sa.String(100), unique=True)
+    config: Mapped[dict[str, Any]]  # HarvestConfig
+    status: Mapped[str] = mapped_column(sa.String(20), default="running")  # running, published, replaced
+    n_tokens: Mapped[int] = mapped_column(default=0)  # swept, excluded positions not counted
+    n_rows: Mapped[int] = mapped_column(default=0)
+    n_live: Mapped[int] = mapped_column(default=0)
+    n_examples: Mapped[int] = mapped_column(default=0)
+    context: Mapped[int] = mapped_column(default=0)
+    worst_gap: Mapped[float | None]  # largest relative gap of the identity over all examples
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    published_at: Mapped[datetime | None]
+
+
+class HarvestPart(Base):
+    """A part of a harvest that is written. Inserted in the same transaction as its rows, so that each part counts once."""
+
+    __tablename__ = "harvest_part"
+    harvest_id: Mapped[int] = mapped_column(sa.ForeignKey("harvest.id", ondelete="CASCADE"), primary_key=True)
+    part: Mapped[str] = mapped_column(sa.String(60), primary_key=True)
+
+
+class Feature(Base):
+    """One direction of an SAE, as one harvest saw it: narrow, to sort and filter."""
+
+    __tablename__ = "feature"
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    harvest_id: Mapped[int] = mapped_column(sa.ForeignKey("harvest.id", ondelete="CASCADE"))
+    idx: Mapped[int]
+    n_fired: Mapped[int]
+    density: Mapped[float]
+    max_act: Mapped[float]
+    mean_act: Mapped[float]  # over firings
+    top_head: Mapped[int]  # by decoder norm
+    top_head_share: Mapped[float]
+    top_head_dfa: Mapped[int | None]  # by |mean DFA|; None when dead
+    top_head_dfa_share: Mapped[float | None]
+    distance: Mapped[float | None]  # mean dest - src, weighted by positive DFA, row start left out; a sample
+    family: Mapped[str | None] = mapped_column(sa.String(30))
+    shuffle_key: Mapped[int] = mapped_column(sa.Integer)
+    __table_args__ = (
+        sa.UniqueConstraint("harvest_id", "idx"),
+        sa.Index(None, "harvest_id", "max_act", "idx"),
+        sa.Index(None, "harvest_id", "density", "idx"),
+        sa.Index(None, "harvest_id", "mean_act", "idx"),
+        sa.Index(None, "harvest_id", "top_head_share", "idx"),
+        sa.Index(None, "harvest_id", "top_head_dfa_share", "idx"),
+        sa.Index(None, "harvest_id", "distance", "idx"),
+        sa.Index(None, "harvest_id", "family", "idx"),
+        sa.Index(None, "harvest_id", "shuffle_key", "idx"),
+    )
+
+
+class FeatureDetail(Base):
+    """What only the feature's own page shows."""
+
+    __tablename__ = "feature_detail"
+    feature_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("feature.id", ondelete="CASCADE"), primary_key=True)
+    histogram: Mapped[dict[str, Any]]  # {"edges": [n+1 values, equal in log], "counts": [n]}
+    bands: Mapped[list[Any]]  # [{"low", "high", "count"}], strongest first
+    head_norm: Mapped[bytes]  # f4[n_heads], shares of the decoder norm, sum 1
+    head_dfa: Mapped[bytes]  # f4[n_heads], mean signed DFA over every firing
+    head_dfa_std: Mapped[bytes]  # f4[n_heads], its spread over firings
+    promoted: Mapped[list[Any]]  # [[token id, token text, value]], strongest first
+    suppressed: Mapped[list[Any]]  # the same, most negative first
+    neighbours: Mapped[list[Any]]  # [[idx, cosine]], nearest first
+    evidence: Mapped[dict[str, Any]]  # numbers behind the family
+
+
+class FeatureHead(Base):
+    """A feature's share at one head, to browse and sort features by head."""
+
+    __tablename__ = "feature_head"
+    harvest_id: Mapped[int] = mapped_column(sa.ForeignKey("harvest.id", ondelete="CASCADE"), primary_key=True)
+    head: Mapped[int] = mapped_column(primary_key=True)
+    idx: Mapped[int] = mapped_column(primary_key=True)
+    norm_share: Mapped[float]
+    dfa: Mapped[float | None]  # mean signed DFA
+    dfa_share: Mapped[float | None]  # |mean| / sum of |means|
+    __table_args__ = (
+        sa.Index(None, "harvest_id", "head", "norm_share", "idx"),
+        sa.Index(None, "harvest_id", "head", "dfa_share", "idx"),
+    )
+
+
+class Context(Base):
+    """The text of a row, stored once for all its examples."""
+
+    __tablename__ = "context"
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    harvest_id: Mapped[int] = mapped_column(sa.ForeignKey("harvest.id", ondelete="CASCADE"))
+    row: Mapped[int]  # index in the rows on disk
+    tokens: Mapped[bytes]  # i4[context], token ids
+    texts: Mapped[list[Any]]  # token strings as shown; the web needs no tokenizer
+    __table_args__ = (sa.UniqueConstraint("harvest_id", "row"),)
+
+
+class Example(Base):
+    """A row where a feature fired, at one destination."""
+
+    __tablename__ = "example"
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    feature_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("feature.id", ondelete="CASCADE"))
+    context_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("context.id", ondelete="CASCADE"), index=True)
+    band: Mapped[int]  # 0 = the strongest examples; 1.. = samples of the value bands, strongest band first
+    rank: Mapped[int]  # from 0 within the band, strongest first
+    dest: Mapped[int]  # destination, position in the row
+    start: Mapped[int]  # first position of the shown window
+    act: Mapped[float]  # fp32 visit
+    preact: Mapped[float]  # w . z + c from the hooked z, computed on its own
+    bias: Mapped[float]  # c of the affine map
+    gap: Mapped[float]  # |sum of all DFA + bias - preact| / (sum of |DFA| + |bias|), in fp32
+    acts: Mapped[bytes]  # packing.ACTS: the feature's nonzero activations in the window
+    dfa: Mapped[bytes]  # packing.DFA: kept (source, head, value) by size
+    dropped: Mapped[bytes]  # f4[n_heads]: sum of the window's entries that were not kept
+    before: Mapped[bytes]  # f4[n_heads]: sum over the sources before the window
+    abs_dfa: Mapped[float]  # sum of |DFA| over all heads and sources
+    __table_args__ = (sa.UniqueConstraint("feature_id", "band", "rank"),)
+
+
+class Job(Base):
+    """Work that a worker does. DBOS holds the queue and the steps; this row is what people see and what fences writes."""
+
+    __tablename__ = "job"
+    id: Mapped[str] = mapped_column(sa.String(100), primary_key=True)  # also the DBOS workflow id
+    kind: Mapped[str] = mapped_column(sa.String(20))  # train, harvest
+    title: Mapped[str] = mapped_column(sa.String(300))
+    config: Mapped[dict[str, Any]]  # TrainConfig or HarvestJob
+    parent_id: Mapped[str | None] = mapped_column(sa.ForeignKey("job.id"))
+    status: Mapped[str] = mapped_column(sa.String(20), default="queued", index=True)  # queued, running, done, failed, cancelled
+    attempt: Mapped[int] = mapped_column(default=0)  # raised when a worker takes the job up; a write checks it
+    worker: Mapped[str | None] = mapped_column(sa.String(60))
+    phase: Mapped[str | None] = mapped_column(sa.String(30))
+    done: Mapped[int] = mapped_column(BigId, default=0)
+    total: Mapped[int] = mapped_column(BigId, default=0)
+    unit: Mapped[str] = mapped_column(sa.String(20), default="tokens")
+    rate: Mapped[float] = mapped_column(default=0.0)
+    seconds_left: Mapped[float | None]  # of the whole job, as estimated now
+    error: Mapped[str | None] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(default=now, index=True)
+    started_at: Mapped[datetime | None]
+    updated_at: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+
+class JobPoint(Base):
+    """A point of a job's curves."""
+
+    __tablename__ = "job_point"
+    job_id: Mapped[str] = mapped_column(sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    values: Mapped[dict[str, Any]]  # loss, fvu, l0, dead, rate
+
+
+class JobLog(Base):
+    """A line that a job said."""
+
+    __tablename__ = "job_log"
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    job_id: Mapped[str] = mapped_column(sa.ForeignKey("job.id", ondelete="CASCADE"), index=True)
+    at: Mapped[datetime] = mapped_column(default=now)
+    text: Mapped[str] = mapped_column(sa.Text)
+
+
+class Worker(Base):
+    """A worker's slot and its heartbeat."""
+
+    __tablename__ = "worker"
+    id: Mapped[str] = mapped_column(sa.String(60), primary_key=True)
+    device: Mapped[str] = mapped_column(sa.String(100))
+    pid: Mapped[int]
+    last_seen: Mapped[datetime]
