@@ -87,7 +87,10 @@ class Database:
 
 
 def _too_new(url: sa.URL, revision: str) -> str:
-    return f"The database at {url!r} was written by a newer Headscope (schema {revision}); install that version, or use another data folder."
+    return (
+        f"The database at {url!r} was written by a newer Headscope (schema {revision}); "
+        "install that version, or use another data folder."
+    )
 
 
 def _known(script: ScriptDirectory, revision: str) -> bool:
