@@ -95,7 +95,7 @@ class HarvestConfig(Config):
     """Rows in one durable step."""
     batch_rows: Annotated[int, Field(ge=1)] = 16
     """Rows in one model pass; part of the identity of the result, since sums in another order round differently."""
-    pass_dtype: PassDtype = "auto"
+    model_dtype: PassDtype = "auto"
     """Precision of the pass that chooses rows. Stored numbers always come from a second fp32 visit of these rows."""
     seed: int = 0
     """Seed of the hashed keys that draw band examples."""
@@ -142,7 +142,7 @@ class TrainConfig(Config):
     """Tokens collected to disk and shuffled together before they are trained on."""
     collect_rows: Annotated[int, Field(ge=1)] = 16
     """Rows in one model pass while activations are collected."""
-    pass_dtype: PassDtype = "auto"
+    model_dtype: PassDtype = "auto"
     """Precision of the model pass; `auto` takes bfloat16 where a probe finds it clearly faster (AMX, AVX-512 BF16, GPU)."""
     step_dtype: PassDtype = "auto"
     """Precision of the SAE's encoder product; masters and sums stay float32."""

@@ -12,7 +12,7 @@ HeadscopeError
 │   ├── UnreadableSAE
 │   ├── SAEMismatch
 │   └── WrongChecksum
-├── EnvironmentError_       the machine does not allow it now
+├── MachineError       the machine does not allow it now
 │   ├── DataFolderNotWritable
 │   ├── DiskFull
 │   ├── PortTaken
@@ -44,7 +44,7 @@ class HeadscopeError(Exception):
     @property
     def code(self) -> str:
         """Stable name for scripts: the class name in snake case."""
-        name = type(self).__name__.rstrip("_")
+        name = type(self).__name__
         return "".join(
             "_" + c.lower() if c.isupper() and i and not name[i - 1].isupper() else c.lower() for i, c in enumerate(name)
         )
@@ -96,41 +96,41 @@ class WrongChecksum(UsageError):
     """A downloaded file is not the one that was expected."""
 
 
-class EnvironmentError_(HeadscopeError):
+class MachineError(HeadscopeError):
     """The machine does not allow it now."""
 
     status = 503
 
 
-class DataFolderNotWritable(EnvironmentError_):
+class DataFolderNotWritable(MachineError):
     """The data folder cannot be written."""
 
 
-class DiskFull(EnvironmentError_):
+class DiskFull(MachineError):
     """No room is left where Headscope writes."""
 
 
-class PortTaken(EnvironmentError_):
+class PortTaken(MachineError):
     """Another program listens on the port."""
 
 
-class DatabaseTooNew(EnvironmentError_):
+class DatabaseTooNew(MachineError):
     """The database was written by a newer Headscope."""
 
 
-class DatabaseTooOld(EnvironmentError_):
+class DatabaseTooOld(MachineError):
     """The database must be upgraded first."""
 
 
-class DatabaseAway(EnvironmentError_):
+class DatabaseAway(MachineError):
     """The database does not answer."""
 
 
-class EngineAway(EnvironmentError_):
+class EngineAway(MachineError):
     """The engine does not answer, so live questions cannot be asked."""
 
 
-class MissingWorkerExtra(EnvironmentError_):
+class MissingWorkerExtra(MachineError):
     """torch or transformer_lens is not installed here."""
 
 
