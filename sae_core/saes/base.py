@@ -1,0 +1,150 @@
+"""What every architecture shares: weights on raw z, the affine map that attribution sees, the folder on disk.
+
+Equations (z [..., d_in] is the concatenated head outputs before W_O; nothing is scaled at inference, the training
+scale s is folded in at save):
+
+    preact = (z - b_dec) W_enc + b_enc          [..., d_sae]
+    f      = activate(preact)                   the architecture's rule
+    z_hat  = f W_dec + b_dec                    [..., d_in], rows of W_dec have unit norm
+
+so for one feature, preact_f = w_f . z + c_f with w_f = W_enc[:, f] and c_f = b_enc[f] - w_f . b_dec. That affine map is
+all that attribution needs (Kissane et al. 2024, section 3).
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sae_core.config import SAEConfig
+from sae_core.errors import UnreadableSAE
+
+WEIGHTS = "sae.safetensors"
+CONFIG = "cfg.json"
+
+
+class SparseActs(NamedTuple):
+    """The nonzero activations of some tokens, in token order, features ascending within a token."""
+
+    token: Tensor
+    """int64 [nnz], index into the tokens given."""
+    feature: Tensor
+    """int64 [nnz]."""
+    value: Tensor
+    """float32 [nnz], > 0."""
+
+
+class SAE(nn.Module):
+    """A trained SAE, for inference on raw z. Subclasses give `activate`."""
+
+    W_enc: Tensor
+    """[d_in, d_sae]"""
+    b_enc: Tensor
+    """[d_sae]"""
+    W_dec: Tensor
+    """[d_sae, d_in], unit-norm rows"""
+    b_dec: Tensor
+    """[d_in]"""
+    threshold: Tensor
+    """[d_sae], in units of the pre-activation on raw z"""
+
+    def __init__(self, cfg: SAEConfig, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.cfg = cfg
+        for name in shapes(cfg):
+            self.register_buffer(name, tensors[name].to(torch.float32).contiguous())
+
+    def activate(self, preacts: Tensor, features: Tensor) -> Tensor:
+        """Activations [..., n] of chosen `features` [n] from their pre-activations [..., n]."""
+        raise NotImplementedError
+
+    def preacts(self, z: Tensor) -> Tensor:
+        """Pre-activations [..., d_sae] of z [..., d_in]."""
+        return (z.float() - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, z: Tensor) -> Tensor:
+        """Activations [..., d_sae] of z [..., d_in], dense."""
+        return self.activate(self.preacts(z), torch.arange(self.cfg.d_sae, device=z.device))
+
+    def encode_sparse(self, z: Tensor) -> SparseActs:
+        """The nonzero activations of z [n, d_in]."""
+        acts = self.encode(z)
+        token, feature = acts.nonzero(as_tuple=True)
+        return SparseActs(token, feature, acts[token, feature])
+
+    def decode(self, f: Tensor) -> Tensor:
+        """Reconstruction [..., d_in] of activations [..., d_sae]."""
+        return f @ self.W_dec + self.b_dec
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Reconstruction of z [..., d_in]."""
+        return self.decode(self.encode(z))
+
+    def affine(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(w [n, d_in], c [n]) with preact = w . z + c on raw z, for `features` [n]."""
+        w = self.W_enc[:, features].T
+        return w, self.b_enc[features] - w @ self.b_dec
+
+    def excluded(self, z: Tensor) -> Tensor:
+        """bool [batch, pos]: positions of rows z [batch, pos, d_in] that are no destinations (they stay sources).
+
+        Each row's start, and positions whose |z| is beyond what training saw (attention sinks and their like).
+        """
+        mask = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
+        mask[:, 0] = True
+        return mask if self.cfg.max_norm is None else mask | (z.float().norm(dim=-1) > self.cfg.max_norm)
+
+
+def shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a saved SAE."""
+    return {
+        "W_enc": (cfg.d_in, cfg.d_sae),
+        "b_enc": (cfg.d_sae,),
+        "W_dec": (cfg.d_sae, cfg.d_in),
+        "b_dec": (cfg.d_in,),
+        "threshold": (cfg.d_sae,),
+    }
+
+
+def save_sae(sae: SAE, folder: Path) -> str:
+    """Write `sae` to `folder` (`sae.safetensors` and `cfg.json`, each aside and renamed); return the weights' sha256."""
+    folder.mkdir(parents=True, exist_ok=True)
+    aside = folder / f"{WEIGHTS}.aside"
+    save_file({name: getattr(sae, name).cpu().contiguous() for name in shapes(sae.cfg)}, aside)
+    aside.rename(folder / WEIGHTS)
+    aside = folder / f"{CONFIG}.aside"
+    aside.write_text(json.dumps(sae.cfg.model_dump(mode="json"), indent=1))
+    aside.rename(folder / CONFIG)
+    with (folder / WEIGHTS).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_sae(folder: Path, device: str | torch.device = "cpu") -> SAE:
+    """The SAE in `folder`; UnreadableSAE says what is missing, misshapen or not a number."""
+    from sae_core.saes import ARCHITECTURES
+
+    try:
+        cfg = SAEConfig.model_validate_json((folder / CONFIG).read_text())
+        tensors = load_file(folder / WEIGHTS)
+    except FileNotFoundError as error:
+        raise UnreadableSAE(f"{error.filename} is missing; an SAE is a folder with {CONFIG} and {WEIGHTS}.") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the file"
+        raise UnreadableSAE(f"{folder / CONFIG} is not an SAE's config: {where}: {first['msg']}.") from error
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise UnreadableSAE(f"{folder / WEIGHTS} cannot be read ({error}); copy it again.") from error
+    for name, shape in shapes(cfg).items():
+        if name not in tensors:
+            raise UnreadableSAE(f"{folder / WEIGHTS} lacks the tensor {name}.")
+        if tuple(tensors[name].shape) != shape:
+            raise UnreadableSAE(f"{name} in {folder / WEIGHTS} has shape {tuple(tensors[name].shape)}, the config says {shape}.")
+        if not torch.isfinite(tensors[name]).all():
+            raise UnreadableSAE(f"{name} in {folder / WEIGHTS} holds values that are not finite.")
+    return ARCHITECTURES[cfg.arch](cfg, tensors).to(device)
