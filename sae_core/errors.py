@@ -20,6 +20,7 @@ HeadscopeError
 │   ├── DatabaseTooOld
 │   ├── DatabaseAway
 │   ├── EngineAway
+│   ├── DownloadFailed
 │   └── MissingWorkerExtra
 ├── JobError
 │   ├── UnknownJob
@@ -128,6 +129,10 @@ class DatabaseAway(MachineError):
 
 class EngineAway(MachineError):
     """The engine does not answer, so live questions cannot be asked."""
+
+
+class DownloadFailed(MachineError):
+    """A package could not be fetched."""
 
 
 class MissingWorkerExtra(MachineError):
