@@ -9,8 +9,8 @@ A dense step costs 10 d F multiply-adds per token, this one 2 d F + 8 k d: only 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 
 class Code(NamedTuple):
@@ -57,37 +57,44 @@ def batch_top_k(preacts: Tensor, count: int, guess: float = 0.0) -> tuple[Code, 
 def decode(code: Code, W_dec: Tensor) -> Tensor:
     """Sum of value x W_dec[feature] per token: [n, d_in], without b_dec."""
     offsets = torch.searchsorted(code.token, torch.arange(code.n, device=W_dec.device))
-    return F.embedding_bag(code.feature, W_dec, offsets, mode="sum", per_sample_weights=code.value)
+    return functional.embedding_bag(code.feature, W_dec, offsets, mode="sum", per_sample_weights=code.value)
 
 
-def by_feature(code: Code, d_sae: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(order, row pointers, tokens) of the code sorted by feature: the CSR pattern [d_sae, n] of its transpose."""
-    order = code.feature.argsort(stable=True)
-    counts = torch.bincount(code.feature, minlength=d_sae)
-    pointers = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return order, pointers, code.token[order]
+def _value_gradients(code: Code, grad_out: Tensor, W_dec: Tensor) -> Tensor:
+    """u [nnz] = grad_out[token] . W_dec[feature].
+
+    `embedding_bag`'s own backward for its weights is just that product, without the two gathered [nnz, d_in] matrices
+    that writing it out would make (25 times slower on a CPU, LOG.md).
+    """
+    with torch.enable_grad():
+        value = code.value.detach().requires_grad_()
+        (u,) = torch.autograd.grad(decode(code._replace(value=value), W_dec), value, grad_out)
+    return u
 
 
 def backward(code: Code, grad_out: Tensor, x: Tensor, W_enc_t: Tensor, W_dec: Tensor, b_dec: Tensor) -> Gradients:
     """Gradients of a loss whose gradient at the reconstruction is `grad_out` [n, d_in].
 
-    With f the code, g = grad_out, and u the gradient at each kept value:
-        u_j = g[token_j] . W_dec[feature_j]                 (ReLU and the cut pass it on unchanged)
+    With f the code, g = grad_out, and u the gradient at each kept value (ReLU and the cut pass it on unchanged):
+        u_j = g[token_j] . W_dec[feature_j]
         dW_dec = f^T g,  dW_enc^T = u^T (x - b_dec),  db_enc = sum u,  db_dec = sum g - db_enc W_enc^T
+    f^T and u^T are the code sorted by feature: bags of tokens, one bag per feature.
     """
-    d_sae = len(W_dec)
-    u = (grad_out[code.token] * W_dec[code.feature]).sum(1)
-    order, pointers, tokens = by_feature(code, d_sae)
-    size = (d_sae, code.n)
+    u = _value_gradients(code, grad_out, W_dec)
+    order = code.feature.argsort(stable=True)
+    tokens = code.token[order]
+    starts = torch.searchsorted(code.feature[order], torch.arange(len(W_dec), device=u.device))
 
-    def transposed(values: Tensor) -> Tensor:
-        return torch.sparse_csr_tensor(pointers, tokens, values[order], size, check_invariants=False)
+    def transposed_times(values: Tensor, dense: Tensor) -> Tensor:
+        return functional.embedding_bag(tokens, dense, starts, mode="sum", per_sample_weights=values[order])
 
-    dW_dec = transposed(code.value) @ grad_out
-    dW_enc_t = transposed(u) @ (x - b_dec)
-    db_enc = torch.zeros(d_sae, device=u.device).index_add_(0, code.feature, u)
-    db_dec = grad_out.sum(0) - db_enc @ W_enc_t
-    return Gradients(dW_enc_t, db_enc, dW_dec, db_dec)
+    db_enc = torch.zeros(len(W_dec), device=u.device).index_add_(0, code.feature, u)
+    return Gradients(
+        W_enc_t=transposed_times(u, x - b_dec),
+        b_enc=db_enc,
+        W_dec=transposed_times(code.value, grad_out),
+        b_dec=grad_out.sum(0) - db_enc @ W_enc_t,
+    )
 
 
 def auxiliary(

@@ -1,0 +1,54 @@
+"""A training run's state on disk: a folder per step, written aside and renamed, so that what is there is whole."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+KEEP = 2  # the newest, and one more in case the newest cannot be read
+
+
+class Checkpoint(NamedTuple):
+    """What a run needs to go on as if nothing had happened."""
+
+    step: int
+    """Steps done."""
+    tensors: dict[str, Tensor]
+    """Parameters, optimizer moments, dead counters."""
+    facts: dict[str, Any]
+    """Scalars: the last cut, the optimizer's step count."""
+
+
+def save(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write `checkpoint` under `folder` and drop all but the newest few."""
+    aside = folder / f"aside-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, aside / "state.safetensors")
+    (aside / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.facts))
+    final = folder / f"step-{checkpoint.step:08d}"
+    shutil.rmtree(final, ignore_errors=True)
+    aside.rename(final)
+    for old in steps(folder)[KEEP:]:
+        shutil.rmtree(old)
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints in `folder`, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def newest(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that can be read; None if there is none."""
+    for path in steps(folder):
+        try:
+            facts = json.loads((path / "state.json").read_text())
+            return Checkpoint(facts.pop("step"), load_file(path / "state.safetensors"), facts)
+        except (OSError, ValueError, KeyError, SafetensorError):
+            continue  # a torn write of a power cut: the one before it is whole
+    return None
