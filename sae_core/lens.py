@@ -1,0 +1,751 @@
+"""A language model as the rest of Headscope sees it: token rows in; z, v, pattern and losses out.
+
+The only file that imports TransformerLens. Loading, in order:
+
+1. find the weights: a `.gguf` file (converted once into the cache), a local folder, or a name on the hub;
+2. make the fast handle: a second module tree over the *same* parameters, with PyTorch's fused attention (SDPA);
+3. wrap the first tree in a `TransformerBridge`, which computes attention step by step (eager) and shows every step;
+4. check on a random batch that pattern x v is z and z W_O + b_O is the attention output, at every layer, for all that
+   attribution says rests on this; a model where it fails (gates, sinks' siblings, norms between the two) is refused;
+5. check on the same batch that the fast handle gives the bridge's z and logits; if not, it is dropped.
+
+Weights are used as they are stored (nothing folded, nothing centred), so v holds the value bias and z too.
+Tensors come back detached, on the lens's device. One pass at a time: a lock makes a lens safe to share between threads.
+"""
+
+import codecs
+import contextlib
+import copy
+import functools
+import hashlib
+import importlib.metadata
+import io
+import logging
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import huggingface_hub.constants
+import torch
+import transformers
+from torch import Tensor, nn
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
+
+from sae_core.config import ModelSource, PassDtype
+from sae_core.errors import DiskFull, LayerOutOfRange, UnknownModel, UnreadableModel, UnsupportedModel, UsageError
+
+hf: Any = transformers  # its annotations do not describe what its Auto classes return
+
+# The libraries draw progress bars and report usage by default; a server's log wants neither.
+huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
+huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS = True
+hf.utils.logging.disable_progress_bar()
+hf.utils.logging.set_verbosity_error()
+logging.getLogger("gguf").setLevel(logging.ERROR)
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+CHECK_TOKENS = 24  # length of the load-time batch, unless a sliding window asks for more ...
+CHECK_WINDOW = 512  # ... up to this; beyond a longer window the fast handle is not trusted
+LOGITS_AT_ONCE = 2**26  # elements of one logits tensor (256 MiB in fp32)
+STALE_SECONDS = 3600  # a conversion that was left unfinished for so long has died
+
+
+@dataclass(frozen=True)
+class LensInfo:
+    """What a model is, without its weights."""
+
+    name: str
+    """The name it was registered by."""
+    fingerprint: str
+    """`gguf:` or `weights:` and a sha256, or `commit:` and the hub's commit; equal means equal weights."""
+    n_layers: int
+    n_heads: int
+    """Query heads in a layer."""
+    n_kv_heads: int
+    """Key and value heads; query head h reads v of head h // (n_heads / n_kv_heads)."""
+    d_head: int
+    d_model: int
+    d_vocab: int
+    """Rows of the unembedding; may exceed the tokenizer's vocabulary."""
+    max_context: int
+    """Most tokens that the model takes at once."""
+    processing: dict[str, str | bool]
+    """`folded`, `centred`, `dtype`, `tl_version`: how the weights were prepared. An SAE must be used as it was trained."""
+
+    @property
+    def d_in(self) -> int:
+        """Width of z: n_heads x d_head."""
+        return self.n_heads * self.d_head
+
+
+class AttentionRead(NamedTuple):
+    """One layer's attention, fp32: z[b, dest, h] = sum over src of pattern[b, h, dest, src] v[b, src, kv(h)]."""
+
+    z: Tensor
+    """[b, pos, n_heads * d_head], head-major."""
+    v: Tensor
+    """[b, src, n_kv_heads, d_head], the value bias included."""
+    pattern: Tensor
+    """[b, n_heads, dest, src]; 0 where src > dest."""
+
+
+class _Stop(Exception):
+    """Raised in a hook once all that was asked for has been seen, so that the rest is not computed."""
+
+
+class Lens:
+    """A loaded model. Make one with `load_lens`.
+
+    `row_start` is the token put at position 0 of every row; see `_row_start` for the rule.
+    `fast` says whether `read_z` uses the fast handle.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, name: str, fingerprint: str, device: torch.device) -> None:
+        """Wrap a transformers model (eager attention, fp32, on `device`), which is changed in place.
+
+        Raises UnsupportedModel where TransformerLens cannot wrap it or its attention is not pattern x v.
+        """
+        self.device = device
+        self.tokenizer_fingerprint = _tokenizer_fingerprint(tokenizer)
+        self.row_start = _row_start(tokenizer, name)
+        self._tokenizer = tokenizer
+        self._lock = threading.RLock()
+        self._text_config = model.config.get_text_config()
+        model.requires_grad_(False)
+        model.eval()
+        # The bridge rebuilds the tree that it wraps, so names and the second handle are taken first.
+        paths = {id(module): path for path, module in model.named_modules()}
+        self._unembed = model.get_output_embeddings()
+        fast = _fast_handle(model, self._text_config)
+        self._model = model
+        self._bridge = _bridge(model, name)
+        self._o_paths = [_output_projection(block, paths, name, layer) for layer, block in enumerate(self._bridge.blocks)]
+        self.info = self._check_attention(name, fingerprint)
+        self._window: int | None = None
+        self._fast: Any = self._checked(fast) if fast is not None else None
+
+    @property
+    def fast(self) -> bool:
+        """Whether `read_z` and `token_losses` use the fast handle rather than the bridge."""
+        return self._fast is not None
+
+    # Text
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without the special tokens that a tokenizer puts around a text by itself.
+
+        Special tokens written out in a text (`<|im_start|>`) are recognised.
+        """
+        if not texts:
+            return []
+        ids: list[list[int]] = self._tokenizer(
+            texts, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+        )["input_ids"]
+        return ids
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """Each token as shown to people, one string per token.
+
+        Spaces and newlines stand as they are, so joined texts give the original wherever characters are whole. A token
+        that holds part of a character shows these bytes as `<0xE2>`; an id without a token shows as `<id 50300>`.
+        """
+        texts = self._vocabulary
+        return [texts[i] if 0 <= i < len(texts) else f"<id {i}>" for i in ids]
+
+    @functools.cached_property
+    def _vocabulary(self) -> list[str]:
+        return _vocabulary_texts(self._tokenizer)
+
+    # Passes
+
+    def check_layer(self, layer: int) -> None:
+        """Raise LayerOutOfRange where the model lacks the layer."""
+        if not 0 <= layer < self.info.n_layers:
+            raise LayerOutOfRange(
+                f"{self.info.name} has {self.info.n_layers} layers, counted from 0, so there is no layer {layer}; "
+                f"choose one from 0 to {self.info.n_layers - 1}.",
+                field="layer",
+            )
+
+    def read_z(self, tokens: Tensor, layers: Sequence[int], dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:
+        """z of the layers asked for: [b, pos, d_in] each, in `dtype`; the pass stops at the last of them.
+
+        `dtype` bfloat16 runs the pass in bfloat16 where there is a fast handle, which then holds a second copy of the
+        weights, made when first asked for; else the pass is fp32 and only the result is rounded.
+        Raises LayerOutOfRange, and UsageError for tokens that the model cannot take.
+        """
+        for layer in layers:
+            self.check_layer(layer)
+        if not layers:
+            return {}
+        tokens = self._checked_tokens(tokens)
+        if not self._fast_reads(tokens.shape[1]):
+            found = self._bridge_read(tokens, dict.fromkeys(layers, ("hook_z",)))
+            return {layer: found[layer]["hook_z"].flatten(2).to(dtype) for layer in layers}
+        handle = self._fast if dtype == torch.float32 else self._half(dtype)
+        return {layer: z.to(dtype) for layer, z in self._fast_read(handle, tokens, layers).items()}
+
+    def read_attention(self, tokens: Tensor, layer: int) -> AttentionRead:
+        """z, v and pattern of one layer in fp32, through the bridge; the pass stops at z.
+
+        Raises LayerOutOfRange, and UsageError for tokens that the model cannot take.
+        """
+        self.check_layer(layer)
+        found = self._bridge_read(self._checked_tokens(tokens), {layer: ("hook_v", "hook_pattern", "hook_z")})[layer]
+        return AttentionRead(found["hook_z"].flatten(2), found["hook_v"], found["hook_pattern"])
+
+    def token_losses(self, tokens: Tensor, layer: int | None = None, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """Cross-entropy of each next token: [b, pos - 1] in nats, fp32.
+
+        With `layer` and `replace`, that layer's z [b, pos, d_in] is replaced by `replace(z)` on the way: zeros, a mean,
+        or an SAE's reconstruction. Rows may be split over several passes, so `replace` must treat rows on their own.
+        """
+        if (layer is None) != (replace is None):
+            raise ValueError("layer and replace belong together")
+        if layer is not None:
+            self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.info.d_vocab))
+        return torch.cat([self._losses(part, layer, replace) for part in torch.split(tokens, rows)])
+
+    # Weights
+
+    def W_O(self, layer: int) -> Tensor:  # noqa: N802 - the field's name
+        """[n_heads, d_head, d_model]."""
+        self.check_layer(layer)
+        W_O: Tensor = self._bridge.blocks[layer].attn.W_O.detach()
+        return W_O
+
+    def b_O(self, layer: int) -> Tensor | None:  # noqa: N802 - the field's name
+        """[d_model], or None where the model has none."""
+        self.check_layer(layer)
+        b_O: Tensor | None = self._bridge.blocks[layer].attn.b_O
+        return None if b_O is None else b_O.detach().flatten()
+
+    def logit_weights(self, vectors: Tensor, layer: int) -> Tensor:
+        """What directions of z write straight to the logits: [n, d_in] -> [n, d_vocab], centred over the vocabulary.
+
+        vector -> W_O -> (gain of the norm after attention, where a model has one, as Gemma 2 does) -> final norm's
+        centring (LayerNorm) and gain -> unembedding. The norms' 1/rms, which depend on the token, the biases, and a
+        model's constant multipliers are left out: within a row only differences and their order mean something.
+        """
+        self.check_layer(layer)
+        block = self._bridge.blocks[layer]
+        written = vectors.to(self.device, torch.float32) @ self.W_O(layer).flatten(0, 1)
+        if "ln1_post" in block._modules:
+            written = _through_norm(written, block.ln1_post.original_component)
+        normed = _through_norm(written, self._bridge.ln_final.original_component)
+        logits: Tensor = normed @ self._unembed.weight.T
+        return logits - logits.mean(-1, keepdim=True)
+
+    # Within
+
+    def _checked_tokens(self, tokens: Tensor) -> Tensor:
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError(f"tokens must be integers [batch, pos], got {tokens.dtype} {list(tokens.shape)}")
+        if tokens.shape[1] > self.info.max_context:
+            raise UsageError(
+                f"{self.info.name} takes at most {self.info.max_context} tokens at once, not {tokens.shape[1]}; cut them.",
+                field="context",
+            )
+        tokens = tokens.to(self.device, torch.int64)
+        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= self.info.d_vocab):
+            raise UsageError(f"These tokens are not {self.info.name}'s: its ids go from 0 to {self.info.d_vocab - 1}.")
+        return tokens
+
+    def _fast_reads(self, pos: int) -> bool:
+        return self._fast is not None and (self._window is None or pos <= self._window)
+
+    def _bridge_read(self, tokens: Tensor, hooks: dict[int, tuple[str, ...]]) -> dict[int, dict[str, Tensor]]:
+        """Tensors of the hooks named, by layer, out of one pass that stops when the last has fired."""
+        found: dict[int, dict[str, Tensor]] = {layer: {} for layer in hooks}
+        wanted = sum(len(names) for names in hooks.values())
+
+        def keep(value: Tensor, *, hook: Any, layer: int, name: str) -> None:  # noqa: ARG001 - TransformerLens passes it
+            found[layer][name] = value.detach()
+            if sum(map(len, found.values())) == wanted:
+                raise _Stop
+
+        taps = [
+            (f"blocks.{layer}.attn.{name}", functools.partial(keep, layer=layer, name=name))
+            for layer, names in hooks.items()
+            for name in names
+        ]
+        # no_grad, not inference_mode: callers train on what comes back.
+        with self._lock, torch.no_grad(), contextlib.suppress(_Stop), self._bridge.hooks(fwd_hooks=taps):
+            self._model(input_ids=tokens, use_cache=False)
+        return found
+
+    def _fast_read(self, handle: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        found: dict[int, Tensor] = {}
+        last = max(layers)
+
+        def keep(_: nn.Module, args: tuple[Tensor, ...], *, layer: int) -> None:
+            found[layer] = args[0].detach()
+            if layer == last:
+                raise _Stop
+
+        with self._lock, torch.no_grad(), contextlib.ExitStack() as stack:
+            for layer in set(layers):
+                module = handle.get_submodule(self._o_paths[layer])
+                stack.callback(module.register_forward_pre_hook(functools.partial(keep, layer=layer)).remove)
+            with contextlib.suppress(_Stop):
+                handle(input_ids=tokens, use_cache=False)
+        return found
+
+    def _losses(self, tokens: Tensor, layer: int | None, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
+        logits = self._logits(tokens, layer, replace)[:, :-1]
+        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+        return losses.view(tokens.shape[0], -1)
+
+    def _logits(self, tokens: Tensor, layer: int | None, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
+        with self._lock, torch.no_grad():
+            if self._fast_reads(tokens.shape[1]):
+                patch = self._fast_patch(layer, replace) if layer is not None and replace else contextlib.nullcontext()
+                model = self._fast
+            else:
+                patch = self._bridge_patch(layer, replace) if layer is not None and replace else contextlib.nullcontext()
+                model = self._model
+            with patch:
+                logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    @contextlib.contextmanager
+    def _fast_patch(self, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        def swap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (replace(args[0]).to(args[0].dtype), *args[1:])
+
+        handle = self._fast.get_submodule(self._o_paths[layer]).register_forward_pre_hook(swap)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def _bridge_patch(self, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        def swap(value: Tensor, *, hook: Any) -> Tensor:  # noqa: ARG001 - TransformerLens passes it
+            return replace(value.flatten(2)).to(value.dtype).view_as(value)
+
+        with self._bridge.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", swap)]):
+            yield
+
+    def _half(self, dtype: torch.dtype) -> Any:
+        """The fast handle over parameters rounded to `dtype`. Buffers (rotary frequencies) stay fp32, as in transformers."""
+        with self._lock:
+            if dtype not in self._halves:
+                memo: dict[int, Any] = {id(p): nn.Parameter(p.to(dtype), requires_grad=False) for p in self._fast.parameters()}
+                self._halves[dtype] = copy.deepcopy(self._fast, memo)
+            return self._halves[dtype]
+
+    @functools.cached_property
+    def _halves(self) -> dict[torch.dtype, Any]:
+        return {}
+
+    # Load-time checks
+
+    def _check_attention(self, name: str, fingerprint: str) -> LensInfo:
+        """The identities that attribution rests on, at every layer, on a random batch; what they teach about shapes."""
+        d_vocab, d_model = self._unembed.weight.shape
+        tokens = _random_tokens(d_vocab, CHECK_TOKENS // 2, self.device)
+        hooks = ("hook_z", "hook_v", "hook_pattern", "hook_out")
+        try:
+            found = self._bridge_read(tokens, dict.fromkeys(range(len(self._bridge.blocks)), hooks))
+        except Exception as error:
+            raise UnsupportedModel(f"{name} cannot be used: its attention cannot be read ({_short(error)}).") from error
+        shapes = set()
+        for layer, got in found.items():
+            if missing := [hook for hook in hooks if hook not in got]:
+                raise UnsupportedModel(f"{name} cannot be used: layer {layer} does not show {', '.join(missing)}.")
+            z, v, pattern, out = (got[hook] for hook in hooks)
+            z = z.view(*z.shape[:2], pattern.shape[1], -1)
+            self._check_layer_identities(name, layer, z, v, pattern, out)
+            shapes.add((pattern.shape[1], v.shape[2], v.shape[3]))
+        if len(shapes) != 1:
+            raise UnsupportedModel(f"{name} cannot be used: its layers differ in heads or head width: {sorted(shapes)}.")
+        n_heads, n_kv_heads, d_head = shapes.pop()
+        return LensInfo(
+            name=name,
+            fingerprint=fingerprint,
+            n_layers=len(found),
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            d_head=d_head,
+            d_model=d_model,
+            d_vocab=d_vocab,
+            max_context=int(self._bridge.cfg.n_ctx),
+            processing={
+                "folded": False,
+                "centred": False,
+                "dtype": "float32",
+                "tl_version": importlib.metadata.version("transformer_lens"),
+            },
+        )
+
+    def _check_layer_identities(self, name: str, layer: int, z: Tensor, v: Tensor, pattern: Tensor, out: Tensor) -> None:
+        if v.ndim != 4 or pattern.shape[1] % v.shape[2] or v.shape[3] != z.shape[3]:
+            raise UnsupportedModel(
+                f"{name} cannot be used: in layer {layer} v {list(v.shape)} does not fit z {list(z.shape)} head by head."
+            )
+        spread = v.repeat_interleave(pattern.shape[1] // v.shape[2], dim=2)
+        gap = _gap(torch.einsum("bhds,bshe->bdhe", pattern, spread), z)
+        if not gap <= 1e-4:
+            raise UnsupportedModel(
+                f"{name} cannot be used: in layer {layer} pattern times v is not z (off by {gap:.1%} of its largest entry), "
+                "so attribution to source tokens would be wrong."
+            )
+        attn = self._bridge.blocks[layer].attn
+        written = z.flatten(2) @ attn.W_O.flatten(0, 1)
+        gap = _gap(written if attn.b_O is None else written + attn.b_O.flatten(), out)
+        if not gap <= 1e-4:
+            raise UnsupportedModel(
+                f"{name} cannot be used: in layer {layer} z W_O + b_O is not the attention output (off by {gap:.1%} of its "
+                "largest entry), so what features write would be wrong."
+            )
+
+    def _checked(self, fast: Any) -> Any:
+        """The fast handle if it gives the bridge's z at every layer and the bridge's logits, else None.
+
+        A random batch shows what a sliding window does only when it is longer than the window. It is made so for short
+        windows; with a long one the fast handle serves rows that the window does not cut.
+        """
+        window = getattr(self._text_config, "sliding_window", None)
+        length = CHECK_TOKENS
+        if window and window < CHECK_WINDOW:
+            length = max(length, window + 8)
+        elif window:
+            self._window = window
+        tokens = _random_tokens(self.info.d_vocab, min(length, self.info.max_context), self.device)
+        layers = range(self.info.n_layers)
+        slow = self._bridge_read(tokens, dict.fromkeys(layers, ("hook_z",)))
+        try:
+            quick = self._fast_read(fast, tokens, layers)
+            with torch.no_grad():
+                logits = [model(input_ids=tokens, use_cache=False).logits for model in (fast, self._model)]
+        except Exception:
+            return None  # the bridge serves; a handle that cannot run is only a lost speed-up
+        gaps = [_gap(quick[layer], slow[layer]["hook_z"].flatten(2)) for layer in layers]
+        gaps.append(_gap(*logits))
+        return fast if all(gap <= 1e-3 for gap in gaps) else None
+
+
+def load_lens(source: ModelSource, *, name: str, device: str = "cpu", cache: Path) -> Lens:
+    """Load a model: a `.gguf` file, a local folder, or a name on the hub.
+
+    A gguf is converted once into `cache/models/<its sha256>`. Local models never touch the network. Hub models are
+    fetched by huggingface_hub (its own cache; the token comes from `HF_TOKEN`); code that a repository brings is not run.
+    `device` is torch's, or `auto`: the first GPU, else the CPU.
+
+    Raises UnknownModel, UnreadableModel, UnsupportedModel, DiskFull.
+    """
+    place = torch.device(_best_device() if device == "auto" else device)
+    path = Path(source.location).expanduser()
+    if source.location.endswith(".gguf"):
+        if not path.is_file():
+            raise UnknownModel(f"There is no file {source.location}.", field="location")
+        digest = _sha256(path)
+        folder = _converted(path, digest, cache / "models")
+        return _load(str(folder), name=name, device=place, fingerprint=f"gguf:{digest}", shown=source.location)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UnreadableModel(
+                f"{source.location} holds no config.json, so it is no model in Hugging Face format.", field="location"
+            )
+        return _load(str(path), name=name, device=place, fingerprint=_folder_fingerprint(path), shown=source.location)
+    if not HUB_NAME.fullmatch(source.location):
+        raise UnknownModel(f"There is no folder or file {source.location}, and the hub has no such names.", field="location")
+    return _load(source.location, name=name, device=place, revision=source.revision, shown=source.location)
+
+
+@functools.cache
+def _bf16_gain(device: torch.device) -> float:
+    """How many times faster a bfloat16 product is here: best of five, taken in turns so that neighbours disturb both alike."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return 0.0
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    matrices = {dtype: torch.ones(1024, 1024, device=device, dtype=dtype) for dtype in best}
+    for _ in range(6):  # the first round warms up; a minimum forgets it
+        for dtype, matrix in matrices.items():
+            start = time.perf_counter()
+            float((matrix @ matrix)[0, 0])  # reading a number waits for the device
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def resolve_dtype(choice: PassDtype, device: torch.device) -> torch.dtype:
+    """The dtype that a choice means on a device. `auto` takes bfloat16 only where a short product, measured once per
+    process, is at least 1.5 times as fast as in float32 (AMX, AVX-512 BF16, GPUs)."""
+    if choice == "auto":
+        return torch.bfloat16 if _bf16_gain(device) >= 1.5 else torch.float32
+    return torch.bfloat16 if choice == "bfloat16" else torch.float32
+
+
+# Finding and reading weights
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UnreadableModel(f"{path} cannot be read ({error.strerror}).", field="location") from error
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    """Hash of a folder's weights and config; moving or renaming the folder does not change it."""
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
+    if not weights:
+        raise UnreadableModel(f"{folder} holds no weights (*.safetensors).", field="location")
+    lines = [f"{file.name} {_sha256(file)}" for file in (*weights, folder / "config.json")]
+    return f"weights:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
+
+
+def _converted(gguf: Path, digest: str, models: Path) -> Path:
+    """The folder that holds a gguf's weights in Hugging Face format: made aside, renamed when complete."""
+    target = models / digest
+    if target.is_dir():
+        return target
+    try:
+        models.mkdir(parents=True, exist_ok=True)
+        for stale in models.glob(f"aside-{digest[:12]}-*"):
+            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(stale, ignore_errors=True)
+        aside = Path(tempfile.mkdtemp(prefix=f"aside-{digest[:12]}-", dir=models))
+    except OSError as error:
+        raise UnreadableModel(f"{models} cannot be written ({error.strerror}), so {gguf.name} cannot be converted.") from error
+    try:
+        _convert(gguf, aside)
+        aside.chmod(0o755)
+        with contextlib.suppress(OSError):  # another process was faster: its folder holds the same
+            aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    # The bytes decide, not the name: transformers' own complaint about a wrong file is a page long.
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise UnreadableModel(f"{gguf} is not a GGUF file: its first bytes are not GGUF.", field="location")
+    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            model = hf.AutoModelForCausalLM.from_pretrained(
+                str(gguf.parent),
+                dtype=torch.float32,
+                # Without it weights stay packed and save_pretrained refuses.
+                quantization_config=hf.GgufConfig(dequantize=True),
+                **where,
+            )
+            tokenizer = hf.AutoTokenizer.from_pretrained(str(gguf.parent), **where)
+    except Exception as error:
+        raise UnreadableModel(
+            f"{gguf} cannot be read: it is damaged, or of a kind that transformers cannot convert ({_short(error)}).",
+            field="location",
+        ) from error
+    try:
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+    except Exception as error:
+        if getattr(error, "errno", None) == 28 or "os error 28" in str(error):
+            raise DiskFull(f"No room is left in {folder.parent}; {gguf.name} needs 4 bytes per parameter there.") from error
+        raise
+
+
+def _load(
+    location: str, *, name: str, device: torch.device, shown: str, fingerprint: str | None = None, revision: str | None = None
+) -> Lens:
+    """Read weights and tokenizer and make the lens; a fingerprint is given for local models, which stay offline."""
+    where: dict[str, Any] = {"local_files_only": fingerprint is not None, "revision": revision, "trust_remote_code": False}
+    try:
+        config = hf.AutoConfig.from_pretrained(location, **where)
+        model, loading = hf.AutoModelForCausalLM.from_pretrained(
+            location, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **where
+        )
+        if missing := sorted(loading["missing_keys"]) or sorted(map(str, loading["mismatched_keys"])):
+            # transformers would draw these at random and go on.
+            raise UnreadableModel(f"{shown} lacks weights that its config asks for, such as {missing[0]}.", field="location")
+        tokenizer = hf.AutoTokenizer.from_pretrained(location, **where)
+        return Lens(
+            model.to(device),
+            tokenizer,
+            name=name,
+            fingerprint=fingerprint or f"commit:{config._commit_hash}",
+            device=device,
+        )
+    except (UnreadableModel, UnsupportedModel):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise UnsupportedModel(f"{shown} does not fit into the memory of {device}; choose a smaller model or the CPU.") from error
+    except Exception as error:
+        _refuse(shown, error, local=fingerprint is not None)
+
+
+def _refuse(shown: str, error: Exception, *, local: bool) -> NoReturn:
+    """Turn what transformers raises, which shares a few broad classes, into one of ours by what it says."""
+    text = str(error)
+    if "trust_remote_code" in text or "custom code" in text:
+        raise UnsupportedModel(f"{shown} brings code of its own, which Headscope does not run.", field="location") from error
+    if "does not recognize this architecture" in text or "Unrecognized configuration class" in text:
+        raise UnsupportedModel(f"{shown} is of a kind that transformers cannot load as a language model.") from error
+    if local:
+        raise UnreadableModel(f"{shown} cannot be read: {_short(error)}.", field="location") from error
+    if "gated" in text or "401" in text or "403" in text:
+        raise UnknownModel(
+            f"The hub does not give {shown} to this account; accept its terms there and set HF_TOKEN.", field="location"
+        ) from error
+    raise UnknownModel(
+        f"{shown} could not be had from the hub: no such model, or the hub cannot be reached ({_short(error)}).",
+        field="location",
+    ) from error
+
+
+def _short(error: Exception) -> str:
+    """The first line of an error, without its full stop."""
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:200]
+
+
+# Handles
+
+
+def _bridge(model: Any, name: str) -> Any:
+    try:
+        architecture = determine_architecture_from_hf_config(model.config)  # type: ignore[no-untyped-call]
+        bridge = build_bridge_from_module(model, architecture, hf_config=copy.deepcopy(model.config), model_name=name)
+    except Exception as error:
+        raise UnsupportedModel(f"{name} cannot be used: TransformerLens does not wrap it ({_short(error)}).") from error
+    return bridge.eval()
+
+
+def _output_projection(block: Any, paths: dict[int, str], name: str, layer: int) -> str:
+    """Where W_O sits in the model's own tree; its input is z."""
+    attn = block._modules.get("attn")
+    path = paths.get(id(getattr(getattr(attn, "o", None), "original_component", None)))
+    if path is None:
+        raise UnsupportedModel(f"{name} cannot be used: layer {layer} has no attention with an output projection.")
+    return path
+
+
+def _fast_handle(model: Any, text_config: Any) -> Any:
+    """A second tree of modules over the same parameters, with fused attention; None where fusing would change the result.
+
+    Fused attention knows no soft cap on the scores and no sinks, and a random batch may not show it, so a model that has
+    these is never given one.
+    """
+    if getattr(text_config, "attn_logit_softcapping", None) or any("sink" in path for path, _ in model.named_parameters()):
+        return None
+    # A deep copy that meets a parameter finds it in the memo: modules and buffers are new, weights are shared.
+    handle = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    try:
+        handle.set_attn_implementation("sdpa")
+    except ValueError:
+        return None
+    return handle
+
+
+def _random_tokens(d_vocab: int, length: int, device: torch.device) -> Tensor:
+    return torch.randint(0, d_vocab, (2, length), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def _gap(found: Tensor, expected: Tensor) -> float:
+    """Largest difference, as a share of the largest entry; nan stays nan, and compares as unequal."""
+    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def _through_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """What of a norm is the same for every token: centring, if it is a LayerNorm, and its gain; not 1/rms, not the bias.
+
+    The norm itself is asked, since models store gains as w or as 1 + w. A vector of +s and -s has mean 0 and rms s, so
+    the norm gives back gain x sign + bias; a constant vector gives just the bias if, and only if, the norm centres.
+    """
+    d = x.shape[-1]
+    sign = torch.ones(d, device=x.device)
+    sign[1::2] = -1
+    with torch.no_grad():
+        bias = norm(torch.zeros(1, 1, d, device=x.device))[0, 0]
+        gain = (norm(1e3 * sign[None, None])[0, 0] - bias) * sign  # 1e3 makes the norm's epsilon vanish
+        centres = _gap(norm(torch.full((1, 1, d), 1e3, device=x.device))[0, 0] - bias, gain) < 1e-2
+        shared: Tensor = (x - x.mean(-1, keepdim=True) if centres else x) * gain
+    return shared
+
+
+# Tokenizers
+
+
+def _row_start(tokenizer: Any, name: str) -> int:
+    """The token that opens every row: what documents began with, or were parted by, when the model was trained.
+
+    The tokenizer's bos token, unless that opens a chat turn (`<|im_start|>`: put there by tuning, rare in pre-training);
+    then `<|endoftext|>`, if the vocabulary has it; then the eos token. SmolLM2: 0, GPT-2: 50256, Llama 3: 128000.
+    """
+    vocabulary = tokenizer.get_vocab()
+    candidates = [tokenizer.bos_token, "<|endoftext|>", tokenizer.eos_token]
+    if candidates[0] and "im_start" in candidates[0]:
+        candidates = candidates[1:]
+    for token in candidates:
+        if token is not None and token in vocabulary:
+            return int(vocabulary[token])
+    raise UnsupportedModel(f"{name} cannot be used: its tokenizer has no token to begin a row with (bos or eos).")
+
+
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _vocabulary_texts(tokenizer: Any) -> list[str]:
+    """The text of every id. Vocabularies write bytes in one of two ways, which the tokenizer's decoder tells apart:
+    GPT-2's byte-level alphabet, or SentencePiece's U+2581 for a space with `<0x0A>` for a byte."""
+    vocabulary = tokenizer.get_vocab()
+    added = set(tokenizer.get_added_vocab())
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    show = _byte_level_text if backend is not None and "ByteLevel" in repr(backend.decoder) else _sentencepiece_text
+    texts = [f"<id {i}>" for i in range(max(vocabulary.values(), default=-1) + 1)]
+    for token, i in vocabulary.items():
+        texts[i] = token if token in added else show(token)
+    return texts
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others follow from U+0100."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+def _byte_level_text(token: str) -> str:
+    alphabet = _byte_alphabet()
+    if not all(c in alphabet for c in token):
+        return token
+    return bytes(alphabet[c] for c in token).decode("utf-8", errors="show_bytes")
+
+
+def _sentencepiece_text(token: str) -> str:
+    if (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)) and int(byte[1], 16) < 0x80:
+        return chr(int(byte[1], 16))
+    return token.replace("▁", " ")
+
+
+def _show_bytes(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    return "".join(f"<0x{byte:02X}>" for byte in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("show_bytes", _show_bytes)
