@@ -79,7 +79,7 @@ def test_auxk_gradients_equal_autograds_and_reach_the_encoder_of_dead_features()
     plain = (p["x"] - p["b_dec"]) @ p["W_enc_t"].T + p["b_enc"]
     loss, grads = sparse.auxiliary(plain, dead, 3, error, p["x"], p["W_enc_t"], p["W_dec"], p["b_dec"])
 
-    assert float(loss) == pytest.approx(float(wanted_loss), rel=1e-5)
+    assert float(loss) == pytest.approx(wanted_loss.item(), rel=1e-5)
     for name, got in grads._asdict().items():
         wanted = leaf[name].grad
         assert wanted is not None
