@@ -14,7 +14,7 @@ class Progress:
     total: int
     """How much there is, in `unit`."""
     unit: str = "tokens"
-    """`tokens` or `rows`."""
+    """`tokens`, `rows` or `bytes`."""
     rate: float = 0.0
     """Units per second, over the last few seconds; 0 while unknown."""
     values: dict[str, float] = field(default_factory=dict)
