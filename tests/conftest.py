@@ -1,0 +1,59 @@
+"""What many tests share: settings of a folder of their own, the real model's weights, a headless browser."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Nothing that a test runs may talk to a model hub.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled")
+
+import pytest
+
+from server.demo import fetch_model, fetch_text
+from server.settings import Settings
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Settings whose data and cache are this test's own."""
+    return Settings(data=tmp_path / "data", cache=tmp_path / "cache").prepare()
+
+
+@pytest.fixture(scope="session")
+def cache() -> Path:
+    """The real cache folder, kept between runs: what is fetched or converted there costs time once."""
+    return Settings().cache
+
+
+@pytest.fixture(scope="session")
+def smollm2(cache: Path) -> Path:
+    """The embedded default model's GGUF file; for tests marked `real`."""
+    return fetch_model(cache)
+
+
+@pytest.fixture(scope="session")
+def demo_text(cache: Path) -> Path:
+    """The demo's text as jsonl; for tests marked `real`."""
+    return fetch_text(cache)
+
+
+@pytest.fixture(scope="session")
+def browser_type_launch_args(browser_type_launch_args: dict[str, Any]) -> dict[str, Any]:
+    """Debian's Chromium, quiet and offline, for tests marked `browser`."""
+    chromium = shutil.which("chromium")
+    if chromium is None:
+        pytest.fail("Chromium is missing: `apt-get install chromium`.")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    updates = ["--disable-background-networking", "--disable-component-update"]
+    return {**browser_type_launch_args, "executable_path": chromium, "args": quiet + updates}
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A developer's own HEADSCOPE_ variables change no test; only the cache is shared."""
+    for name in list(os.environ):
+        if name.startswith("HEADSCOPE_") and name != "HEADSCOPE_CACHE":
+            monkeypatch.delenv(name)
+    yield
