@@ -53,6 +53,7 @@ logging.getLogger("gguf").setLevel(logging.ERROR)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 CHECK_TOKENS = 24  # length of the load-time batch, unless a sliding window asks for more ...
 CHECK_WINDOW = 512  # ... up to this; beyond a longer window the fast handle is not trusted
+CHECK_HOOKS: tuple[str, ...] = ("hook_z", "hook_v", "hook_pattern", "hook_out")
 LOGITS_AT_ONCE = 2**26  # elements of one logits tensor (256 MiB in fp32)
 STALE_SECONDS = 3600  # a conversion that was left unfinished for so long has died
 
@@ -127,9 +128,11 @@ class Lens:
         self._model = model
         self._bridge = _bridge(model, name)
         self._o_paths = [_output_projection(block, paths, name, layer) for layer, block in enumerate(self._bridge.blocks)]
-        self.info = self._check_attention(name, fingerprint)
         self._window: int | None = None
-        self._fast: Any = self._checked(fast) if fast is not None else None
+        batch = self._check_batch()
+        found, logits = self._check_pass(batch, name)
+        self.info = self._checked_info(found, name, fingerprint)
+        self._fast: Any = fast if fast is not None and self._agrees(fast, batch, found, logits) else None
 
     @property
     def fast(self) -> bool:
@@ -187,10 +190,13 @@ class Lens:
             return {}
         tokens = self._checked_tokens(tokens)
         if not self._fast_reads(tokens.shape[1]):
-            found = self._bridge_read(tokens, dict.fromkeys(layers, ("hook_z",)))
+            with self._bridge_taps(dict.fromkeys(layers, ("hook_z",)), stop=True) as found:
+                _run(self._model, tokens)
             return {layer: found[layer]["hook_z"].flatten(2).to(dtype) for layer in layers}
         handle = self._fast if dtype == torch.float32 else self._half(dtype)
-        return {layer: z.to(dtype) for layer, z in self._fast_read(handle, tokens, layers).items()}
+        with self._fast_taps(handle, layers, stop=True) as z:
+            _run(handle, tokens)
+        return {layer: z[layer].to(dtype) for layer in layers}
 
     def read_attention(self, tokens: Tensor, layer: int) -> AttentionRead:
         """z, v and pattern of one layer in fp32, through the bridge; the pass stops at z.
@@ -198,8 +204,10 @@ class Lens:
         Raises LayerOutOfRange, and UsageError for tokens that the model cannot take.
         """
         self.check_layer(layer)
-        found = self._bridge_read(self._checked_tokens(tokens), {layer: ("hook_v", "hook_pattern", "hook_z")})[layer]
-        return AttentionRead(found["hook_z"].flatten(2), found["hook_v"], found["hook_pattern"])
+        tokens = self._checked_tokens(tokens)
+        with self._bridge_taps({layer: ("hook_v", "hook_pattern", "hook_z")}, stop=True) as found:
+            _run(self._model, tokens)
+        return AttentionRead(found[layer]["hook_z"].flatten(2), found[layer]["hook_v"], found[layer]["hook_pattern"])
 
     def token_losses(self, tokens: Tensor, layer: int | None = None, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Cross-entropy of each next token: [b, pos - 1] in nats, fp32.
@@ -263,14 +271,15 @@ class Lens:
     def _fast_reads(self, pos: int) -> bool:
         return self._fast is not None and (self._window is None or pos <= self._window)
 
-    def _bridge_read(self, tokens: Tensor, hooks: dict[int, tuple[str, ...]]) -> dict[int, dict[str, Tensor]]:
-        """Tensors of the hooks named, by layer, out of one pass that stops when the last has fired."""
+    @contextlib.contextmanager
+    def _bridge_taps(self, hooks: dict[int, tuple[str, ...]], *, stop: bool) -> Iterator[dict[int, dict[str, Tensor]]]:
+        """Collects the hooks named, by layer, from the bridge's pass run inside; `stop` ends it when the last has fired."""
         found: dict[int, dict[str, Tensor]] = {layer: {} for layer in hooks}
         wanted = sum(len(names) for names in hooks.values())
 
         def keep(value: Tensor, *, hook: Any, layer: int, name: str) -> None:  # noqa: ARG001 - TransformerLens passes it
             found[layer][name] = value.detach()
-            if sum(map(len, found.values())) == wanted:
+            if stop and sum(map(len, found.values())) == wanted:
                 raise _Stop
 
         taps = [
@@ -280,25 +289,24 @@ class Lens:
         ]
         # no_grad, not inference_mode: callers train on what comes back.
         with self._lock, torch.no_grad(), contextlib.suppress(_Stop), self._bridge.hooks(fwd_hooks=taps):
-            self._model(input_ids=tokens, use_cache=False)
-        return found
+            yield found
 
-    def _fast_read(self, handle: Any, tokens: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+    @contextlib.contextmanager
+    def _fast_taps(self, handle: Any, layers: Sequence[int], *, stop: bool) -> Iterator[dict[int, Tensor]]:
+        """Collects z of the layers from the fast handle's pass run inside; `stop` ends it at the last of them."""
         found: dict[int, Tensor] = {}
         last = max(layers)
 
         def keep(_: nn.Module, args: tuple[Tensor, ...], *, layer: int) -> None:
             found[layer] = args[0].detach()
-            if layer == last:
+            if stop and layer == last:
                 raise _Stop
 
-        with self._lock, torch.no_grad(), contextlib.ExitStack() as stack:
+        with self._lock, torch.no_grad(), contextlib.suppress(_Stop), contextlib.ExitStack() as stack:
             for layer in set(layers):
                 module = handle.get_submodule(self._o_paths[layer])
                 stack.callback(module.register_forward_pre_hook(functools.partial(keep, layer=layer)).remove)
-            with contextlib.suppress(_Stop):
-                handle(input_ids=tokens, use_cache=False)
-        return found
+            yield found
 
     def _losses(self, tokens: Tensor, layer: int | None, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
         logits = self._logits(tokens, layer, replace)[:, :-1]
@@ -314,8 +322,7 @@ class Lens:
                 patch = self._bridge_patch(layer, replace) if layer is not None and replace else contextlib.nullcontext()
                 model = self._model
             with patch:
-                logits: Tensor = model(input_ids=tokens, use_cache=False).logits
-        return logits
+                return _run(model, tokens)
 
     @contextlib.contextmanager
     def _fast_patch(self, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
@@ -350,26 +357,46 @@ class Lens:
 
     # Load-time checks
 
-    def _check_attention(self, name: str, fingerprint: str) -> LensInfo:
-        """The identities that attribution rests on, at every layer, on a random batch; what they teach about shapes."""
-        d_vocab, d_model = self._unembed.weight.shape
-        tokens = _random_tokens(d_vocab, CHECK_TOKENS // 2, self.device)
-        hooks = ("hook_z", "hook_v", "hook_pattern", "hook_out")
+    def _check_batch(self) -> Tensor:
+        """Random tokens, [2, pos], longer than a short sliding window, so that the window cuts.
+
+        With a long window the fast handle stays unproven beyond it, so it serves only rows that the window does not cut.
+        """
+        length = CHECK_TOKENS
+        window = getattr(self._text_config, "sliding_window", None)
+        if window and window < CHECK_WINDOW:
+            length = max(length, window + 8)
+        elif window:
+            self._window = window
+        length = min(length, int(self._bridge.cfg.n_ctx))
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, self._unembed.weight.shape[0], (2, length), generator=generator).to(self.device)
+
+    def _check_pass(self, batch: Tensor, name: str) -> tuple[dict[int, dict[str, Tensor]], Tensor]:
+        """All layers' attention, and the logits, from the bridge."""
+        hooks = dict.fromkeys(range(len(self._bridge.blocks)), CHECK_HOOKS)
         try:
-            found = self._bridge_read(tokens, dict.fromkeys(range(len(self._bridge.blocks)), hooks))
+            with self._bridge_taps(hooks, stop=False) as found:
+                logits = _run(self._model, batch)
         except Exception as error:
             raise UnsupportedModel(f"{name} cannot be used: its attention cannot be read ({_short(error)}).") from error
+        return found, logits
+
+    def _checked_info(self, found: dict[int, dict[str, Tensor]], name: str, fingerprint: str) -> LensInfo:
+        """What the batch shows of the model's shape, once the identities that attribution rests on hold at every layer."""
         shapes = set()
         for layer, got in found.items():
-            if missing := [hook for hook in hooks if hook not in got]:
+            if missing := [hook for hook in CHECK_HOOKS if hook not in got]:
                 raise UnsupportedModel(f"{name} cannot be used: layer {layer} does not show {', '.join(missing)}.")
-            z, v, pattern, out = (got[hook] for hook in hooks)
-            z = z.view(*z.shape[:2], pattern.shape[1], -1)
+            z, v, pattern, out = (got[hook] for hook in CHECK_HOOKS)
+            z = z.reshape(*z.shape[:2], pattern.shape[1], -1)
             self._check_layer_identities(name, layer, z, v, pattern, out)
             shapes.add((pattern.shape[1], v.shape[2], v.shape[3]))
         if len(shapes) != 1:
             raise UnsupportedModel(f"{name} cannot be used: its layers differ in heads or head width: {sorted(shapes)}.")
         n_heads, n_kv_heads, d_head = shapes.pop()
+        d_vocab, d_model = self._unembed.weight.shape
+        version = importlib.metadata.version("transformer_lens")
         return LensInfo(
             name=name,
             fingerprint=fingerprint,
@@ -380,12 +407,7 @@ class Lens:
             d_model=d_model,
             d_vocab=d_vocab,
             max_context=int(self._bridge.cfg.n_ctx),
-            processing={
-                "folded": False,
-                "centred": False,
-                "dtype": "float32",
-                "tl_version": importlib.metadata.version("transformer_lens"),
-            },
+            processing={"folded": False, "centred": False, "dtype": "float32", "tl_version": version},
         )
 
     def _check_layer_identities(self, name: str, layer: int, z: Tensor, v: Tensor, pattern: Tensor, out: Tensor) -> None:
@@ -409,30 +431,15 @@ class Lens:
                 "largest entry), so what features write would be wrong."
             )
 
-    def _checked(self, fast: Any) -> Any:
-        """The fast handle if it gives the bridge's z at every layer and the bridge's logits, else None.
-
-        A random batch shows what a sliding window does only when it is longer than the window. It is made so for short
-        windows; with a long one the fast handle serves rows that the window does not cut.
-        """
-        window = getattr(self._text_config, "sliding_window", None)
-        length = CHECK_TOKENS
-        if window and window < CHECK_WINDOW:
-            length = max(length, window + 8)
-        elif window:
-            self._window = window
-        tokens = _random_tokens(self.info.d_vocab, min(length, self.info.max_context), self.device)
-        layers = range(self.info.n_layers)
-        slow = self._bridge_read(tokens, dict.fromkeys(layers, ("hook_z",)))
+    def _agrees(self, fast: Any, batch: Tensor, found: dict[int, dict[str, Tensor]], logits: Tensor) -> bool:
+        """Whether the fast handle gives the bridge's z at every layer, and its logits."""
         try:
-            quick = self._fast_read(fast, tokens, layers)
-            with torch.no_grad():
-                logits = [model(input_ids=tokens, use_cache=False).logits for model in (fast, self._model)]
+            with self._fast_taps(fast, list(found), stop=False) as quick:
+                quick_logits = _run(fast, batch)
         except Exception:
-            return None  # the bridge serves; a handle that cannot run is only a lost speed-up
-        gaps = [_gap(quick[layer], slow[layer]["hook_z"].flatten(2)) for layer in layers]
-        gaps.append(_gap(*logits))
-        return fast if all(gap <= 1e-3 for gap in gaps) else None
+            return False  # the bridge serves; a handle that cannot run is only a lost speed-up
+        gaps = [_gap(quick[layer], got["hook_z"].flatten(2)) for layer, got in found.items()]
+        return all(gap <= 1e-3 for gap in [*gaps, _gap(quick_logits, logits)])
 
 
 def load_lens(source: ModelSource, *, name: str, device: str = "cpu", cache: Path) -> Lens:
@@ -657,8 +664,10 @@ def _fast_handle(model: Any, text_config: Any) -> Any:
     return handle
 
 
-def _random_tokens(d_vocab: int, length: int, device: torch.device) -> Tensor:
-    return torch.randint(0, d_vocab, (2, length), generator=torch.Generator().manual_seed(0)).to(device)
+def _run(model: Any, tokens: Tensor) -> Tensor:
+    """Logits, [b, pos, d_vocab]. No attention mask is given: rows have no padding, and a pad token's id may be a real token."""
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
 
 
 def _gap(found: Tensor, expected: Tensor) -> float:

@@ -1,0 +1,198 @@
+"""Which heads and which source tokens made a feature fire: direct feature attribution (DFA). Tensors in, tensors out.
+
+Kissane et al. 2024, "Interpreting Attention Layer Outputs with Sparse Autoencoders", section 4 (DFA) and appendix
+(head attribution by weights, logit weights).
+
+A feature f of an SAE on z has the pre-activation w_f . z[t] + c_f at destination t, before its activation rule; every
+architecture here gives (w_f, c_f) on raw z as `affine(f)`. With head h's slice of w written w[h], and kv(h) the key/value
+head that query head h reads,
+
+    z[t, h] = sum over src of pattern[h, t, src] v[src, kv(h)]
+
+    w . z[t] = sum over h, src of  pattern[h, t, src] (v[src, kv(h)] . w[h])  =  sum over h, src of DFA[h, src]
+
+so DFA plus c_f is the pre-activation: exactly, in real arithmetic, signs kept. Steps: contract d_head first (a number per
+source and head), then weigh by the pattern, O(src x heads) per example instead of O(src^2 x d_model).
+
+The assumption: the pattern is frozen. DFA says what moved through the heads, given where they looked; not why they looked
+there (queries and keys), nor what the threshold did with the sum. v holds the value bias, so that is inside the terms of
+the sources, and c_f is the only bias.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+CHUNK_ELEMENTS = 2**25  # 128 MiB of fp32: the largest intermediate of the chunked sweeps over features
+
+
+class WritesLogits(Protocol):
+    """The part of a lens that logit weights need."""
+
+    def logit_weights(self, vectors: Tensor, layer: int) -> Tensor:
+        """[n, d_in] -> [n, d_vocab]."""
+
+
+class SparseDFA(NamedTuple):
+    """The largest entries of one example's DFA, and what became of the rest: kept + dropped + before = the full sum per head."""
+
+    src: NDArray[np.int32]
+    """[n] Source positions of the kept entries, counted in the row."""
+    head: NDArray[np.int32]
+    """[n] Their heads."""
+    value: NDArray[np.float32]
+    """[n] Their signed values, largest size first."""
+    dropped: NDArray[np.float32]
+    """[n_heads] Sum of the entries inside the window that were not kept."""
+    before: NDArray[np.float32]
+    """[n_heads] Sum of the entries at sources before the window."""
+    abs_dfa: float
+    """Sum of |DFA| over the whole row."""
+
+
+class TopTokens(NamedTuple):
+    """The strongest tokens of each feature's logit weights."""
+
+    ids: Tensor
+    """[n, k] int64, strongest first."""
+    values: Tensor
+    """[n, k] fp32 logit weights, centred over the vocabulary."""
+
+
+class LogitTokens(NamedTuple):
+    """What features promote and suppress in the output."""
+
+    promoted: TopTokens
+    suppressed: TopTokens
+
+
+class Neighbours(NamedTuple):
+    """Features whose decoder directions are nearest."""
+
+    indices: Tensor
+    """[n, k] int64, nearest first, the feature itself left out."""
+    cosines: Tensor
+    """[n, k] fp32."""
+
+
+def head_norm_shares(W_dec: Tensor, n_heads: int) -> Tensor:
+    """Each head's share of a decoder row by norm, ||d_h|| / sum ||d_j||: [n, d_in] -> [n, n_heads], rows sum to 1.
+
+    The paper's head attribution by weights. A zero row shares equally.
+    """
+    norms = W_dec.float().unflatten(-1, (n_heads, -1)).norm(dim=-1)  # type: ignore[no-untyped-call]
+    total = norms.sum(-1, keepdim=True)
+    return torch.where(total > 0, norms / total.clamp_min(torch.finfo(norms.dtype).tiny), torch.full_like(norms, 1 / n_heads))
+
+
+def dfa(v: Tensor, pattern: Tensor, w: Tensor) -> Tensor:
+    """DFA of n examples in one row: what each (head, source) gave to a feature at the example's destination.
+
+    v [src, n_kv_heads, d_head]; pattern [n, n_heads, src], already picked at each example's destination; w [n, n_heads,
+    d_head], each example's feature. Returns [n, n_heads, src], signed, in units of the pre-activation; 0 after the
+    destination, as the pattern is.
+    """
+    n, n_heads, d_head = w.shape
+    n_kv = v.shape[1]
+    # Query head h reads v of head h // group: groups lie side by side, so a view pairs them without copying v per query head.
+    grouped = w.reshape(n, n_kv, n_heads // n_kv, d_head)
+    given = torch.einsum("skd,nkgd->nkgs", v, grouped).reshape(n, n_heads, v.shape[0])
+    return pattern * given
+
+
+def identity_gap(dfa: Tensor, bias: Tensor, preact: Tensor) -> Tensor:
+    """How far DFA and bias are from the pre-activation, as a share of their sizes: [n].
+
+    |sum DFA + bias - preact| / (sum |DFA| + |bias|), from dfa [n, n_heads, src], bias [n] (c_f) and preact [n], which must
+    be computed on its own, from the hooked z. Sums are taken in fp64, so that the gap is that of the terms.
+    """
+    terms = dfa.double().flatten(1)
+    size = terms.abs().sum(1) + bias.double().abs()
+    gap = (terms.sum(1) + bias.double() - preact.double()).abs()
+    return (gap / size.clamp_min(torch.finfo(torch.float64).tiny)).to(dfa.dtype)
+
+
+def sparsify_dfa(dfa: Tensor, *, share: float, max_entries: int, start: int) -> SparseDFA:
+    """Keep the entries of dfa [n_heads, src] by size until they hold `share` of the whole |DFA|, or are `max_entries`.
+
+    Sources before `start` (the shown window) are not kept one by one: each head has one sum for them. Entries that are
+    exactly 0 are never kept. Equal sizes keep the lower head, then the earlier source. What is dropped is summed from its
+    own entries in fp32, never taken as a difference of large sums.
+    """
+    full = dfa.detach().cpu().numpy().astype(np.float32)
+    n_src = full.shape[1]
+    sizes = np.abs(full, dtype=np.float64)
+    abs_dfa = float(sizes.sum())
+    flat = sizes[:, start:].ravel()
+    width = n_src - start
+    # Only the largest can be kept, so only they are sorted: by size, ties by place (stable on the negated sizes).
+    order = np.argsort(-flat, kind="stable")[:max_entries]
+    held = np.cumsum(flat[order])
+    # The entry that crosses the share is kept too; a window that holds less than the share keeps all it may.
+    count = min(int(np.searchsorted(held, share * abs_dfa * (1 - 1e-12))) + 1, int(np.count_nonzero(flat[order])))
+    kept = order[:count]
+    head, src = np.divmod(kept, max(width, 1))
+    rest = full[:, start:].copy()
+    rest[head, src] = 0
+    return SparseDFA(
+        src=(src + start).astype(np.int32),
+        head=head.astype(np.int32),
+        value=full[head, src + start],
+        dropped=rest.sum(axis=1, dtype=np.float32),
+        before=full[:, :start].sum(axis=1, dtype=np.float32),
+        abs_dfa=abs_dfa,
+    )
+
+
+def logit_tokens(lens: WritesLogits, vectors: Tensor, layer: int, k: int) -> LogitTokens:
+    """The k tokens that each direction of z promotes and suppresses most, straight through W_O and the unembedding.
+
+    vectors [n, d_in], usually decoder rows. Suppressed values are the most negative, most negative first. Works through
+    the vectors in chunks: [chunk, d_vocab] is the largest thing in memory.
+    """
+    up: list[TopTokens] = []
+    down: list[TopTokens] = []
+    first = lens.logit_weights(vectors[:1], layer)
+    k = min(k, first.shape[1])
+    for part in _chunks(vectors, first.shape[1]):
+        logits = lens.logit_weights(part, layer)
+        values, ids = logits.topk(k)
+        up.append(TopTokens(ids, values))
+        values, ids = logits.topk(k, largest=False)
+        down.append(TopTokens(ids, values))
+    return LogitTokens(_joined(up), _joined(down))
+
+
+def decoder_neighbours(W_dec: Tensor, k: int) -> Neighbours:
+    """Each feature's k nearest others by cosine of their decoder rows; W_dec [n, d_in].
+
+    k is cut to n - 1. A zero row has cosine 0 with everything.
+    """
+    n = W_dec.shape[0]
+    k = min(k, n - 1)
+    unit = torch.nn.functional.normalize(W_dec.float(), dim=1)
+    indices, cosines = [], []
+    for rows in torch.split(torch.arange(n, device=W_dec.device), _rows_at_once(n)):
+        similar = unit[rows] @ unit.T
+        similar[torch.arange(len(rows), device=W_dec.device), rows] = -math.inf  # a feature is not its own neighbour
+        values, places = similar.topk(k)
+        indices.append(places)
+        cosines.append(values)
+    return Neighbours(torch.cat(indices), torch.cat(cosines).clamp(-1, 1))
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, CHUNK_ELEMENTS // width)
+
+
+def _chunks(vectors: Tensor, width: int) -> Iterator[Tensor]:
+    yield from torch.split(vectors, _rows_at_once(width))
+
+
+def _joined(parts: list[TopTokens]) -> TopTokens:
+    return TopTokens(torch.cat([part.ids for part in parts]), torch.cat([part.values for part in parts]))
