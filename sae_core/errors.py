@@ -16,6 +16,7 @@ HeadscopeError
 │   ├── DataFolderNotWritable
 │   ├── DiskFull
 │   ├── PortTaken
+│   ├── SlotTaken
 │   ├── DatabaseTooNew
 │   ├── DatabaseTooOld
 │   ├── DatabaseAway
@@ -113,6 +114,10 @@ class DiskFull(MachineError):
 
 class PortTaken(MachineError):
     """Another program listens on the port."""
+
+
+class SlotTaken(MachineError):
+    """Another worker runs under this name."""
 
 
 class DatabaseTooNew(MachineError):

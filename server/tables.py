@@ -43,7 +43,7 @@ class Model(Base):
     source: Mapped[dict[str, Any]]  # ModelSource
     created_at: Mapped[datetime] = mapped_column(default=now)
     # known once a worker has loaded it
-    fingerprint: Mapped[str | None] = mapped_column(sa.String(64))
+    fingerprint: Mapped[str | None] = mapped_column(sa.String(80))  # `gguf:` and a sha256, or the like
     n_layers: Mapped[int | None]
     n_heads: Mapped[int | None]
     n_kv_heads: Mapped[int | None]

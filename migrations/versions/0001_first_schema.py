@@ -56,7 +56,7 @@ def upgrade() -> None:
         sa.Column("name", sa.String(length=200), nullable=False),
         sa.Column("source", sa.JSON().with_variant(postgresql.JSONB(astext_type=sa.Text()), "postgresql"), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.Column("fingerprint", sa.String(length=64), nullable=True),
+        sa.Column("fingerprint", sa.String(length=80), nullable=True),
         sa.Column("n_layers", sa.Integer(), nullable=True),
         sa.Column("n_heads", sa.Integer(), nullable=True),
         sa.Column("n_kv_heads", sa.Integer(), nullable=True),

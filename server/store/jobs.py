@@ -1,0 +1,293 @@
+"""Jobs, their attempts and their workers. Whatever a worker writes is checked against its attempt in the same transaction."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from sae_core.errors import Cancelled, Fenced, JobError, UnknownJob
+from sae_core.progress import Progress
+from server.tables import Job, JobLog, JobPoint, Worker, now
+
+QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
+OPEN = (QUEUED, RUNNING)
+ENDED = (DONE, FAILED, CANCELLED)
+
+
+@dataclass(frozen=True)
+class JobRecord:
+    """A job as people see it."""
+
+    id: str
+    kind: str
+    title: str
+    config: dict[str, Any]
+    parent_id: str | None
+    status: str
+    attempt: int
+    worker: str | None
+    phase: str | None
+    done: int
+    total: int
+    unit: str
+    rate: float
+    seconds_left: float | None
+    error: str | None
+    created_at: datetime
+    started_at: datetime | None
+    updated_at: datetime | None
+    finished_at: datetime | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more will happen to it."""
+        return self.status in ENDED
+
+    @property
+    def share(self) -> float:
+        """How much of the present phase is done, 0 to 1."""
+        return min(self.done / self.total, 1.0) if self.total else 0.0
+
+
+@dataclass(frozen=True)
+class LogLine:
+    """A line that a job said."""
+
+    id: int
+    at: datetime
+    text: str
+
+
+@dataclass(frozen=True)
+class WorkerRecord:
+    """A worker's slot and when it was last heard."""
+
+    id: str
+    device: str
+    pid: int
+    last_seen: datetime
+
+
+# ---- what people ask for ----
+
+
+def create(
+    session: Session,
+    job_id: str,
+    kind: str,
+    title: str,
+    config: dict[str, Any],
+    *,
+    parent_id: str | None = None,
+    seconds_left: float | None = None,
+) -> bool:
+    """Put a job in the book as queued; False, and no change, when one of that id is there."""
+    if session.get(Job, job_id) is not None:
+        return False
+    job = Job(id=job_id, kind=kind, title=title, config=config, parent_id=parent_id, status=QUEUED, seconds_left=seconds_left)
+    session.add(job)
+    session.flush()
+    return True
+
+
+def cancel(session: Session, job_id: str) -> bool:
+    """Cancel a job that is queued or running; False when it has ended already."""
+    job = _locked(session, job_id)
+    if job.status in ENDED:
+        return False
+    job.status, job.finished_at, job.seconds_left, job.rate = CANCELLED, now(), None, 0.0
+    _say(session, job_id, "Cancelled.")
+    return True
+
+
+def requeue(session: Session, job_id: str) -> None:
+    """Queue a failed or cancelled job again; what it has on disk is used."""
+    job = _locked(session, job_id)
+    if job.status not in (FAILED, CANCELLED):
+        raise JobError(f"Job {job_id} is {job.status}; only a failed or cancelled job can be run again.")
+    job.status, job.error, job.phase, job.finished_at, job.done, job.total = QUEUED, None, None, None, 0, 0
+    job.attempt += 1  # whoever still works on an earlier attempt is shut out from now on
+    _say(session, job_id, "Queued again.")
+
+
+def get(session: Session, job_id: str) -> JobRecord:
+    """The job; `UnknownJob` without one."""
+    job = session.get(Job, job_id)
+    if job is None:
+        raise UnknownJob(f"There is no job {job_id}.")
+    return _record(job)
+
+
+def find(session: Session, job_id: str) -> JobRecord | None:
+    """The job, or None."""
+    job = session.get(Job, job_id)
+    return _record(job) if job else None
+
+
+def newest(session: Session, limit: int = 100) -> list[JobRecord]:
+    """Jobs, newest first."""
+    return [_record(job) for job in session.scalars(sa.select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit))]
+
+
+def of_status(session: Session, statuses: Sequence[str]) -> list[JobRecord]:
+    """Jobs in one of the statuses, oldest first."""
+    return [_record(job) for job in session.scalars(sa.select(Job).where(Job.status.in_(statuses)).order_by(*_AGE))]
+
+
+def children(session: Session, job_id: str) -> list[JobRecord]:
+    """The jobs that follow from this one, in the order they run."""
+    return [_record(job) for job in session.scalars(sa.select(Job).where(Job.parent_id == job_id).order_by(*_AGE))]
+
+
+def ids_like(session: Session, prefix: str) -> set[str]:
+    """Ids of the jobs whose id begins with `prefix`."""
+    return set(session.scalars(sa.select(Job.id).where(Job.id.startswith(prefix, autoescape=True))))
+
+
+def ready(session: Session) -> list[JobRecord]:
+    """Queued jobs that may start: no older job of the same parent is still open, since harvests replace each other in order."""
+    open_jobs = of_status(session, OPEN)
+    first = {job.parent_id: job.id for job in reversed(open_jobs) if job.parent_id}
+    return [job for job in open_jobs if job.status == QUEUED and first.get(job.parent_id or "", job.id) == job.id]
+
+
+def points(session: Session, job_id: str, *, after: int = -1) -> list[tuple[int, dict[str, float]]]:
+    """The job's curves: (step, values by name), from the step after `after`."""
+    query = sa.select(JobPoint).where(JobPoint.job_id == job_id, JobPoint.step > after).order_by(JobPoint.step)
+    return [(point.step, point.values) for point in session.scalars(query)]
+
+
+def log_lines(session: Session, job_id: str, *, after: int = 0, limit: int = 500) -> list[LogLine]:
+    """What the job said, oldest first, from the line after id `after`."""
+    query = sa.select(JobLog).where(JobLog.job_id == job_id, JobLog.id > after).order_by(JobLog.id).limit(limit)
+    return [LogLine(line.id, line.at, line.text) for line in session.scalars(query)]
+
+
+# ---- what a worker writes ----
+
+
+def start_attempt(session: Session, job_id: str, worker: str) -> int:
+    """Take the job up: every attempt before this one is shut out. `Cancelled` when there is nothing to do any more."""
+    job = _locked(session, job_id)
+    if job.status in ENDED:
+        raise Cancelled(f"Job {job_id} is {job.status}.")
+    resumed = job.status == RUNNING
+    job.attempt += 1
+    job.status, job.worker, job.updated_at, job.rate = RUNNING, worker, now(), 0.0
+    job.started_at = job.started_at or now()
+    if resumed:
+        _say(session, job_id, f"Taken up again by {worker}.")
+    return job.attempt
+
+
+def check(session: Session, job_id: str, attempt: int) -> Job:
+    """The job, locked for this transaction; `Fenced` when another attempt owns it, `Cancelled` when a person ended it.
+
+    On SQLite the transaction itself is the lock (BEGIN IMMEDIATE), on PostgreSQL the row is.
+    """
+    job = _locked(session, job_id)
+    if job.attempt != attempt:
+        raise Fenced(f"Job {job_id} is at attempt {job.attempt}; what attempt {attempt} still does must not count.")
+    if job.status == CANCELLED:
+        raise Cancelled(f"Job {job_id} was cancelled.")
+    if job.status != RUNNING:
+        raise Fenced(f"Job {job_id} is {job.status} already.")
+    return job
+
+
+def still_ours(session: Session, job_id: str, attempt: int) -> None:
+    """`check` without a lock, cheap enough for every batch."""
+    row = session.execute(sa.select(Job.attempt, Job.status).where(Job.id == job_id)).one_or_none()
+    if row is None or row.attempt != attempt:
+        raise Fenced(f"Job {job_id} has been taken over.")
+    if row.status == CANCELLED:
+        raise Cancelled(f"Job {job_id} was cancelled.")
+
+
+def report(session: Session, job_id: str, attempt: int, progress: Progress, seconds_left: float | None) -> None:
+    """Store how far the job is."""
+    job = check(session, job_id, attempt)
+    job.phase, job.done, job.total, job.unit = progress.phase, progress.done, progress.total, progress.unit
+    job.rate, job.seconds_left, job.updated_at = progress.rate, seconds_left, now()
+
+
+def add_points(session: Session, job_id: str, attempt: int, new: Sequence[tuple[int, dict[str, float]]]) -> None:
+    """Store points of the curves. A resumed run says some steps again, with the same values: they replace the old ones."""
+    check(session, job_id, attempt)
+    steps = [step for step, _ in new]
+    session.execute(sa.delete(JobPoint).where(JobPoint.job_id == job_id, JobPoint.step.in_(steps)))
+    session.add_all(JobPoint(job_id=job_id, step=step, values=values) for step, values in dict(new).items())
+
+
+def say(session: Session, job_id: str, attempt: int, text: str) -> None:
+    """Add a line to the job's log."""
+    check(session, job_id, attempt)
+    _say(session, job_id, text)
+
+
+def finish(session: Session, job_id: str, attempt: int) -> None:
+    """The job is done."""
+    _end(check(session, job_id, attempt), DONE)
+
+
+def fail(session: Session, job_id: str, attempt: int, error: str) -> None:
+    """The job ends with a sentence that says what was wrong."""
+    job = check(session, job_id, attempt)
+    _end(job, FAILED)
+    job.error = error
+    _say(session, job_id, f"Failed: {error}")
+
+
+# ---- workers ----
+
+
+def beat(session: Session, worker: str, device: str, pid: int) -> None:
+    """Say that the worker is alive."""
+    row = session.get(Worker, worker)
+    if row is None:
+        session.add(Worker(id=worker, device=device, pid=pid, last_seen=now()))
+    else:
+        row.device, row.pid, row.last_seen = device, pid, now()
+
+
+def leave(session: Session, worker: str) -> None:
+    """The worker has ended properly."""
+    session.execute(sa.delete(Worker).where(Worker.id == worker))
+
+
+def workers(session: Session, *, seen_within: float | None = None) -> list[WorkerRecord]:
+    """Workers, or those seen in the last `seen_within` seconds."""
+    query = sa.select(Worker).order_by(Worker.id)
+    if seen_within is not None:
+        query = query.where(Worker.last_seen >= now() - timedelta(seconds=seen_within))
+    return [WorkerRecord(row.id, row.device, row.pid, row.last_seen) for row in session.scalars(query)]
+
+
+def silent_workers(session: Session, seconds: float) -> list[str]:
+    """Slots that have not been heard for `seconds`."""
+    return list(session.scalars(sa.select(Worker.id).where(Worker.last_seen < now() - timedelta(seconds=seconds))))
+
+
+_AGE = (Job.created_at, Job.id)
+
+
+def _locked(session: Session, job_id: str) -> Job:
+    job = session.get(Job, job_id, with_for_update=True, populate_existing=True)
+    if job is None:
+        raise UnknownJob(f"There is no job {job_id}.")
+    return job
+
+
+def _end(job: Job, status: str) -> None:
+    job.status, job.finished_at, job.updated_at, job.seconds_left, job.rate = status, now(), now(), None, 0.0
+
+
+def _say(session: Session, job_id: str, text: str) -> None:
+    session.add(JobLog(job_id=job_id, text=text))
+
+
+def _record(job: Job) -> JobRecord:
+    return JobRecord(**{name: getattr(job, name) for name in JobRecord.__dataclass_fields__})

@@ -1,0 +1,222 @@
+"""Models, corpora and SAEs by name: how they are registered and found again."""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from sae_core.config import CorpusSource, ModelSource, SAEConfig
+from sae_core.errors import NotFound, SAEMismatch, UnknownCorpus, UnknownModel
+from server.tables import SAE, Corpus, Model
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """A registered model; shapes are None until a worker has loaded it."""
+
+    id: int
+    name: str
+    source: ModelSource
+    fingerprint: str | None
+    n_layers: int | None
+    n_heads: int | None
+    n_kv_heads: int | None
+    d_head: int | None
+    d_model: int | None
+    d_vocab: int | None
+
+
+@dataclass(frozen=True)
+class CorpusRecord:
+    """A registered corpus."""
+
+    id: int
+    name: str
+    source: CorpusSource
+    licences: list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class SAERecord:
+    """A trained SAE: where it is and what it reads."""
+
+    id: int
+    name: str
+    model_id: int
+    config: SAEConfig
+    folder: str
+    sha256: str
+    job_id: str | None
+
+
+class ModelInfo(Protocol):
+    """What is known of a model once it is loaded (`sae_core.lens.LensInfo`)."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
+    @property
+    def d_head(self) -> int: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def d_vocab(self) -> int: ...
+
+
+SHAPES = ("fingerprint", "n_layers", "n_heads", "n_kv_heads", "d_head", "d_model", "d_vocab")
+
+
+# ---- models ----
+
+
+def add_model(session: Session, name: str, source: ModelSource) -> ModelRecord:
+    """Register a model, or find it; a name that stands for other weights is refused."""
+    row = session.scalar(sa.select(Model).where(Model.name == name))
+    if row is None:
+        row = Model(name=name, source=source.model_dump(mode="json"))
+        session.add(row)
+        session.flush()
+    elif ModelSource.model_validate(row.source) != source:
+        raise UnknownModel(
+            f"The name {name} is taken by the model at {row.source['location']}; register this one under another name.",
+            field="model",
+        )
+    return _model(row)
+
+
+def model(session: Session, name: str) -> ModelRecord:
+    """The model registered as `name`."""
+    row = session.scalar(sa.select(Model).where(Model.name == name))
+    if row is None:
+        known = ", ".join(session.scalars(sa.select(Model.name).order_by(Model.name))) or "none"
+        raise UnknownModel(
+            f"No model is registered as {name}; registered: {known}. Register one with `headscope model add`.", field="model"
+        )
+    return _model(row)
+
+
+def model_at(session: Session, source: ModelSource) -> ModelRecord | None:
+    """The model registered for exactly this source, if any."""
+    rows = session.scalars(sa.select(Model).order_by(Model.id))
+    return next((_model(row) for row in rows if ModelSource.model_validate(row.source) == source), None)
+
+
+def model_by_id(session: Session, model_id: int) -> ModelRecord:
+    """The model of that id."""
+    return _model(session.get_one(Model, model_id))
+
+
+def models(session: Session) -> list[ModelRecord]:
+    """Every registered model, by name."""
+    return [_model(row) for row in session.scalars(sa.select(Model).order_by(Model.name))]
+
+
+def note_shape(session: Session, name: str, info: ModelInfo) -> None:
+    """Keep what loading the model has shown; refuse when its weights are not those that its SAEs were made with."""
+    row = session.scalars(sa.select(Model).where(Model.name == name)).one()
+    if row.fingerprint not in (None, info.fingerprint) and session.scalar(sa.select(sa.exists().where(SAE.model_id == row.id))):
+        raise SAEMismatch(
+            f"The weights of {name} at {row.source['location']} have changed since its SAEs were trained; "
+            "put the old weights back, or register the new ones under another name.",
+            field="model",
+        )
+    for shape in SHAPES:
+        setattr(row, shape, getattr(info, shape))
+
+
+# ---- corpora ----
+
+
+def add_corpus(session: Session, name: str, source: CorpusSource, licences: list[dict[str, str]] | None = None) -> CorpusRecord:
+    """Register a corpus, or find it; a name that stands for other text is refused."""
+    row = session.scalar(sa.select(Corpus).where(Corpus.name == name))
+    if row is None:
+        row = Corpus(name=name, source=source.model_dump(mode="json"), licences=licences or [])
+        session.add(row)
+        session.flush()
+    elif CorpusSource.model_validate(row.source) != source:
+        raise UnknownCorpus(
+            f"The name {name} is taken by the corpus at {row.source['location']}; register this one under another name.",
+            field="corpus",
+        )
+    elif licences:
+        row.licences = list(licences)
+    return _corpus(row)
+
+
+def corpus(session: Session, name: str) -> CorpusRecord:
+    """The corpus registered as `name`."""
+    row = session.scalar(sa.select(Corpus).where(Corpus.name == name))
+    if row is None:
+        known = ", ".join(session.scalars(sa.select(Corpus.name).order_by(Corpus.name))) or "none"
+        raise UnknownCorpus(
+            f"No corpus is registered as {name}; registered: {known}. Register one with `headscope corpus add`.",
+            field="corpus",
+        )
+    return _corpus(row)
+
+
+def corpus_at(session: Session, source: CorpusSource) -> CorpusRecord | None:
+    """The corpus registered for exactly this source, if any."""
+    rows = session.scalars(sa.select(Corpus).order_by(Corpus.id))
+    return next((_corpus(row) for row in rows if CorpusSource.model_validate(row.source) == source), None)
+
+
+def corpora(session: Session) -> list[CorpusRecord]:
+    """Every registered corpus, by name."""
+    return [_corpus(row) for row in session.scalars(sa.select(Corpus).order_by(Corpus.name))]
+
+
+# ---- SAEs ----
+
+
+def upsert_sae(
+    session: Session,
+    *,
+    job_id: str,
+    name: str,
+    model_id: int,
+    config: SAEConfig,
+    metrics: dict[str, Any],
+    folder: str,
+    sha256: str,
+) -> int:
+    """The SAE row that the job made, inserted once however often the job says it; returns its id."""
+    row = session.scalar(sa.select(SAE).where(SAE.job_id == job_id))
+    if row is None:
+        row = SAE(job_id=job_id)
+        session.add(row)
+    row.name, row.model_id, row.folder, row.sha256, row.metrics = name, model_id, folder, sha256, metrics
+    row.layer, row.hook, row.arch, row.k = config.site.layer, config.site.hook, config.arch, config.k
+    row.d_in, row.d_sae, row.n_heads = config.d_in, config.d_sae, config.n_heads
+    row.config = config.model_dump(mode="json")
+    session.flush()
+    return row.id
+
+
+def sae(session: Session, name: str) -> SAERecord:
+    """The SAE of that name."""
+    row = session.scalar(sa.select(SAE).where(SAE.name == name))
+    if row is None:
+        raise NotFound(f"There is no SAE {name}; `headscope train` makes one.", field="sae")
+    return SAERecord(row.id, row.name, row.model_id, SAEConfig.model_validate(row.config), row.folder, row.sha256, row.job_id)
+
+
+def sae_names(session: Session) -> set[str]:
+    """Names that are taken."""
+    return set(session.scalars(sa.select(SAE.name)))
+
+
+def _model(row: Model) -> ModelRecord:
+    shapes = {name: getattr(row, name) for name in SHAPES}
+    return ModelRecord(row.id, row.name, ModelSource.model_validate(row.source), **shapes)
+
+
+def _corpus(row: Corpus) -> CorpusRecord:
+    return CorpusRecord(row.id, row.name, CorpusSource.model_validate(row.source), list(row.licences))
