@@ -1,0 +1,85 @@
+"""The whole web product on one screen: `create_app(settings)`. No torch."""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import sqlalchemy as sa
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.types import Scope
+
+from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
+from server.db import Database
+from server.pages import feature, health, home, jobs, sae
+from server.pages.errors import error_response
+from server.resources import resource_path
+from server.security import TRUSTED_HOSTS, SecurityHeaders, refuse_cross_origin
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The web process. It starts whether or not the database answers; until it does, pages say so."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        app.state.db.close()
+
+    app = FastAPI(title="Headscope", docs_url=None, redoc_url=None, lifespan=lifespan, dependencies=[Depends(refuse_cross_origin)])
+    app.state.settings = settings
+    app.state.db = Database(settings.url)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=TRUSTED_HOSTS)
+    app.add_middleware(SecurityHeaders)
+    for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):
+        app.add_exception_handler(kind, on_error)
+    app.mount("/static", Assets(directory=resource_path("static")))
+    for page in (health, home, sae, feature, jobs):
+        app.include_router(page.router)
+    return app
+
+
+def on_error(request: Request, error: Exception) -> Response:
+    """Every error becomes one sentence, on a page or in JSON."""
+    return error_response(request, as_sentence(request, error))
+
+
+def as_sentence(request: Request, error: Exception) -> HeadscopeError:
+    """The error of ours that says what `error` means to a person."""
+    if isinstance(error, HeadscopeError):
+        return error
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        field = str(first["loc"][-1]) if len(first["loc"]) > 1 else None
+        what = first["msg"].removeprefix("Value error, ")
+        return UsageError(f"{f'{field}: ' if field else ''}{what}.", field=field)
+    if isinstance(error, HTTPException) and error.status_code == 404:
+        return NotFound(f"There is no page at {request.url.path}.")
+    if isinstance(error, sa.exc.OperationalError):
+        log.error("the database failed", exc_info=error)
+        return DatabaseAway(f"The database does not answer ({error.orig}). Try again in a moment.")
+    if isinstance(error, HTTPException):
+        return with_status(f"{error.detail}.", error.status_code)
+    return with_status("Something went wrong here; the server's log says what.", 500)
+
+
+def with_status(message: str, status: int) -> HeadscopeError:
+    """An error that has no class of its own."""
+    error = HeadscopeError(message)
+    error.status = status
+    return error
+
+
+class Assets(StaticFiles):
+    """Static files. An address with the file's digest may be kept for good."""
+
+    def file_response(self, full_path, stat_result, scope: Scope, status_code: int = 200) -> Response:  # type: ignore[no-untyped-def]
+        response = super().file_response(full_path, stat_result, scope, status_code)
+        kept = b"v=" in scope["query_string"]
+        response.headers["Cache-Control"] = "public, max-age=31536000, immutable" if kept else "no-cache"
+        return response

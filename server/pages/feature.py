@@ -1,0 +1,125 @@
+"""`/saes/{sae}/features/{index}`: one feature, its examples taken apart by head and source token."""
+
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qs
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from sae_core.errors import HeadscopeError, UsageError
+from server import live
+from server.pages.reply import Read, etag, reply, unchanged
+from server.rendering import Paint
+from server.store.features import DfaEntry, FeatureExample, FeaturePage, feature_page
+from server.store.saes import Door, find_sae
+
+router = APIRouter()
+
+LONGEST_TEXT = 4000
+"""Characters of typed text; a model's pass over more would keep everyone waiting."""
+
+
+class View(BaseModel):
+    """How the examples are shown; part of the address."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    context: Literal["5", "16", "full"] = "16"
+    """Tokens on each side of the destination."""
+    head: int | None = Field(None, ge=0)
+    """Paint this head's DFA alone."""
+
+    def paint(self, page: FeaturePage) -> Paint:
+        """How one example of the page is painted."""
+        return Paint(page.max_act, self.head, None if self.context == "full" else int(self.context))
+
+    def asked(self, **changes: Any) -> dict[str, Any]:
+        """The address's parameters, with changes."""
+        chosen = {**self.model_dump(), **changes}
+        return {"context": None if chosen["context"] == "16" else chosen["context"], "head": chosen["head"]}
+
+
+@router.get("/saes/{sae}/features/{index:int}", include_in_schema=False)
+@router.get("/saes/{sae}/features/{index:int}.json", response_model=FeaturePage)
+def show_feature(request: Request, sae: str, index: int, view: Annotated[View, Query()], read: Read) -> Response:
+    """The feature's page. A published harvest never changes, so its id names the answer."""
+    door = find_sae(read, sae)
+    check_head(door, view.head)
+    tag = etag(request, door.sae.sha256, door.sae.harvest and door.sae.harvest.id)
+    return unchanged(request, tag) or reply(
+        request, feature_page(read, door, index), "feature.html", block="_examples.html", tag=tag, **about(view)
+    )
+
+
+def check_head(door: Door, head: int | None) -> None:
+    """UsageError unless the SAE reads that head."""
+    if head is not None and head >= door.sae.n_heads:
+        raise UsageError(f"Head {head} does not exist: {door.sae.name} has heads 0 to {door.sae.n_heads - 1}.", field="head")
+
+
+def about(view: View, text: str = "", answer: FeatureExample | None = None, trouble: str = "") -> dict[str, Any]:
+    """What the template needs beside the feature: the chosen view, and the typed text with its answer."""
+    return {"view": view, "text": text, "answer": answer, "trouble": trouble}
+
+
+async def form(request: Request) -> dict[str, str]:
+    """The fields of a posted form; htmx and browsers send it urlencoded."""
+    body = (await request.body()).decode("utf-8", errors="replace")
+    return {name: values[-1] for name, values in parse_qs(body, keep_blank_values=True).items()}
+
+
+@router.post("/saes/{sae}/features/{index:int}", include_in_schema=False)
+def try_text(request: Request, sae: str, index: int, read: Read, form: Annotated[dict[str, str], Depends(form)]) -> Response:
+    """The typed text taken apart by the engine. Nothing of it is stored."""
+    door = find_sae(read, sae)
+    page = feature_page(read, door, index)
+    text = form.get("text", "")
+    answer, trouble = None, ""
+    try:
+        answer = ask(request, door, index, text, form.get("dest", ""))
+    except HeadscopeError as error:
+        # The page stays as it is: the sentence stands beside the box, and the text is kept.
+        trouble = str(error)
+    known = about(View(context="full"), text, answer, trouble)
+    return reply(request, page, "feature.html", block="_try.html", **known)
+
+
+def ask(request: Request, door: Door, index: int, text: str, dest: str) -> FeatureExample:
+    """The engine's answer in the form of an example."""
+    if not text.strip():
+        raise UsageError("Type some text first.", field="text")
+    if len(text) > LONGEST_TEXT:
+        raise UsageError(f"That is {len(text)} characters; at most {LONGEST_TEXT} can be tried at once.", field="text")
+    if dest and not (dest.isascii() and dest.isdigit()):
+        raise UsageError(f"'{dest}' is no token position; leave it empty for the strongest.", field="dest")
+    answer = live.attribute(request.app.state.settings, door.sae.name, index, text, int(dest) if dest else None)
+    return as_example(answer)
+
+
+def as_example(answer: live.Attribution) -> FeatureExample:
+    """A live answer holds the full matrix, so nothing is dropped and nothing lies before the window."""
+    entries = [DfaEntry(src, head, value) for head, row in enumerate(answer.dfa) for src, value in enumerate(row)]
+    entries.sort(key=lambda entry: -abs(entry.value))
+    total, size = sum(entry.value for entry in entries), sum(abs(entry.value) for entry in entries)
+    none = (0.0,) * len(answer.dfa)
+    preact = answer.preacts[answer.dest]
+    return FeatureExample(
+        band=0,
+        rank=0,
+        row=0,
+        start=0,
+        dest=answer.dest,
+        texts=tuple(answer.texts),
+        acts={position: act for position, act in enumerate(answer.activations) if act > 0},
+        dfa=tuple(entries),
+        dropped=none,
+        before=none,
+        abs_dfa=size,
+        dfa_sum=total,
+        bias=answer.bias,
+        preact=preact,
+        act=answer.activations[answer.dest],
+        gap=abs(total + answer.bias - preact) / (size + abs(answer.bias) or 1.0),
+    )
+
+

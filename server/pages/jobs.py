@@ -1,0 +1,104 @@
+"""`/jobs` and `/jobs/{job_id}`: what workers do, as it happens."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from sqlalchemy.orm import Session
+from starlette.responses import RedirectResponse
+
+from server.jobs import Jobs
+from server.pages.reply import Read, reply, render
+from server.store import jobs as store
+from server.store.jobs import JobRecord, LogLine, WorkerRecord
+from server.store.saes import CurvePoint, sae_made_by
+
+router = APIRouter()
+
+SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True)
+class JobsPage:
+    """Jobs, newest first, and the workers there are to do them."""
+
+    jobs: tuple[JobRecord, ...]
+    workers: tuple[WorkerRecord, ...]
+    """Those heard from in the last minute."""
+
+
+@dataclass(frozen=True)
+class JobPage:
+    """One job with its curves and its log."""
+
+    job: JobRecord
+    children: tuple[JobRecord, ...]
+    curve: tuple[CurvePoint, ...]
+    log: tuple[LogLine, ...]
+    sae: str | None
+    """The SAE it made or swept, once it is there."""
+
+
+@router.get("/jobs", include_in_schema=False)
+@router.get("/jobs.json", response_model=JobsPage)
+def jobs_page(request: Request, read: Read) -> Response:
+    """Every job."""
+    page = JobsPage(tuple(store.newest(read)), tuple(store.workers(read, seen_within=60)))
+    return reply(request, page, "jobs.html", block="_jobs.html")
+
+
+@router.get("/jobs/{job_id}", include_in_schema=False)
+@router.get("/jobs/{job_id}.json", response_model=JobPage)
+def job_page(request: Request, job_id: str, read: Read) -> Response:
+    """One job as it stands; a browser with JavaScript then follows its events."""
+    return reply(request, look(read, job_id), "job.html", block="_job.html")
+
+
+def look(session: Session, job_id: str) -> JobPage:
+    """The job as it stands: five queries."""
+    job = store.get(session, job_id)
+    return JobPage(
+        job=job,
+        children=tuple(store.children(session, job_id)),
+        curve=tuple(CurvePoint(step, values) for step, values in store.points(session, job_id)),
+        log=tuple(store.log_lines(session, job_id)),
+        sae=sae_made_by(session, job_id, swept=job.config.get("sae")),
+    )
+
+
+@router.post("/jobs/{job_id}/cancel", include_in_schema=False)
+def cancel(request: Request, job_id: str) -> Response:
+    """Ask the job's worker to stop, then show the job."""
+    Jobs(request.app.state.settings, request.app.state.db).cancel(job_id)
+    return RedirectResponse(f"/jobs/{job_id}", 303)
+
+
+def known_job(request: Request, job_id: str) -> str:
+    """The id, once it is sure that there is such a job: an event stream cannot answer 404."""
+    with request.app.state.db.read() as session:
+        return store.get(session, job_id).id
+
+
+@router.get("/jobs/{job_id}/events", response_class=EventSourceResponse, include_in_schema=False)
+async def events(request: Request, job_id: Annotated[str, Depends(known_job)]) -> AsyncIterator[ServerSentEvent]:
+    """The job's block whenever it changes, until the job ends."""
+    shown = ""
+    while True:
+        block, ended = await run_sync(_block, request, job_id)
+        if block != shown:
+            shown = block
+            yield ServerSentEvent(raw_data=block)
+        if ended:
+            yield ServerSentEvent(event="end", raw_data="")
+            return
+        await anyio.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _block(request: Request, job_id: str) -> tuple[str, bool]:
+    with request.app.state.db.read() as session:
+        page = look(session, job_id)
+    return render("_job.html", page=page), page.job.ended

@@ -1,0 +1,148 @@
+"""How every page answers: the whole page, one block of it for htmx, or the same dataclass as JSON."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import lru_cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode
+
+from fastapi import Depends, Request, Response
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pydantic import TypeAdapter
+from sqlalchemy.orm import Session
+from starlette.responses import HTMLResponse
+
+from server import rendering
+from server.resources import resource_path
+
+VERSION = version("headscope")
+VARY = "HX-Request, HX-Request-Type, HX-History-Restore-Request"
+
+
+def read(request: Request) -> Iterator[Session]:
+    """A session that reads, for as long as the request lasts; a sentence when the schema is not the one we know."""
+    state = request.app.state
+    if not getattr(state, "schema_checked", False):
+        state.db.check_version()
+        state.schema_checked = True
+    with state.db.read() as session:
+        yield session
+
+
+Read = Annotated[Session, Depends(read)]
+
+
+def wants_json(request: Request) -> bool:
+    """Is this the address of a page's JSON twin?"""
+    return request.url.path.endswith(".json")
+
+
+def wants_part(request: Request) -> bool:
+    """Did htmx ask for a block? Going back in the history asks for the whole page."""
+    headers = request.headers
+    return (
+        headers.get("hx-request") == "true"
+        and headers.get("hx-request-type") == "partial"
+        and headers.get("hx-history-restore-request") != "true"
+    )
+
+
+def etag(request: Request, *facts: object) -> str:
+    """Changes whenever the answer may: with the facts, the version, the templates, and the kind of answer."""
+    variant = "json" if wants_json(request) else "part" if wants_part(request) else "page"
+    text = repr((VERSION, build(), variant, facts))
+    return f'"{hashlib.sha256(text.encode()).hexdigest()[:20]}"'
+
+
+def unchanged(request: Request, tag: str) -> Response | None:
+    """304 when the browser already has `tag`; None when the page must be made."""
+    known = [given.strip().removeprefix("W/") for given in request.headers.get("if-none-match", "").split(",")]
+    return Response(status_code=304, headers=_headers(tag)) if tag in known else None
+
+
+def reply(
+    request: Request,
+    page: Any,
+    template: str,
+    *,
+    block: str | None = None,
+    tag: str | None = None,
+    status: int = 200,
+    headers: dict[str, str] | None = None,
+    **view: Any,
+) -> Response:
+    """`page` as JSON, as `block` of the page, or as the whole `template`, as the request wants it.
+
+    `view` is what the template needs beyond the page's facts: what is chosen, not what is known.
+    """
+    headers = {**_headers(tag), **(headers or {})}
+    if wants_json(request):
+        return Response(to_json(page), status, headers, media_type="application/json")
+    chosen = block if block and wants_part(request) else template
+    return HTMLResponse(render(chosen, page=page, **view), status, headers)
+
+
+def to_json(page: Any) -> bytes:
+    """The dataclass `page` as JSON."""
+    return _adapter(type(page)).dump_json(page)
+
+
+@lru_cache
+def _adapter(kind: type) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _headers(tag: str | None) -> dict[str, str]:
+    headers = {"Vary": VARY, "Cache-Control": "private, no-cache"}
+    return {**headers, "ETag": tag} if tag else headers
+
+
+def link(path: str, **params: Any) -> str:
+    """An address of ours; parameters that are None are left out."""
+    given = {key: value for key, value in params.items() if value is not None}
+    return f"{path}?{urlencode(given)}" if given else path
+
+
+def sae_path(name: str) -> str:
+    """The address of an SAE's page."""
+    return f"/saes/{quote(name, safe='')}"
+
+
+def asset(name: str) -> str:
+    """The address of a static file; it changes with the file, so browsers may keep it for good."""
+    return f"/static/{name}?v={build()}"
+
+
+@lru_cache
+def build() -> str:
+    """A digest of templates and static files."""
+    digest = hashlib.sha256()
+    for folder in ("templates", "static"):
+        for path in sorted(resource_path(folder).rglob("*")):
+            if path.is_file():
+                digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def render(template: str, **view: Any) -> str:
+    """The template as HTML."""
+    return environment().get_template(template).render(**view)
+
+
+@lru_cache
+def environment() -> Environment:
+    """Jinja with our filters. Everything is escaped, and a name that a template gets wrong is an error."""
+    jinja = Environment(
+        loader=FileSystemLoader(Path(resource_path("templates"))),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    names = ("num", "signed", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip")
+    jinja.filters.update({name: getattr(rendering, name) for name in names})
+    jinja.globals.update(link=link, sae_path=sae_path, asset=asset, version=VERSION, draw=rendering, asdict=asdict)
+    return jinja

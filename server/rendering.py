@@ -1,0 +1,406 @@
+"""Numbers, token texts and charts as HTML. Everything is escaped here; nothing carries a style, so a strict CSP holds.
+
+Charts are SVG with a title, a description, and their numbers as text beside them. Colours come from classes: `a1`..`a15`
+activation, `p1`..`p15` positive and `n1`..`n15` negative DFA, `c1`..`c15` how much there is.
+"""
+
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from typing import NamedTuple
+
+from markupsafe import Markup, escape
+
+from server.store.features import FeatureExample, HeadShare
+
+NARROW = "\N{NARROW NO-BREAK SPACE}"
+LEVELS = 15
+FAINTEST = 0.03
+"""A DFA below this share of the example's largest is not painted; its number is still there."""
+FAR_SOURCE = 5
+"""A source painted at this level or above stays in view however short the context is."""
+
+
+# --- numbers -----------------------------------------------------------------
+
+
+def num(value: float | None, digits: int = 3) -> str:
+    """`value` to so many significant digits, with a real minus sign; a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    if size < -4 or size >= 6:
+        mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
+        return f"{mantissa}e{int(exponent)}".replace("-", "−")
+    return f"{value:.{max(0, digits - 1 - size)}f}".replace("-", "−")
+
+
+def signed(value: float | None, digits: int = 3) -> str:
+    """`num` with a plus where the value is positive."""
+    return ("+" if value is not None and value > 0 else "") + num(value, digits)
+
+
+def fixed(value: float | None, places: int = 2) -> str:
+    """`value` to so many decimal places, so that a column lines up."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.{places}f}".replace("-", "−")
+
+
+def percent(share: float | None, digits: int = 3) -> str:
+    """A share as a percentage."""
+    return "–" if share is None or not math.isfinite(share) else f"{num(100 * share, digits)}{NARROW}%"
+
+
+def count(n: int | float | None) -> str:
+    """A whole number with its thousands set apart."""
+    return "–" if n is None else f"{round(n):,}".replace(",", NARROW)
+
+
+def duration(seconds: float | None) -> str:
+    """About how long, in the two largest units."""
+    if seconds is None:
+        return "–"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def moment(at: datetime | None) -> str:
+    """A time in UTC. SQLite gives times without their zone; ours are all in UTC."""
+    return "–" if at is None else f"{at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def level(value: float, scale: float) -> int:
+    """0 to 15: how strongly `value` is painted when `scale` is painted fully."""
+    if scale <= 0 or value <= 0:
+        return 0
+    return min(LEVELS, max(1, math.ceil(LEVELS * value / scale)))
+
+
+# --- token texts -------------------------------------------------------------
+
+_SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x00": "␀"}
+
+
+@lru_cache(maxsize=65536)
+def token_text(text: str) -> Markup:
+    """A token as people see it: escaped, and no character invisible or able to turn the text around it."""
+    return escape("".join(_SIGNS.get(c) or (f"⟨{ord(c):X}⟩" if _hidden(c) else c) for c in text))
+
+
+def _hidden(c: str) -> bool:
+    return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def token_chip(text: str) -> Markup:
+    """A token standing alone, its spaces made visible."""
+    shown = token_text(text).replace(" ", Markup('<i class="sp">·</i>'))
+    return Markup('<span class="chip">{}</span>').format(shown)
+
+
+class Paint(NamedTuple):
+    """How an example is shown."""
+
+    scale: float
+    """The activation painted fully: the feature's maximum."""
+    head: int | None = None
+    """Paint this head's DFA alone."""
+    context: int | None = 16
+    """Tokens on each side of the destination; None shows the whole window."""
+
+
+def example_tokens(example: FeatureExample, paint: Paint) -> Markup:
+    """The example's text: activation as warmth, DFA as a bar beneath, the destination framed.
+
+    A token with numbers carries them for the panel: `data-a` activation, `data-d` its DFA as `head:value` pairs. Sources
+    that matter stay in view however far back they are.
+    """
+    by_source, entries = _by_source(example, paint.head)
+    scale = max((abs(value) for value in _by_source(example, None)[0].values()), default=0.0)
+    levels = {src: level(abs(v), scale) if abs(v) >= FAINTEST * scale else 0 for src, v in by_source.items()}
+    end = example.start + len(example.texts)
+    shown = _in_view(example, levels, paint.context, end)
+    parts: list[str] = []
+    last = example.start - 1
+    for position in shown:
+        if position - last > 1:
+            parts.append(_left_out(position - last - 1))
+        parts.append(_token(example, position, levels.get(position, 0), by_source.get(position, 0.0), entries, paint.scale))
+        last = position
+    if end - last > 1:
+        parts.append(_left_out(end - last - 1))
+    return Markup("".join(parts))  # noqa: S704 - every part is escaped above
+
+
+def _by_source(example: FeatureExample, head: int | None) -> tuple[dict[int, float], dict[int, list[str]]]:
+    sums: dict[int, float] = {}
+    entries: dict[int, list[str]] = {}
+    for src, at, value in ((entry.src, entry.head, entry.value) for entry in example.dfa):
+        entries.setdefault(src, []).append(f"{at}:{value:.4g}")
+        if head is None or at == head:
+            sums[src] = sums.get(src, 0.0) + value
+    return sums, entries
+
+
+def _in_view(example: FeatureExample, levels: Mapping[int, int], context: int | None, end: int) -> Sequence[int]:
+    if context is None:
+        return range(example.start, end)
+    near = set(range(max(example.start, example.dest - context), min(end, example.dest + context + 1)))
+    for src, strength in levels.items():
+        if strength >= FAR_SOURCE:
+            near.update(range(max(example.start, src - 2), min(end, src + 2)))
+    shown: list[int] = []
+    for position in sorted(near):
+        # An ellipsis for one or two tokens would be no shorter than the tokens.
+        if shown and 1 < position - shown[-1] <= 3:
+            shown.extend(range(shown[-1] + 1, position))
+        shown.append(position)
+    return shown
+
+
+def _left_out(n: int) -> str:
+    return f'<i class="gap" title="{n} more">⋯</i>'
+
+
+def _token(
+    example: FeatureExample, position: int, strength: int, dfa: float, entries: Mapping[int, list[str]], scale: float
+) -> str:
+    raw = example.texts[position - example.start]
+    text = token_text(raw)
+    # The sign of a line end stays inside the token; the line itself ends after it.
+    tail = "<wbr>" if "\n" in raw else ""
+    act = example.acts.get(position, 0.0)
+    classes = []
+    if act > 0:
+        classes.append(f"a{level(act, scale)}")
+    if strength:
+        classes.append(f"{'p' if dfa > 0 else 'n'}{strength}")
+    if position == example.dest:
+        classes.append("dest")
+    data = f' data-a="{act:.4g}"' if act > 0 else ""
+    if position in entries:
+        data += f' data-d="{" ".join(entries[position])}"'
+    if not data and not classes:
+        return f"{text}{tail}"
+    space = " " if text.startswith(" ") else ""
+    # The leading space stands outside, so that a mark hugs its word and lines still break at spaces.
+    word = text[1:] if space and len(text) > 1 else text
+    space = space if len(text) > 1 else ""
+    return f'{space}<span class="{" ".join(["t", *classes])}" data-p="{position}"{data}>{word}</span>{tail}'
+
+
+def head_strip(example: FeatureExample) -> Markup:
+    """A bar per head: the DFA of this example, sources summed, drawn up for positive and down for negative."""
+    sums = example.by_head
+    top = max((abs(value) for value in sums), default=0.0) or 1.0
+    width = 6 * len(sums)
+    bars = []
+    for head, value in enumerate(sums):
+        height = max(0.5, 10 * abs(value) / top)
+        y = 11 - height if value > 0 else 11
+        sign = "pos" if value > 0 else "neg"
+        bars.append(
+            f'<g><title>head {head}: {signed(value)}</title><rect class="hit" x="{6 * head}" y="0" width="6" height="22"/>'
+            f'<rect class="{sign}" x="{6 * head + 1}" y="{y:.1f}" width="4" height="{height:.1f}"/></g>'
+        )
+    label = ", ".join(f"head {head} {signed(value, 2)}" for head, value in enumerate(sums))
+    return Markup(  # noqa: S704 - numbers only
+        f'<svg class="strip" role="img" aria-label="DFA by head: {label}" viewBox="0 0 {width} 22" width="{width}" height="22">'
+        f'<line class="axis" x1="0" x2="{width}" y1="11" y2="11"/>{"".join(bars)}</svg>'
+    )
+
+
+# --- charts ------------------------------------------------------------------
+
+
+def share_bar(value: float, top: float, width: int = 90) -> Markup:
+    """A bar from the left: `value` of `top`. The number stands beside it, so this says nothing to a screen reader."""
+    length = 0.0 if top <= 0 else width * min(1.0, max(0.0, value / top))
+    return Markup(  # noqa: S704 - numbers only
+        f'<svg class="bar" aria-hidden="true" viewBox="0 0 {width} 10" width="{width}" height="10">'
+        f'<rect class="track" width="{width}" height="10"/><rect class="share" width="{length:.1f}" height="10"/></svg>'
+    )
+
+
+def signed_bar(value: float, spread: float, top: float, width: int = 90) -> Markup:
+    """A bar from the middle, right for positive, left for negative, with a line for the spread on both sides of its end."""
+    middle = width / 2
+    per = 0.0 if top <= 0 else middle / top
+    end = middle + per * value
+    left, right = (max(0.0, min(float(width), x)) for x in (end - per * spread, end + per * spread))
+    whisker = f'<line class="spread" x1="{left:.1f}" x2="{right:.1f}" y1="5" y2="5"/>' if spread else ""
+    return Markup(  # noqa: S704 - numbers only
+        f'<svg class="bar" aria-hidden="true" viewBox="0 0 {width} 10" width="{width}" height="10">'
+        f'<rect class="track" width="{width}" height="10"/><rect class="{"pos" if value >= 0 else "neg"}" '
+        f'x="{min(middle, end):.1f}" width="{abs(end - middle):.1f}" height="10"/>{whisker}'
+        f'<line class="axis" x1="{middle}" x2="{middle}" y1="0" y2="10"/></svg>'
+    )
+
+
+class Bar(NamedTuple):
+    """A bar of a chart."""
+
+    label: str
+    value: float
+    link: str | None = None
+    kind: str = "share"
+
+
+def heads_top(heads: Sequence[HeadShare]) -> float:
+    """The largest |mean DFA| with its spread, so that every head's bar is drawn to one scale."""
+    return max((abs(head.dfa) + head.dfa_std for head in heads), default=0.0)
+
+
+def bar_chart(
+    title: str,
+    bars: Sequence[Bar],
+    *,
+    desc: str,
+    unit: str = "",
+    log: bool = False,
+    ticks: Sequence[tuple[int, str]] = (),
+    width: int = 300,
+    height: int = 96,
+) -> Markup:
+    """Vertical bars. `ticks` are (edge between bars, label); without them every bar's own label is written when it fits."""
+    top = max((bar.value for bar in bars), default=0.0)
+    scaled = [_height(bar.value, top, log) * (height - 28) for bar in bars]
+    step = width / max(1, len(bars))
+    base = height - 16
+    parts = [f'<line class="axis" x1="0" x2="{width}" y1="{base}" y2="{base}"/>']
+    for i, (bar, size) in enumerate(zip(bars, scaled, strict=True)):
+        text = escape(f"{bar.label}: {num(bar.value) if bar.value % 1 else count(bar.value)}{unit}")
+        rects = (
+            f'<title>{text}</title><rect class="hit" x="{i * step:.1f}" y="0" width="{step:.1f}" height="{base}"/>'
+            f'<rect class="{bar.kind}" x="{i * step + 0.75:.1f}" y="{base - size:.1f}" '
+            f'width="{max(0.5, step - 1.5):.1f}" height="{size:.1f}"/>'
+        )
+        parts.append(f'<a href="{escape(bar.link)}">{rects}</a>' if bar.link else f"<g>{rects}</g>")
+    labels = ticks or ([(i + 0.5, bar.label) for i, bar in enumerate(bars)] if len(bars) <= width / 18 else [])
+    for at, label in labels:
+        x = at * step
+        anchor = "start" if x < 8 else "end" if x > width - 8 else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{height - 4}" text-anchor="{anchor}">{escape(label)}</text>')
+    if top > 0:
+        largest = num(top) if top % 1 else count(top)
+        parts.append(f'<text class="top" x="{width}" y="9" text-anchor="end">{largest}{escape(unit)}</text>')
+    rows = "".join(
+        f"<tr><th scope=row>{escape(bar.label)}<td>{num(bar.value, 4) if bar.value % 1 else count(bar.value)}{escape(unit)}"
+        for bar in bars
+    )
+    return _figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>")
+
+
+def _height(value: float, top: float, log: bool) -> float:
+    if top <= 0 or value <= 0:
+        return 0.0
+    return math.log1p(value) / math.log1p(top) if log else value / top
+
+
+class Curve(NamedTuple):
+    """A line of a chart."""
+
+    name: str
+    points: Sequence[tuple[float, float]]
+
+
+def line_chart(title: str, curve: Curve, *, desc: str, width: int = 300, height: int = 110) -> Markup:
+    """A line over steps, on its own scale from the smallest to the largest value (the first tenth may run off the top)."""
+    points = [(x, y) for x, y in curve.points if math.isfinite(y)]
+    if len(points) < 2:
+        return Markup('<p class="quiet">{}: nothing to draw yet.</p>').format(title)
+    settled = [y for _, y in points[len(points) // 20 :]]
+    low, high = min(settled), max(settled)
+    if high == low:
+        low, high = low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1)
+    first, last = points[0][0], points[-1][0]
+    inner, base = width - 2, height - 16
+    path = []
+    for x, y in _thinned(points, 240):
+        at = 1 + inner * (x - first) / (last - first or 1)
+        path.append(f"{at:.1f},{base - (base - 12) * min(1.08, (y - low) / (high - low)):.1f}")
+    grid = "".join(f'<line class="grid" x1="0" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>' for y in (12, (12 + base) / 2))
+    body = (
+        f'{grid}<line class="axis" x1="0" x2="{width}" y1="{base}" y2="{base}"/><polyline class="line" points="{" ".join(path)}"/>'
+        f'<text class="top" x="1" y="9">{num(high)}</text><text class="top" x="1" y="{base - 3}">{num(low)}</text>'
+        f'<text x="1" y="{height - 4}">{count(first)}</text>'
+        f'<text x="{width}" y="{height - 4}" text-anchor="end">step {count(last)}</text>'
+        f'<text class="now" x="{width}" y="9" text-anchor="end">now {num(points[-1][1])}</text>'
+    )
+    rows = "".join(f"<tr><th scope=row>{count(x)}<td>{num(y, 4)}" for x, y in _thinned(points, 12))
+    return _figure(title, desc, body, width, height, f"<table><tbody>{rows}</table>")
+
+
+def _thinned(points: Sequence[tuple[float, float]], n: int) -> Sequence[tuple[float, float]]:
+    if len(points) <= n:
+        return points
+    return [points[round(i * (len(points) - 1) / (n - 1))] for i in range(n)]
+
+
+class Cell(NamedTuple):
+    """A cell of the layer x head map."""
+
+    layer: int
+    head: int
+    value: int
+    link: str
+
+
+def head_map(title: str, cells: Sequence[Cell], n_layers: int, n_heads: int, *, desc: str) -> Markup:
+    """Layers from left to right, heads from top to bottom; a cell is coloured by its value, and empty where nothing was read."""
+    size, left, top = 22, 26, 4
+    width, height = left + size * n_layers, top + size * n_heads + 16
+    highest = max((cell.value for cell in cells), default=0)
+    parts = [
+        f'<text x="{left - 6}" y="{top + size * head + 15}" text-anchor="end">{head}</text>'
+        for head in range(n_heads)
+        if n_heads <= 16 or head % 4 == 0
+    ]
+    parts += [
+        f'<text x="{left + size * layer + size / 2}" y="{height - 3}" text-anchor="middle">{layer}</text>'
+        for layer in range(n_layers)
+        if n_layers <= 16 or layer % 2 == 0
+    ]
+    parts += [
+        f'<rect class="void" x="{left + size * layer + 1}" y="{top + size * head + 1}" width="{size - 2}" height="{size - 2}" rx="2"/>'
+        for layer in range(n_layers)
+        for head in range(n_heads)
+    ]
+    for cell in cells:
+        text = f"layer {cell.layer}, head {cell.head}: leads {count(cell.value)} features"
+        x, y = left + size * cell.layer + 1, top + size * cell.head + 1
+        parts.append(
+            f'<a href="{escape(cell.link)}"><title>{text}</title><rect class="c{level(cell.value, highest)}" '
+            f'x="{x}" y="{y}" width="{size - 2}" height="{size - 2}" rx="2"/></a>'
+        )
+    rows = "".join(
+        f'<tr><th scope=row><a href="{escape(cell.link)}">layer {cell.layer} head {cell.head}</a><td>{count(cell.value)}'
+        for cell in cells
+    )
+    return _figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>", kind="map")
+
+
+def _figure(title: str, desc: str, body: str, width: int, height: int, twin: str, kind: str = "chart") -> Markup:
+    return Markup(  # noqa: S704 - title and desc are escaped here, the rest by its maker
+        f'<figure class="{kind}"><figcaption>{escape(title)}</figcaption>'
+        f'<svg role="img" viewBox="0 0 {width} {height}" preserveAspectRatio="xMidYMid meet">'
+        f"<title>{escape(title)}</title><desc>{escape(desc)}</desc>{body}</svg>"
+        f"<details><summary>as text</summary><p>{escape(desc)}</p>{twin}</details></figure>"
+    )
+
+
+def histogram_bars(edges: Sequence[float], counts: Sequence[int]) -> list[Bar]:
+    """The bars of a histogram, each labelled with its range."""
+    return [Bar(f"{num(edges[i])} to {num(edges[i + 1])}", n) for i, n in enumerate(counts)]
+
+
+def edge_ticks(edges: Sequence[float]) -> list[tuple[int, str]]:
+    """Labels for the first, middle and last edge of a histogram."""
+    last = len(edges) - 1
+    return [(at, num(edges[at], 2)) for at in sorted({0, last // 2, last})] if last > 0 else []

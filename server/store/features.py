@@ -1,0 +1,489 @@
+"""The feature table and the feature page."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import sqlalchemy as sa
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from sqlalchemy.orm import Session
+
+from sae_core.errors import NotFound, UsageError
+from server.packing import ACTS, DFA, F4, unpack
+from server.store.saes import Door, SaeRef
+from server.tables import Context, Example, Feature, FeatureDetail, FeatureHead
+
+SortKey = Literal["idx", "density", "max", "mean", "head_share", "dfa_share", "distance", "family"]
+SORT_KEYS: tuple[SortKey, ...] = ("idx", "density", "max", "mean", "head_share", "dfa_share", "distance", "family")
+
+
+class FeatureQuery(BaseModel):
+    """What part of the feature table is asked for. The address of the page is exactly this."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    sort: str = "-max"
+    """Column to sort by; a leading `-` turns the order round."""
+    head: int | None = Field(None, ge=0)
+    """Show and sort shares of this head; without it, of each feature's leading head."""
+    leads: bool = False
+    """Only features whose decoder norm is largest at `head`."""
+    min_density: float | None = Field(None, ge=0, le=1)
+    """Only features that fire on at least this share of tokens."""
+    max_density: float | None = Field(None, ge=0, le=1)
+    """Only features that fire on at most this share of tokens."""
+    min_max: float | None = None
+    """Only features whose strongest activation is at least this."""
+    family: str | None = Field(None, max_length=30)
+    """Only features of this family; `unclear` for those of none."""
+    dead: bool | None = None
+    """True: only features that never fired; false: only those that did."""
+    after: str | None = Field(None, max_length=200)
+    """Where the page before this one ended."""
+    limit: int = Field(50, ge=1, le=200)
+    """Rows on a page."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, given: Any) -> Any:
+        # A form sends an untouched field as an empty string.
+        return {key: value for key, value in given.items() if value != ""} if isinstance(given, dict) else given
+
+    @model_validator(mode="after")
+    def _known_sort(self) -> Self:
+        if self.key not in SORT_KEYS:
+            raise ValueError(f"there is no column '{self.key}' to sort by; the columns are {', '.join(SORT_KEYS)}")
+        if self.leads and self.head is None:
+            raise ValueError("`leads` needs a head: add head=0, for example")
+        return self
+
+    @property
+    def key(self) -> str:
+        """The column, without its direction."""
+        return self.sort.removeprefix("-")
+
+    @property
+    def descending(self) -> bool:
+        """Largest first."""
+        return self.sort.startswith("-")
+
+    def asked(self) -> dict[str, Any]:
+        """What differs from the defaults, ready for an address."""
+        values = self.model_dump(exclude_defaults=True)
+        return {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """The strongest example in a few words: text before the destination, the destination, text after."""
+
+    before: str
+    token: str
+    after: str
+    source: str | None
+    """The source token with the largest DFA, heads summed."""
+    source_offset: int | None
+    """Its position less the destination's."""
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """A line of the feature table."""
+
+    index: int
+    family: str | None
+    n_fired: int
+    density: float
+    max_act: float
+    mean_act: float
+    head: int
+    """The head asked for, else the one with the largest decoder norm."""
+    head_share: float
+    dfa_head: int | None
+    """The head asked for, else the one with the largest |mean DFA|."""
+    dfa_share: float | None
+    dfa: float | None
+    """Mean signed DFA of the head asked for."""
+    distance: float | None
+    promoted: tuple[str, ...]
+    snippet: Snippet | None
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """A page of the feature table."""
+
+    query: FeatureQuery
+    n_matching: int
+    rows: tuple[FeatureRow, ...]
+    next: str | None
+    """Cursor for the page after this one; None on the last."""
+
+
+def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureTable:
+    """The part of the table that `query` asks for: two queries, by keyset, so that a deep page costs what the first does."""
+    harvest = door.sae.harvest
+    if harvest is None:
+        return FeatureTable(query, 0, (), None)
+    if query.head is not None and query.head >= door.sae.n_heads:
+        raise UsageError(f"Head {query.head} does not exist: {door.sae.name} has heads 0 to {door.sae.n_heads - 1}.", field="head")
+    by_head = query.head is not None
+    columns = [Feature, FeatureDetail.promoted]
+    columns += [FeatureHead.norm_share, FeatureHead.dfa_share, FeatureHead.dfa] if by_head else []
+    base = sa.select(*columns).join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
+    matching = sa.select(sa.func.count()).select_from(Feature).where(*_conditions(harvest.id, query)).scalar_subquery()
+    if by_head:
+        base = base.join(
+            FeatureHead,
+            sa.and_(
+                FeatureHead.harvest_id == Feature.harvest_id, FeatureHead.idx == Feature.idx, FeatureHead.head == query.head
+            ),
+        )
+    column = _sort_column(query)
+    statement = base.add_columns(matching, column).where(*_conditions(harvest.id, query))
+    if query.after is not None:
+        statement = statement.where(_beyond(query, column))
+    way = sa.desc if query.descending else sa.asc
+    found = session.execute(statement.order_by(way(column).nulls_last(), way(Feature.idx)).limit(query.limit + 1)).all()
+    shown = found[: query.limit]
+    snippets = _snippets(session, [row[0].id for row in shown])
+    rows = tuple(_feature_row(row, query.head, snippets.get(row[0].id)) for row in shown)
+    more = len(found) > query.limit
+    cursor = f"{'' if shown[-1][-1] is None else repr(shown[-1][-1]).strip(chr(39))}~{shown[-1][0].idx}" if more else None
+    return FeatureTable(query, found[0][-2] if found else 0, rows, cursor)
+
+
+def _conditions(harvest_id: int, query: FeatureQuery) -> list[sa.ColumnElement[bool]]:
+    conditions = [Feature.harvest_id == harvest_id]
+    if query.leads:
+        conditions.append(Feature.top_head == query.head)
+    if query.min_density is not None:
+        conditions.append(Feature.density >= query.min_density)
+    if query.max_density is not None:
+        conditions.append(Feature.density <= query.max_density)
+    if query.min_max is not None:
+        conditions.append(Feature.max_act >= query.min_max)
+    if query.family is not None:
+        conditions.append(Feature.family.is_(None) if query.family == "unclear" else Feature.family == query.family)
+    if query.dead is not None:
+        conditions.append(Feature.n_fired == 0 if query.dead else Feature.n_fired > 0)
+    return conditions
+
+
+def _sort_column(query: FeatureQuery) -> Any:
+    by_head = query.head is not None
+    return {
+        "idx": Feature.idx,
+        "density": Feature.density,
+        "max": Feature.max_act,
+        "mean": Feature.mean_act,
+        "head_share": FeatureHead.norm_share if by_head else Feature.top_head_share,
+        "dfa_share": FeatureHead.dfa_share if by_head else Feature.top_head_dfa_share,
+        "distance": Feature.distance,
+        "family": Feature.family,
+    }[query.key]
+
+
+def _beyond(query: FeatureQuery, column: Any) -> sa.ColumnElement[bool]:
+    """Rows after the cursor. A missing value sorts last both ways, so it lies beyond every value."""
+    value, _, index = (query.after or "").rpartition("~")
+    try:
+        idx = int(index)
+        at: float | str | None = None if value == "" else value if query.key == "family" else float(value)
+    except ValueError as error:
+        raise UsageError(f"'{query.after}' is no place in this table; start again without `after`.", field="after") from error
+    further_idx = Feature.idx < idx if query.descending else Feature.idx > idx
+    if at is None:
+        return sa.and_(column.is_(None), further_idx)
+    further = column < at if query.descending else column > at
+    return sa.or_(further, sa.and_(column == at, further_idx), column.is_(None))
+
+
+def _feature_row(row: sa.Row[Any], head: int | None, snippet: Snippet | None) -> FeatureRow:
+    feature: Feature = row[0]
+    norm_share, dfa_share, dfa = row[2:5] if head is not None else (feature.top_head_share, feature.top_head_dfa_share, None)
+    return FeatureRow(
+        index=feature.idx,
+        family=feature.family,
+        n_fired=feature.n_fired,
+        density=feature.density,
+        max_act=feature.max_act,
+        mean_act=feature.mean_act,
+        head=feature.top_head if head is None else head,
+        head_share=norm_share,
+        dfa_head=feature.top_head_dfa if head is None else head,
+        dfa_share=dfa_share,
+        dfa=dfa,
+        distance=feature.distance,
+        promoted=tuple(text for _, text, _ in row[1][:4]),
+        snippet=snippet,
+    )
+
+
+def _snippets(session: Session, feature_ids: list[int]) -> dict[int, Snippet]:
+    rows = session.execute(
+        sa.select(Example.feature_id, Example.dest, Example.dfa, Context.texts)
+        .join(Context, Context.id == Example.context_id)
+        .where(Example.feature_id.in_(feature_ids), Example.band == 0, Example.rank == 0)
+    )
+    return {feature_id: _snippet(dest, dfa, texts) for feature_id, dest, dfa, texts in rows}
+
+
+def _snippet(dest: int, dfa: bytes, texts: Sequence[str]) -> Snippet:
+    entries = unpack(dfa, DFA)
+    by_source = np.bincount(entries["src"], weights=entries["value"], minlength=dest + 1)
+    source = int(by_source.argmax())
+    known = len(entries) > 0 and by_source[source] > 0
+    return Snippet(
+        before="".join(texts[max(0, dest - 10) : dest]),
+        token=texts[dest],
+        after="".join(texts[dest + 1 : dest + 4]),
+        source=texts[source] if known else None,
+        source_offset=source - dest if known else None,
+    )
+
+
+@dataclass(frozen=True)
+class HeadShare:
+    """A head's part in a feature."""
+
+    head: int
+    norm_share: float
+    """Norm of the decoder's slice at this head, over the sum of all heads' norms."""
+    dfa: float
+    """Mean signed DFA over every firing."""
+    dfa_std: float
+    """Its spread over firings."""
+    dfa_share: float
+    """|mean DFA| over the sum of all heads' |mean DFA|."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """A range of activation, and how many firings fell in it."""
+
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class TokenWeight:
+    """A token and how strongly the feature promotes it."""
+
+    id: int
+    text: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A feature whose decoder direction is near."""
+
+    index: int
+    cosine: float
+    max_act: float
+    family: str | None
+    promoted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class DfaEntry:
+    """What one (source, head) pair gave to the feature at the example's destination."""
+
+    src: int
+    head: int
+    value: float
+
+
+@dataclass(frozen=True)
+class FeatureExample:
+    """A row where the feature fired, taken apart at one destination. Positions count from the row's start."""
+
+    band: int
+    """0: the strongest examples; 1 and up: drawn from the bands of activation, strongest band first."""
+    rank: int
+    row: int
+    start: int
+    """Position of the first token in `texts`."""
+    dest: int
+    texts: tuple[str, ...]
+    acts: dict[int, float]
+    """Position -> activation, where it is not zero."""
+    dfa: tuple[DfaEntry, ...]
+    """The largest entries."""
+    dropped: tuple[float, ...]
+    """Per head, the sum of the entries that are not listed."""
+    before: tuple[float, ...]
+    """Per head, the sum over sources before the first token shown."""
+    abs_dfa: float
+    """Sum of |DFA| over all heads and sources."""
+    dfa_sum: float
+    """Sum of everything above: listed, dropped, before."""
+    bias: float
+    preact: float
+    """The pre-activation, computed on its own from the hooked z."""
+    act: float
+    gap: float
+    """|dfa_sum + bias - preact| / (abs_dfa + |bias|), from the numbers as stored."""
+
+    @property
+    def by_head(self) -> list[float]:
+        """DFA of each head, sources summed."""
+        sums = [a + b for a, b in zip(self.dropped, self.before, strict=True)]
+        for entry in self.dfa:
+            sums[entry.head] += entry.value
+        return sums
+
+
+@dataclass(frozen=True)
+class FeaturePage:
+    """All that a feature's page shows."""
+
+    sae: SaeRef
+    index: int
+    n_fired: int
+    density: float
+    max_act: float
+    mean_act: float
+    distance: float | None
+    """Mean number of tokens back to the source, weighted by positive DFA over the examples, row start left out."""
+    family: str | None
+    evidence: dict[str, Any]
+    heads: tuple[HeadShare, ...]
+    histogram_edges: tuple[float, ...]
+    histogram_counts: tuple[int, ...]
+    bands: tuple[Band, ...]
+    promoted: tuple[TokenWeight, ...]
+    suppressed: tuple[TokenWeight, ...]
+    neighbours: tuple[Neighbour, ...]
+    examples: tuple[FeatureExample, ...]
+    previous: int | None
+    next: int | None
+
+
+def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
+    """The page of feature `index` of the published harvest: three queries after the door's one."""
+    harvest_id = _published(door)
+    check_index(door, index)
+    found = session.execute(
+        sa.select(Feature, FeatureDetail)
+        .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
+        .where(Feature.harvest_id == harvest_id, Feature.idx == index)
+    ).one_or_none()
+    if found is None:
+        raise NotFound(f"Feature {index} of {door.sae.name} is not in its published harvest.", field="index")
+    feature, detail = found
+    return FeaturePage(
+        sae=door.sae,
+        index=index,
+        n_fired=feature.n_fired,
+        density=feature.density,
+        max_act=feature.max_act,
+        mean_act=feature.mean_act,
+        distance=feature.distance,
+        family=feature.family,
+        evidence=detail.evidence,
+        heads=_head_shares(detail),
+        histogram_edges=tuple(detail.histogram.get("edges", ())),
+        histogram_counts=tuple(detail.histogram.get("counts", ())),
+        bands=tuple(Band(band["low"], band["high"], band["count"]) for band in detail.bands),
+        promoted=tuple(TokenWeight(*entry) for entry in detail.promoted),
+        suppressed=tuple(TokenWeight(*entry) for entry in detail.suppressed),
+        neighbours=_neighbours(session, harvest_id, detail.neighbours),
+        examples=_examples(session, feature.id, int((door.sae.harvest.config if door.sae.harvest else {}).get("window", 256))),
+        previous=index - 1 if index > 0 else None,
+        next=index + 1 if index + 1 < door.sae.d_sae else None,
+    )
+
+
+def check_index(door: Door, index: int) -> None:
+    """NotFound unless the SAE has a feature of that index."""
+    if not 0 <= index < door.sae.d_sae:
+        raise NotFound(
+            f"Feature {index} does not exist: {door.sae.name} has features 0 to {door.sae.d_sae - 1}.", field="index"
+        )
+
+
+def _published(door: Door) -> int:
+    if door.sae.harvest is None:
+        raise NotFound(f"{door.sae.name} has no published harvest yet; its features appear when one is complete.", field="sae")
+    return door.sae.harvest.id
+
+
+def _head_shares(detail: FeatureDetail) -> tuple[HeadShare, ...]:
+    norm, dfa, std = (unpack(blob, F4).tolist() for blob in (detail.head_norm, detail.head_dfa, detail.head_dfa_std))
+    total = sum(abs(value) for value in dfa)
+    return tuple(
+        HeadShare(head, share, mean, spread, abs(mean) / total if total else 0.0)
+        for head, (share, mean, spread) in enumerate(zip(norm, dfa, std, strict=True))
+    )
+
+
+def _neighbours(session: Session, harvest_id: int, nearest: Sequence[Sequence[float]]) -> tuple[Neighbour, ...]:
+    rows = session.execute(
+        sa.select(Feature.idx, Feature.max_act, Feature.family, FeatureDetail.promoted)
+        .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
+        .where(Feature.harvest_id == harvest_id, Feature.idx.in_([int(idx) for idx, _ in nearest]))
+    )
+    known = {row.idx: row for row in rows}
+    return tuple(
+        Neighbour(
+            int(idx),
+            cosine,
+            known[int(idx)].max_act,
+            known[int(idx)].family,
+            tuple(text for _, text, _ in known[int(idx)].promoted[:3]),
+        )
+        for idx, cosine in nearest
+        if int(idx) in known
+    )
+
+
+def _examples(session: Session, feature_id: int, window: int) -> tuple[FeatureExample, ...]:
+    rows = session.execute(
+        sa.select(Example, Context.row, Context.texts)
+        .join(Context, Context.id == Example.context_id)
+        .where(Example.feature_id == feature_id)
+        .order_by(Example.band, Example.rank)
+    )
+    return tuple(_example(example, row, texts, window) for example, row, texts in rows)
+
+
+def _example(example: Example, row: int, texts: Sequence[str], window: int) -> FeatureExample:
+    acts, dfa = unpack(example.acts, ACTS), unpack(example.dfa, DFA)
+    dropped, before = unpack(example.dropped, F4), unpack(example.before, F4)
+    total = sum(float(part.sum(dtype=np.float64)) for part in (dfa["value"], dropped, before))
+    scale = example.abs_dfa + abs(example.bias)
+    return FeatureExample(
+        band=example.band,
+        rank=example.rank,
+        row=row,
+        start=example.start,
+        dest=example.dest,
+        texts=tuple(texts[example.start : example.start + window]),
+        acts=dict(zip(acts["pos"].tolist(), acts["value"].tolist(), strict=True)),
+        dfa=tuple(DfaEntry(*entry) for entry in dfa.tolist()),
+        dropped=tuple(dropped.tolist()),
+        before=tuple(before.tolist()),
+        abs_dfa=example.abs_dfa,
+        dfa_sum=total,
+        bias=example.bias,
+        preact=example.preact,
+        act=example.act,
+        gap=abs(total + example.bias - example.preact) / scale if scale else 0.0,
+    )
+
+
+def random_feature(session: Session, door: Door) -> int:
+    """A live feature, each about equally likely: the next one after a random place in the shuffled order."""
+    harvest_id = _published(door)
+    live = sa.select(Feature.idx).where(Feature.harvest_id == harvest_id, Feature.n_fired > 0).order_by(Feature.shuffle_key)
+    place = random.randrange(2**31)  # noqa: S311
+    found = session.scalar(live.where(Feature.shuffle_key >= place).limit(1))
+    found = session.scalar(live.limit(1)) if found is None else found
+    if found is None:
+        raise NotFound(f"No feature of {door.sae.name} is alive.", field="sae")
+    return found

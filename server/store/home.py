@@ -1,0 +1,106 @@
+"""What the first page shows: models with their layer x head maps, and SAEs with their key figures."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from server.store import jobs
+from server.store.jobs import JobRecord
+from server.store.saes import SaeRef, sae_ref
+from server.tables import SAE, Corpus, Feature, Harvest, Model
+
+
+@dataclass(frozen=True)
+class SaeCard:
+    """An SAE with what one wants to know before opening it."""
+
+    sae: SaeRef
+    metrics: dict[str, Any]
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class HeadCell:
+    """A head of a model, and how many live features it leads in the newest published harvest of its layer."""
+
+    layer: int
+    head: int
+    features: int
+    sae: str
+
+
+@dataclass(frozen=True)
+class ModelMap:
+    """A model; its shape is unknown until a worker has loaded it."""
+
+    name: str
+    n_layers: int | None
+    n_heads: int | None
+    d_head: int | None
+    cells: tuple[HeadCell, ...]
+
+
+@dataclass(frozen=True)
+class HomePage:
+    """All that the first page shows."""
+
+    models: tuple[ModelMap, ...]
+    saes: tuple[SaeCard, ...]
+    jobs: tuple[JobRecord, ...]
+    """Queued and running, oldest first."""
+
+
+def home_page(session: Session) -> HomePage:
+    """The first page: four queries."""
+    found = session.execute(
+        sa.select(SAE, Model.name, Harvest, Corpus.name)
+        .join(Model, Model.id == SAE.model_id)
+        .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
+        .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+        .order_by(SAE.created_at.desc(), SAE.id.desc())
+    ).all()
+    saes = tuple(
+        SaeCard(sae_ref(row, model, harvest, corpus), row.metrics, row.created_at) for row, model, harvest, corpus in found
+    )
+    led = _led(session, [card.sae.harvest.id for card in saes if card.sae.harvest])
+    models = session.scalars(sa.select(Model).order_by(Model.name)).all()
+    return HomePage(
+        models=tuple(ModelMap(row.name, row.n_layers, row.n_heads, row.d_head, _cells(row.name, saes, led)) for row in models),
+        saes=saes,
+        jobs=open_jobs(session),
+    )
+
+
+def open_jobs(session: Session) -> tuple[JobRecord, ...]:
+    """Jobs queued or running, oldest first."""
+    return tuple(jobs.of_status(session, jobs.OPEN))
+
+
+def _led(session: Session, harvest_ids: list[int]) -> dict[int, dict[int, int]]:
+    counts: defaultdict[int, dict[int, int]] = defaultdict(dict)
+    rows = session.execute(
+        sa.select(Feature.harvest_id, Feature.top_head, sa.func.count())
+        .where(Feature.harvest_id.in_(harvest_ids), Feature.n_fired > 0)
+        .group_by(Feature.harvest_id, Feature.top_head)
+    )
+    for harvest_id, head, n in rows:
+        counts[harvest_id][head] = n
+    return counts
+
+
+def _cells(model: str, saes: tuple[SaeCard, ...], led: dict[int, dict[int, int]]) -> tuple[HeadCell, ...]:
+    # Newest first, so the first SAE met at a layer is the one shown.
+    by_layer: dict[int, SaeRef] = {}
+    for card in saes:
+        if card.sae.model == model and card.sae.harvest:
+            by_layer.setdefault(card.sae.layer, card.sae)
+    return tuple(
+        HeadCell(layer, head, led.get(sae.harvest.id, {}).get(head, 0), sae.name)
+        for layer, sae in sorted(by_layer.items())
+        if sae.harvest
+        for head in range(sae.n_heads)
+    )

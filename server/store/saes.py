@@ -1,0 +1,216 @@
+"""An SAE's door and its overview."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from sae_core.errors import NotFound
+from server.tables import SAE, Corpus, Feature, Harvest, Job, JobPoint, Model
+
+DENSITY_EDGES = tuple(10 ** (exponent / 3) for exponent in range(-18, 1))
+"""Edges of the density histogram: 10^-6 to 1, three bars a decade; the first bar takes whatever is rarer."""
+
+
+@dataclass(frozen=True)
+class HarvestRef:
+    """The published sweep that a page's numbers come from."""
+
+    id: int
+    corpus: str
+    n_tokens: int
+    n_rows: int
+    n_live: int
+    n_examples: int
+    context: int
+    worst_gap: float | None
+    config: dict[str, Any]
+    published_at: datetime | None
+
+
+@dataclass(frozen=True)
+class SaeRef:
+    """Which SAE a page is about."""
+
+    name: str
+    model: str
+    layer: int
+    hook: str
+    arch: str
+    d_in: int
+    d_sae: int
+    k: int
+    n_heads: int
+    sha256: str
+    harvest: HarvestRef | None
+
+
+@dataclass(frozen=True)
+class Door:
+    """What one query finds out about an SAE before a page is made."""
+
+    id: int
+    sae: SaeRef
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    job_id: str | None
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class Count:
+    """How many features have something in common."""
+
+    key: int | str
+    features: int
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A bar of a histogram: `low` <= value < `high`."""
+
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """What training measured at a step."""
+
+    step: int
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class HarvestRun:
+    """A harvest that is on its way."""
+
+    job_id: str
+    status: str
+    phase: str | None
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class SaeOverview:
+    """An SAE as a whole: how good it is, how it was trained, what its features are like."""
+
+    sae: SaeRef
+    created_at: datetime
+    job_id: str | None
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    curve: tuple[CurvePoint, ...]
+    density: tuple[Bin, ...]
+    """Live features by density."""
+    led_by_head: tuple[Count, ...]
+    """Live features by the head with the largest decoder norm; every head is listed."""
+    families: tuple[Count, ...]
+    dead: int
+    running: HarvestRun | None
+    """The harvest under way, looked up only while none is published."""
+
+
+def find_sae(session: Session, name: str) -> Door:
+    """The SAE called `name` with its published harvest; NotFound says which SAEs there are."""
+    found = session.execute(
+        sa.select(SAE, Model.name, Harvest, Corpus.name)
+        .join(Model, Model.id == SAE.model_id)
+        .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
+        .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+        .where(SAE.name == name)
+    ).one_or_none()
+    if found is None:
+        raise NotFound(_unknown(name, session.scalars(sa.select(SAE.name).order_by(SAE.name).limit(6)).all()), field="sae")
+    row, model, harvest, corpus = found
+    return Door(row.id, sae_ref(row, model, harvest, corpus), row.config, row.metrics, row.job_id, row.created_at)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    there_are = f"There are: {', '.join(known)}." if known else "There are none yet."
+    return f"There is no SAE called '{name}'. {there_are}"
+
+
+def sae_ref(row: SAE, model: str, harvest: Harvest | None, corpus: str | None) -> SaeRef:
+    """A row of the database as pages name it."""
+    ref = harvest and HarvestRef(
+        harvest.id, corpus or "", harvest.n_tokens, harvest.n_rows, harvest.n_live, harvest.n_examples,
+        harvest.context, harvest.worst_gap, harvest.config, harvest.published_at,
+    )  # fmt: skip
+    return SaeRef(
+        row.name, model, row.layer, row.hook, row.arch, row.d_in, row.d_sae, row.k, row.n_heads, row.sha256, ref
+    )  # fmt: skip
+
+
+def sae_overview(session: Session, door: Door) -> SaeOverview:
+    """Everything above the feature table."""
+    harvest = door.sae.harvest
+    groups = _feature_groups(session, harvest.id) if harvest else []
+    led: defaultdict[int, int] = defaultdict(int)
+    families: defaultdict[str, int] = defaultdict(int)
+    for group in groups:
+        led[group.top_head] += group.live
+        families[group.family or "unclear"] += group.live
+    counts = [sum(getattr(group, f"bin{i}") or 0 for group in groups) for i in range(len(DENSITY_EDGES) - 1)]
+    return SaeOverview(
+        sae=door.sae,
+        created_at=door.created_at,
+        job_id=door.job_id,
+        config=door.config,
+        metrics=door.metrics,
+        curve=_curve(session, door.job_id),
+        density=tuple(Bin(DENSITY_EDGES[i], DENSITY_EDGES[i + 1], n) for i, n in enumerate(counts)) if harvest else (),
+        led_by_head=tuple(Count(head, led[head]) for head in range(door.sae.n_heads)) if harvest else (),
+        families=tuple(Count(name, n) for name, n in sorted(families.items(), key=lambda item: -item[1]) if n),
+        dead=sum(group.n - group.live for group in groups),
+        running=None if harvest else _running_harvest(session, door.id),
+    )
+
+
+def _feature_groups(session: Session, harvest_id: int) -> Sequence[sa.Row[Any]]:
+    # One scan answers four charts. Sums of CASE, since log10 is not in every build of SQLite.
+    live = Feature.n_fired > 0
+    bins = []
+    for i, (low, high) in enumerate(zip(DENSITY_EDGES, DENSITY_EDGES[1:], strict=False)):
+        inside = sa.and_(live, Feature.density < high if i == 0 else sa.and_(Feature.density >= low, Feature.density < high))
+        bins.append(sa.func.sum(sa.case((inside, 1), else_=0)).label(f"bin{i}"))
+    return session.execute(
+        sa.select(
+            Feature.top_head,
+            Feature.family,
+            sa.func.count().label("n"),
+            sa.func.sum(sa.case((live, 1), else_=0)).label("live"),
+            *bins,
+        )
+        .where(Feature.harvest_id == harvest_id)
+        .group_by(Feature.top_head, Feature.family)
+    ).all()
+
+
+def _curve(session: Session, job_id: str | None) -> tuple[CurvePoint, ...]:
+    if job_id is None:
+        return ()
+    rows = session.execute(sa.select(JobPoint.step, JobPoint.values).where(JobPoint.job_id == job_id).order_by(JobPoint.step))
+    return tuple(CurvePoint(step, values) for step, values in rows)
+
+
+def _running_harvest(session: Session, sae_id: int) -> HarvestRun | None:
+    row = session.execute(
+        sa.select(Job.id, Job.status, Job.phase, Job.done, Job.total)
+        .join(Harvest, Harvest.job_id == Job.id)
+        .where(Harvest.sae_id == sae_id)
+        .order_by(Harvest.id.desc())
+        .limit(1)
+    ).one_or_none()
+    return HarvestRun(*row) if row else None
+
+
+def sae_made_by(session: Session, job_id: str, *, swept: str | None) -> str | None:
+    """The name of the SAE that a job trained, or of the one it sweeps (`swept`), if it is there."""
+    return session.scalar(sa.select(SAE.name).where(SAE.name == swept if swept else SAE.job_id == job_id))
