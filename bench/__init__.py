@@ -1,0 +1,1 @@
+"""Benchmarks: a file each, with a function `run() -> dict` of figures. `python -m bench <name> [--json]`."""
