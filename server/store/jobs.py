@@ -230,7 +230,9 @@ def say(session: Session, job_id: str, attempt: int, text: str) -> None:
 
 def finish(session: Session, job_id: str, attempt: int) -> None:
     """The job is done."""
-    _end(check(session, job_id, attempt), DONE)
+    job = check(session, job_id, attempt)
+    _end(job, DONE)
+    job.done = job.total
 
 
 def fail(session: Session, job_id: str, attempt: int, error: str) -> None:

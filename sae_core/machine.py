@@ -1,0 +1,102 @@
+"""What this machine has: devices, memory, and how fast it multiplies matrices."""
+
+import importlib.metadata
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where models can run."""
+
+    name: str
+    """As PyTorch calls it: `cpu`, `cuda:0`, `mps`."""
+    label: str
+    """As its maker calls it."""
+    memory: int
+    """Bytes of memory in all."""
+    free: int
+    """Bytes free now."""
+
+
+def devices() -> list[Device]:
+    """GPUs first, the CPU last."""
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Device(f"cuda:{index}", torch.cuda.get_device_name(index), total, free))
+    total, free = _memory()
+    if torch.backends.mps.is_available():
+        found.append(Device("mps", "Apple GPU", total, free))
+    return [*found, Device("cpu", _cpu_label(), total, free)]
+
+
+def pick_device(choice: str) -> str:
+    """The device that `auto` means here, or the one named."""
+    return devices()[0].name if choice == "auto" else choice
+
+
+def matmul_speed(device: str, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> float:
+    """Operations per second of a [size, size] matrix product, measured for about `seconds`."""
+    a = torch.randn(size, size).to(device, dtype)
+    _ = a @ a  # the first call plans and allocates
+    _wait(device)
+    begun, n = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        _ = a @ a
+        _wait(device)
+        n += 1
+    return 2.0 * size**3 * n / (time.perf_counter() - begun)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what matters, by name; missing ones are left out."""
+    names = ("headscope", "torch", "transformers", "transformer_lens", "sqlalchemy", "fastapi", "dbos", "numpy")
+    found = {"python": platform.python_version()}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets that matter for bfloat16, as far as the system tells."""
+    try:
+        flags = set(Path("/proc/cpuinfo").read_text().split())
+    except OSError:
+        return []
+    return [name for name in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if name in flags]
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+    elif device == "mps":
+        torch.mps.synchronize()
+
+
+def _memory() -> tuple[int, int]:
+    """Bytes of RAM in all, and available."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return total, int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return total, total
+
+
+def _cpu_label() -> str:
+    try:
+        line = next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
+        label = line.split(":", 1)[1].strip()
+    except (OSError, StopIteration):
+        label = platform.processor() or platform.machine()
+    return f"{label}, {os.cpu_count()} cores"

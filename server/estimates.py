@@ -1,0 +1,168 @@
+"""How long a job will take: from sizes and the machine's speed before it runs, from what was measured while it runs.
+
+A phase's cost is counted in floating-point operations of its matrix products, which is what fills the time on every
+machine tried; the shares of the peak that are reached (EFFICIENCY) were measured on SmolLM2-135M with the demo's
+settings. It is an estimate: within a factor of two before the start, better with every batch. No torch.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from sae_core.config import HarvestConfig, TrainConfig
+from sae_core.progress import Progress
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes."""
+
+    d_model: int
+    n_layers: int
+    n_heads: int
+    d_head: int
+    d_vocab: int
+
+    @property
+    def d_in(self) -> int:
+        """Width of z."""
+        return self.n_heads * self.d_head
+
+    def pass_flops(self, layers: int) -> float:
+        """Operations per token of a forward pass through `layers` blocks: two per weight, about 12 d_model^2 weights each."""
+        return 2.0 * 12 * self.d_model**2 * layers
+
+    @property
+    def full_flops(self) -> float:
+        """Operations per token of a whole pass with its logits."""
+        return self.pass_flops(self.n_layers) + 2.0 * self.d_model * self.d_vocab
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a machine's matrix product reaches, in operations per second."""
+
+    float32: float
+    bfloat16: float
+
+    @property
+    def best(self) -> float:
+        """Of the precision that `auto` takes."""
+        return max(self.float32, self.bfloat16)
+
+
+UNKNOWN = Speed(1e11, 1e11)  # two ordinary cores, until somebody measures
+EFFICIENCY = {"pass": 0.35, "step": 0.25, "encode": 0.25, "visit": 0.15}
+ROWS_PER_SECOND = 2_000.0  # examples written to the database
+
+
+def train_seconds(cfg: TrainConfig, shape: Shape, speed: Speed) -> dict[str, float]:
+    """Seconds of each phase of a training job, harvests included as one phase `harvests`."""
+    tokens, d_sae = cfg.rows.tokens, cfg.expansion * shape.d_in
+    forward = shape.pass_flops(cfg.site.layer + 1) / (speed.best * EFFICIENCY["pass"])
+    step = 3 * 2.0 * shape.d_in * d_sae / (speed.best * EFFICIENCY["step"])
+    evaluated = cfg.rows.heldout_tokens * forward + 4 * 160 * cfg.rows.context * shape.full_flops / (
+        speed.float32 * EFFICIENCY["pass"]
+    )
+    return {
+        "prepare": 2.0 + tokens / 400_000,
+        "collect": tokens * forward,
+        "train": tokens * cfg.passes * step,
+        "evaluate": 2.0 + evaluated,
+        "harvests": sum(sum(harvest_seconds(h, cfg, shape, speed, cached=True).values()) for h in cfg.harvests),
+    }
+
+
+def harvest_seconds(cfg: HarvestConfig, train: TrainConfig, shape: Shape, speed: Speed, *, cached: bool) -> dict[str, float]:
+    """Seconds of each phase of a harvest; `cached` when the training's activations are still on disk."""
+    tokens, context, d_sae = min(cfg.tokens, train.rows.tokens), train.rows.context, train.expansion * shape.d_in
+    n_examples = d_sae * (cfg.top_k + cfg.bands * cfg.per_band)
+    visited = min(tokens // context, n_examples)
+    forward = shape.pass_flops(train.site.layer + 1)
+    read = 0.0 if cached else forward / (speed.best * EFFICIENCY["pass"])
+    return {
+        "scan": tokens * (read + 2.0 * shape.d_in * d_sae / (speed.float32 * EFFICIENCY["encode"])),
+        "choose": 1.0 + n_examples / 50_000,
+        "visit": visited * context * forward / (speed.float32 * EFFICIENCY["visit"]) + n_examples / 2_000,
+        "features": 1.0 + d_sae * 2.0 * shape.d_model * shape.d_vocab / (speed.float32 * EFFICIENCY["pass"]),
+        "write": n_examples / ROWS_PER_SECOND,
+    }
+
+
+@dataclass
+class _Phase:
+    expected: float
+    """Seconds for the whole phase, as thought before it began."""
+    share: float = 0.0
+    """How much of it is done, 0 to 1."""
+    first_share: float | None = None
+    """Share at the first report of this attempt: what was done before says nothing about our speed."""
+    spent: float = 0.0
+    """Seconds this attempt has spent in it since that report."""
+
+    @property
+    def measured(self) -> float | None:
+        """Seconds for the whole phase at the speed seen; None before two percent of it were seen."""
+        seen = self.share - (self.first_share or 0.0)
+        return self.spent / seen if seen >= 0.02 else None
+
+    @property
+    def left(self) -> float:
+        return (1.0 - self.share) * (self.measured if self.measured is not None else self.expected)
+
+
+@dataclass
+class Clock:
+    """Seconds left of a whole job: what was measured for phases that have begun, the expectation, corrected, for the others."""
+
+    expected: Mapping[str, float]
+    """Seconds of each phase, in order."""
+    _phases: dict[str, _Phase] = field(init=False)
+    _last: tuple[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        self._phases = {name: _Phase(seconds) for name, seconds in self.expected.items()}
+
+    def at(self, progress: Progress) -> float:
+        """Take in a report and give the seconds left."""
+        return self.at_time(progress, time.monotonic())
+
+    def at_time(self, progress: Progress, when: float) -> float:
+        """`at`, at a given time."""
+        if progress.phase not in self._phases:  # one that nobody expected, such as rows that must be cut again first
+            self._phases = {progress.phase: _Phase(0.0)} | self._phases
+        phase = self._phases[progress.phase]
+        if self._last:
+            before, then = self._last
+            # Collecting and training take turns, so what passed between two reports belongs to the phase of the second,
+            # but for the very first report of a phase, which ends the phase before.
+            if phase.first_share is not None or before == progress.phase:
+                phase.spent += when - then
+        phase.share = min(progress.done / progress.total, 1.0) if progress.total else 1.0
+        if phase.first_share is None:
+            phase.first_share = phase.share
+        self._last = (progress.phase, when)
+        return self.seconds_left(progress.phase)
+
+    def seconds_left(self, now_in: str) -> float:
+        """Seconds left, being in phase `now_in`."""
+        names = list(self._phases)
+        if now_in in ("train", "collect"):  # the two take turns
+            now_in = min((n for n in ("collect", "train") if n in names), key=names.index)
+        begun = names.index(now_in)
+        factor = self._correction()
+        left = 0.0
+        for index, name in enumerate(names):
+            phase = self._phases[name]
+            if phase.measured is not None or phase.first_share is not None:
+                left += phase.left if index >= begun else 0.0
+            elif index > begun:
+                left += phase.expected * factor
+        return left
+
+    def _correction(self) -> float:
+        """How much slower than expected the phases seen so far are, all together; 1 before any was seen."""
+        seen = [phase for phase in self._phases.values() if phase.measured is not None and phase.expected > 0]
+        expected = sum(phase.expected for phase in seen)
+        measured = sum(phase.measured or 0.0 for phase in seen)
+        return min(max(measured / expected, 0.1), 20.0) if expected > 0 else 1.0
