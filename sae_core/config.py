@@ -118,12 +118,12 @@ class TrainConfig(Config):
     """Features per input dimension: d_sae = expansion x d_in."""
     k: Annotated[int, Field(ge=1)] = 32
     """Mean number of active features per token (the L0 that training holds)."""
-    passes: Annotated[int, Field(ge=1, le=100)] = 2
+    passes: Annotated[int, Field(ge=1, le=100)] = 1
     """How often each token is trained on."""
-    batch: Annotated[int, Field(ge=64)] = 4096
+    batch: Annotated[int, Field(ge=64)] = 2048
     """Tokens in one step."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
-    """Peak learning rate of Adam."""
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    """Peak learning rate of Adam; right for about 1M tokens (LOG.md), runs of 100M and more want 3e-4."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from 0."""
     decay: Annotated[float, Field(ge=0, le=1)] = 0.3
