@@ -687,7 +687,8 @@ def _through_norm(x: Tensor, norm: nn.Module) -> Tensor:
     with torch.no_grad():
         bias = norm(torch.zeros(1, 1, d, device=x.device))[0, 0]
         gain = (norm(1e3 * sign[None, None])[0, 0] - bias) * sign  # 1e3 makes the norm's epsilon vanish
-        centres = _gap(norm(torch.full((1, 1, d), 1e3, device=x.device))[0, 0] - bias, gain) < 1e-2
+        constant = norm(torch.ones(1, 1, d, device=x.device))[0, 0] - bias
+        centres = bool(constant.norm() < 0.5 * gain.norm())  # in fact either 0 or the gain
         shared: Tensor = (x - x.mean(-1, keepdim=True) if centres else x) * gain
     return shared
 
