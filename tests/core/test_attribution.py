@@ -1,0 +1,312 @@
+"""DFA is exact: its sum is the pre-activation, computed on its own; a pattern read the wrong way round is noticed."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sae_core.attribution import (
+    CHUNK_ELEMENTS,
+    SparseDFA,
+    decoder_neighbours,
+    dfa,
+    head_norm_shares,
+    identity_gap,
+    logit_tokens,
+    sparsify_dfa,
+)
+from sae_core.lens import Lens
+from tests.core.tiny_models import KINDS
+
+TinyLens = Callable[[str], Lens]
+POS = 20
+LAYER = 2
+TOLERANCE = 1e-4  # of sum |DFA| + |bias|, in fp32
+
+
+class Case(NamedTuple):
+    """Features firing at some destinations of one row, as attribution gets them, and their pre-activations by another way."""
+
+    v: Tensor
+    pattern: Tensor  # [head, dest, src], the whole row
+    dest: Tensor
+    w: Tensor
+    bias: Tensor
+    preact: Tensor
+
+    def gap(self, pattern: Tensor | None = None) -> Tensor:
+        """The identity's gap, with the row's pattern or another in its place."""
+        at_dest = (self.pattern if pattern is None else pattern)[:, self.dest].transpose(0, 1)
+        return identity_gap(dfa(self.v, at_dest, self.w), self.bias, self.preact)
+
+
+def case(lens: Lens, tokens: Tensor, layer: int, dest: Tensor) -> Case:
+    """Random features with w . z + bias taken from the z that `read_z` gives: where there is a fast handle, this z has
+    seen neither this v nor this pattern."""
+    info, generator = lens.info, torch.Generator().manual_seed(5)
+    w = torch.randn(len(dest), info.n_heads, info.d_head, generator=generator)
+    bias = torch.randn(len(dest), generator=generator)
+    z = lens.read_z(tokens[None], [layer])[layer][0]
+    preact = (z[dest].double() * w.flatten(1).double()).sum(1) + bias.double()
+    read = lens.read_attention(tokens[None], layer)
+    return Case(read.v[0], read.pattern[0], dest, w, bias, preact.float())
+
+
+@pytest.fixture
+def tiny_case(tiny_lens: TinyLens) -> Callable[[str], Case]:
+    def of(kind: str) -> Case:
+        lens = tiny_lens(kind)
+        tokens = torch.randint(0, lens.info.d_vocab, (POS,), generator=torch.Generator().manual_seed(4))
+        return case(lens, tokens, LAYER, torch.arange(POS))
+
+    return of
+
+
+def real_case(lens: Lens) -> Case:
+    (ids,) = lens.encode(["Fare thee well, said Hezekiah; and it was so. Fare thee well, said Hezekiah again, and it was so."])
+    return case(lens, torch.tensor([lens.row_start, *ids]), 17, torch.arange(1, len(ids) + 1))
+
+
+def by_hand(v: Tensor, pattern: Tensor, w: Tensor) -> Tensor:
+    """DFA entry by entry, as its definition reads."""
+    n, n_heads, n_src = pattern.shape
+    group = n_heads // v.shape[1]
+    found = torch.zeros(n, n_heads, n_src)
+    for i in range(n):
+        for head in range(n_heads):
+            for src in range(n_src):
+                found[i, head, src] = pattern[i, head, src] * torch.dot(v[src, head // group], w[i, head])
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dfa_and_bias_sum_to_the_preactivation(tiny_case: Callable[[str], Case], kind: str) -> None:
+    assert (tiny_case(kind).gap() <= TOLERANCE).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transposed_pattern_breaks_identity(tiny_case: Callable[[str], Case], kind: str) -> None:
+    found = tiny_case(kind)
+    gap = found.gap(found.pattern.transpose(1, 2))
+    assert gap.median() > 100 * TOLERANCE
+    assert gap.max() > 0.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axis", [1, 2])
+def test_pattern_shifted_by_one_breaks_identity(tiny_case: Callable[[str], Case], kind: str, axis: int) -> None:
+    found = tiny_case(kind)
+    gap = found.gap(found.pattern.roll(1, axis))
+    assert gap.median() > 100 * TOLERANCE
+    assert gap.max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3", "mistral"])
+def test_heads_paired_with_the_wrong_values_break_identity(tiny_case: Callable[[str], Case], kind: str) -> None:
+    found = tiny_case(kind)
+    swapped = found._replace(v=found.v.flip(1))
+    assert found.v.shape[1] == 2
+    assert swapped.gap().median() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "pythia"])
+def test_value_bias_is_inside_the_sources(tiny_lens: TinyLens, kind: str) -> None:
+    # A pattern row sums to 1, so the same vector added to every v moves z by exactly that vector: the bias cannot be lost.
+    pattern = tiny_lens(kind).read_attention(torch.arange(POS)[None], LAYER).pattern
+    assert torch.allclose(pattern.sum(-1), torch.ones(()), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dfa_is_the_definition_entry_by_entry(tiny_case: Callable[[str], Case], kind: str) -> None:
+    found = tiny_case(kind)
+    at_dest = found.pattern[:, found.dest].transpose(0, 1)
+    assert torch.allclose(dfa(found.v, at_dest, found.w), by_hand(found.v, at_dest, found.w), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dfa_is_gradient_times_value_under_a_frozen_pattern(tiny_case: Callable[[str], Case], kind: str) -> None:
+    found = tiny_case(kind)
+    group = found.pattern.shape[0] // found.v.shape[1]
+    at_dest = found.pattern[:, found.dest].transpose(0, 1)
+    expected = []
+    for i, dest in enumerate(found.dest):
+        v = found.v.repeat_interleave(group, dim=1).requires_grad_()
+        z = torch.einsum("hs,shd->hd", found.pattern[:, dest], v)
+        (gradient,) = torch.autograd.grad((z * found.w[i]).sum(), v)
+        expected.append((gradient * v.detach()).sum(-1).T)
+    assert torch.allclose(dfa(found.v, at_dest, found.w), torch.stack(expected), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_given_by_later_sources(tiny_case: Callable[[str], Case], kind: str) -> None:
+    found = tiny_case(kind)
+    given = dfa(found.v, found.pattern[:, found.dest].transpose(0, 1), found.w)
+    later = torch.arange(POS)[None] > found.dest[:, None]
+    assert not given.transpose(1, 2)[later].any()
+
+
+@pytest.mark.real
+def test_smollm2_dfa_and_bias_sum_to_the_preactivation(smollm2_lens: Lens) -> None:
+    found = real_case(smollm2_lens)
+    assert (found.gap() <= TOLERANCE).all()
+    assert found.gap(found.pattern.transpose(1, 2)).median() > 100 * TOLERANCE
+    assert found.gap(found.pattern.roll(1, 2)).median() > 100 * TOLERANCE
+
+
+def test_gap_is_the_miss_as_a_share_of_the_terms() -> None:
+    terms = torch.tensor([[[3.0, -1.0], [0.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    gap = identity_gap(terms, torch.tensor([-2.0, 0.0]), torch.tensor([2.8, 0.0]))
+    assert torch.allclose(gap, torch.tensor([0.8 / 8, 0.0]))
+
+
+# Sparse DFA
+
+matrices = st.tuples(st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**31)).flatmap(
+    lambda shape: st.sampled_from([1.0, 1e-3, 3.0, 30.0]).map(
+        lambda spread: (
+            torch.randn(shape[:2], generator=torch.Generator().manual_seed(shape[2])).mul(spread).exp()
+            * torch.randint(-1, 2, shape[:2], generator=torch.Generator().manual_seed(shape[2] + 1))
+        )
+    )
+)
+
+
+def rebuilt(sparse: SparseDFA, n_heads: int) -> np.ndarray:
+    """Sum per head of all that was kept or summed."""
+    kept = np.zeros(n_heads, dtype=np.float64)
+    np.add.at(kept, sparse.head, sparse.value)
+    return kept + sparse.dropped + sparse.before
+
+
+@settings(deadline=None, max_examples=150)
+@given(matrices, st.floats(0.05, 1), st.integers(1, 64), st.integers(0, 39))
+def test_kept_dropped_and_before_sum_to_the_whole_per_head(full: Tensor, share: float, entries: int, start: int) -> None:
+    start = min(start, full.shape[1] - 1)
+    sparse = sparsify_dfa(full, share=share, max_entries=entries, start=start)
+    total = full.double().sum(1).numpy()
+    size = full.abs().double().sum(1).numpy()
+    assert (np.abs(rebuilt(sparse, full.shape[0]) - total) <= 1e-5 * size).all()
+    assert sparse.abs_dfa == pytest.approx(float(size.sum()), rel=1e-6)
+
+
+@settings(deadline=None, max_examples=150)
+@given(matrices, st.floats(0.05, 1), st.integers(1, 64), st.integers(0, 39))
+def test_kept_entries_are_the_largest_and_no_more_than_needed(full: Tensor, share: float, entries: int, start: int) -> None:
+    start = min(start, full.shape[1] - 1)
+    sparse = sparsify_dfa(full, share=share, max_entries=entries, start=start)
+    n = len(sparse.value)
+    assert n <= entries
+    assert (sparse.src >= start).all()
+    assert (sparse.value != 0).all()
+    assert (sparse.value == full[sparse.head, sparse.src].numpy()).all()
+    assert len({*zip(sparse.head.tolist(), sparse.src.tolist(), strict=True)}) == n
+    sizes = full[:, start:].abs().double().flatten().sort(descending=True).values.numpy()
+    assert (np.abs(sparse.value).astype(np.float64) == sizes[:n]).all()
+    held, goal = sizes[:n].sum(), share * sparse.abs_dfa
+    in_reach = (sizes > 0).sum()
+    assert held >= goal * (1 - 1e-9) or n == min(entries, in_reach)
+    assert n == 0 or sizes[: n - 1].sum() < goal  # without the last one the share was not reached
+
+
+def test_share_is_of_the_whole_row_not_of_the_window() -> None:
+    full = torch.tensor([[8.0, 1.0, 0.5, 0.5]])
+    sparse = sparsify_dfa(full, share=0.95, max_entries=32, start=1)
+    assert sparse.value.tolist() == [1.0, 0.5, 0.5]  # the window cannot reach 9.5, so all of it is kept
+    assert sparse.before.tolist() == [8.0]
+    assert sparse.dropped.tolist() == [0.0]
+
+
+def test_entry_that_reaches_the_share_is_the_last_kept() -> None:
+    sparse = sparsify_dfa(torch.tensor([[6.0, -3.0], [0.9, 0.1]]), share=0.9, max_entries=32, start=0)
+    assert list(zip(sparse.head.tolist(), sparse.src.tolist(), sparse.value.tolist(), strict=True)) == [
+        (0, 0, 6.0),
+        (0, 1, -3.0),
+    ]
+    assert sparse.dropped.tolist() == pytest.approx([0.0, 1.0])
+
+
+def test_equal_sizes_keep_the_lower_head_then_the_earlier_source() -> None:
+    sparse = sparsify_dfa(torch.ones(2, 3), share=1, max_entries=4, start=0)
+    assert (sparse.head.tolist(), sparse.src.tolist()) == ([0, 0, 0, 1], [0, 1, 2, 0])
+
+
+def test_small_rest_survives_beside_large_entries() -> None:
+    # As a difference of fp32 sums, 1e8 - 1e8 + 1 would be 0.
+    full = torch.tensor([[1e8, -1e8, 0.25, 0.5, 0.25]])
+    assert sparsify_dfa(full, share=0.9, max_entries=2, start=0).dropped.tolist() == [1.0]
+
+
+def test_example_without_any_dfa_keeps_nothing() -> None:
+    sparse = sparsify_dfa(torch.zeros(3, 5), share=0.95, max_entries=8, start=2)
+    assert len(sparse.value) == 0
+    assert sparse.abs_dfa == 0
+    assert not sparse.dropped.any()
+    assert not sparse.before.any()
+
+
+# Weights
+
+
+def test_head_shares_are_norms_of_slices_over_their_sum() -> None:
+    W_dec = torch.randn(9, 12, generator=torch.Generator().manual_seed(0))
+    shares = head_norm_shares(W_dec, 3)
+    for f in range(9):
+        norms = [float(W_dec[f, 4 * h : 4 * h + 4].norm()) for h in range(3)]
+        assert shares[f].tolist() == pytest.approx([norm / sum(norms) for norm in norms], rel=1e-5)
+    assert torch.allclose(shares.sum(1), torch.ones(9))
+
+
+def test_zero_row_shares_equally_among_heads() -> None:
+    assert head_norm_shares(torch.zeros(1, 8), 4).tolist() == [[0.25] * 4]
+
+
+@pytest.mark.parametrize("chunk", [CHUNK_ELEMENTS, 41])
+def test_neighbours_are_the_nearest_by_cosine(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr("sae_core.attribution.CHUNK_ELEMENTS", chunk)
+    W_dec = torch.randn(20, 6, generator=torch.Generator().manual_seed(1)) * torch.arange(1, 21)[:, None]
+    found = decoder_neighbours(W_dec, 4)
+    for f in range(20):
+        cosines = {g: float(torch.cosine_similarity(W_dec[f], W_dec[g], dim=0)) for g in range(20) if g != f}
+        nearest = sorted(cosines, key=cosines.__getitem__, reverse=True)[:4]
+        assert found.indices[f].tolist() == nearest
+        assert found.cosines[f].tolist() == pytest.approx([cosines[g] for g in nearest], abs=1e-5)
+
+
+def test_twin_is_the_nearest_neighbour_and_the_feature_itself_is_not() -> None:
+    W_dec = torch.eye(5).repeat(2, 1)
+    found = decoder_neighbours(W_dec, 1)
+    assert found.indices[:, 0].tolist() == [5, 6, 7, 8, 9, 0, 1, 2, 3, 4]
+    assert found.cosines.max() <= 1
+
+
+def test_neighbours_are_at_most_all_others() -> None:
+    assert decoder_neighbours(torch.eye(3), 10).indices.shape == (3, 2)
+    assert decoder_neighbours(torch.eye(1), 10).indices.shape == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma2"])
+@pytest.mark.parametrize("chunk", [CHUNK_ELEMENTS, 600])
+def test_promoted_and_suppressed_tokens_are_the_ends_of_the_logit_weights(
+    tiny_lens: TinyLens, monkeypatch: pytest.MonkeyPatch, kind: str, chunk: int
+) -> None:
+    monkeypatch.setattr("sae_core.attribution.CHUNK_ELEMENTS", chunk)
+    lens = tiny_lens(kind)
+    vectors = torch.randn(5, lens.info.d_in, generator=torch.Generator().manual_seed(6))
+    found = logit_tokens(lens, vectors, LAYER, 3)
+    for i, logits in enumerate(lens.logit_weights(vectors, LAYER)):
+        order = logits.argsort(descending=True)
+        assert found.promoted.ids[i].tolist() == order[:3].tolist()
+        assert found.suppressed.ids[i].tolist() == order.flip(0)[:3].tolist()
+        assert torch.allclose(found.promoted.values[i], logits[order[:3]], rtol=1e-4)
+        assert torch.allclose(found.suppressed.values[i], logits[order.flip(0)[:3]], rtol=1e-4)
+        assert found.promoted.values[i].min() > 0 > found.suppressed.values[i].max()
+
+
+def test_no_vectors_give_no_tokens(tiny_lens: TinyLens) -> None:
+    lens = tiny_lens("gpt2")
+    assert logit_tokens(lens, torch.zeros(0, lens.info.d_in), LAYER, 3).promoted.ids.shape == (0, 3)
