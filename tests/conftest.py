@@ -2,7 +2,6 @@
 
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +50,8 @@ def browser_type_launch_args(browser_type_launch_args: dict[str, Any]) -> dict[s
 
 
 @pytest.fixture(autouse=True)
-def _own_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """A developer's own HEADSCOPE_ variables change no test; only the cache is shared."""
     for name in list(os.environ):
         if name.startswith("HEADSCOPE_") and name != "HEADSCOPE_CACHE":
             monkeypatch.delenv(name)
-    yield
