@@ -1,5 +1,6 @@
 """Every environment variable, documented once. Refuses combinations that would be unsafe. No torch."""
 
+import errno
 import os
 import tempfile
 from functools import cached_property
@@ -36,6 +37,10 @@ class Settings(BaseSettings):
     """Port of the engine on 127.0.0.1; 0 takes the web's port + 1."""
     engine_secret: SecretStr | None = None
     """Secret shared by web and engine; unset makes one and keeps it in the data folder, readable by its owner only."""
+    engine_idle_seconds: float = 600.0
+    """Seconds without a question after which the engine gives its models' memory back."""
+    engine_max_tokens: int = 512
+    """Most tokens of a text that the engine takes."""
     device: str = "auto"
     """Where models run: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the first GPU, else the CPU."""
     worker_id: str = "worker-0"
@@ -90,7 +95,7 @@ class Settings(BaseSettings):
                 with tempfile.NamedTemporaryFile(dir=folder) as file:
                     file.write(b"x" * 4096)
             except OSError as error:
-                if error.errno == 28:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                     raise DiskFull(
                         f"No room is left in {folder}; free some space or set HEADSCOPE_DATA to another disk."
                     ) from error

@@ -48,8 +48,8 @@ from server import estimates, jobs
 from server.db import Database
 from server.downloads import sha256_of
 from server.settings import Settings
-from server.store import registry
 from server.store import jobs as store
+from server.store import registry
 from server.store.jobs import JobRecord
 
 log = logging.getLogger("headscope.worker")
@@ -193,7 +193,7 @@ def sentence(error: Exception, worker: "Worker") -> str:
         return str(error)
     if isinstance(error, PortableWorkflowError):
         return str(error.message)
-    if isinstance(error, OSError) and error.errno in NO_ROOM or "disk is full" in str(error):
+    if (isinstance(error, OSError) and error.errno in NO_ROOM) or "disk is full" in str(error):
         return str(no_room(worker.settings))
     if isinstance(error, torch.OutOfMemoryError):
         return "The device ran out of memory; lower `collect_rows`, `batch` or `batch_rows`, or choose another device."
@@ -445,7 +445,7 @@ class Slot:
 
 
 class Worker:
-    """One device, one job at a time. `start()` returns at once; `close()` stops at the next batch and leaves the job to be resumed."""
+    """One device, one job at a time. `close()` stops at the next batch and leaves the job to be resumed."""
 
     def __init__(self, settings: Settings, db: Database) -> None:
         self.settings, self.db = settings, db

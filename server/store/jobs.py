@@ -160,6 +160,12 @@ def points(session: Session, job_id: str, *, after: int = -1) -> list[tuple[int,
     return [(point.step, point.values) for point in session.scalars(query)]
 
 
+def last_point(session: Session, job_id: str) -> dict[str, float]:
+    """The newest values of the job's curves; empty without any."""
+    query = sa.select(JobPoint.values).where(JobPoint.job_id == job_id).order_by(JobPoint.step.desc()).limit(1)
+    return session.scalar(query) or {}
+
+
 def log_lines(session: Session, job_id: str, *, after: int = 0, limit: int = 500) -> list[LogLine]:
     """What the job said, oldest first, from the line after id `after`."""
     query = sa.select(JobLog).where(JobLog.job_id == job_id, JobLog.id > after).order_by(JobLog.id).limit(limit)

@@ -1,0 +1,204 @@
+"""Live questions on typed text: a small internal ASGI app on 127.0.0.1 that keeps a model and its SAEs warm.
+
+`POST /attribute` answers with the full DFA matrix [head][source] of one feature at one destination, in fp32, with the
+identity gap of that very answer. The web asks it with a shared secret; nobody else can. One question at a time.
+"""
+
+import hmac
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+
+from sae_core import attribution, machine
+from sae_core.errors import HeadscopeError, NotFound, UsageError
+from sae_core.lens import Lens, load_lens
+from sae_core.saes import SAE
+from server.db import Database
+from server.live import SECRET_HEADER, LiveAttribution, LiveQuestion
+from server.settings import Settings
+from server.store import registry
+from server.worker import open_sae
+
+log = logging.getLogger("headscope.engine")
+
+
+@dataclass
+class Warm:
+    """A model with the SAEs on it that were asked for."""
+
+    model: registry.ModelRecord
+    lens: Lens
+    saes: dict[str, SAE]
+
+
+class Engine:
+    """Loads on the first question, answers one at a time, lets go when nobody has asked for a while."""
+
+    def __init__(self, settings: Settings, db: Database) -> None:
+        self.settings, self.db = settings, db
+        self._turn = threading.Lock()
+        self._warm: Warm | None = None
+        self._asked = time.monotonic()
+
+    @property
+    def loaded(self) -> str | None:
+        """Name of the model that is warm."""
+        return self._warm.model.name if self._warm else None
+
+    def attribute(self, question: LiveQuestion) -> LiveAttribution:
+        """Answer a question."""
+        with self._turn:
+            self._asked = time.monotonic()
+            lens, sae = self._open(question.sae)
+            if not 0 <= question.index < sae.cfg.d_sae:
+                raise NotFound(
+                    f"{question.sae} has the features 0 to {sae.cfg.d_sae - 1}; there is no {question.index}.", field="index"
+                )
+            return answer(lens, sae, self._row(lens, question), question)
+
+    def rest(self) -> bool:
+        """Give the memory back if nobody has asked for a while; whether it did."""
+        with self._turn:
+            if self._warm is None or time.monotonic() - self._asked < self.settings.engine_idle_seconds:
+                return False
+            log.info("%s has not been asked for a while; unloaded", self._warm.model.name)
+            self._let_go()
+            return True
+
+    def _let_go(self) -> None:
+        self._warm = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _open(self, name: str) -> tuple[Lens, SAE]:
+        with self.db.read() as session:
+            record = registry.sae(session, name)
+            model = registry.model_by_id(session, record.model_id)
+        if self._warm is None or self._warm.model.source != model.source:
+            self._let_go()
+            self._warm = Warm(model, self._load(model), {})
+        key = f"{name}@{record.sha256}"
+        if key not in self._warm.saes:
+            self._warm.saes[key] = open_sae(self.settings.data, record, self._warm.lens)
+        return self._warm.lens, self._warm.saes[key]
+
+    def _load(self, model: registry.ModelRecord) -> Lens:
+        device = machine.pick_device(self.settings.device)
+        try:
+            return load_lens(model.source, name=model.name, device=device, cache=self.settings.cache)
+        except torch.OutOfMemoryError:
+            if device == "cpu":
+                raise
+            log.warning("%s is full; %s runs on the CPU", device, model.name)  # a training run has the GPU: be slow, not away
+            self._let_go()
+            return load_lens(model.source, name=model.name, device="cpu", cache=self.settings.cache)
+
+    def _row(self, lens: Lens, question: LiveQuestion) -> list[int]:
+        """Token ids, row start first, as in training."""
+        if question.tokens is not None:
+            tokens = list(question.tokens)
+        else:
+            tokens = [lens.row_start, *lens.encode([question.text or ""])[0]]
+        most = min(self.settings.engine_max_tokens, lens.info.max_context)
+        if len(tokens) < 2:
+            raise UsageError("There is no text; type at least one word.", field="text")
+        if len(tokens) > most:
+            raise UsageError(f"The text has {len(tokens)} tokens; at most {most} are taken, so shorten it.", field="text")
+        if not all(0 <= token < lens.info.d_vocab for token in tokens):
+            raise UsageError(f"{lens.info.name} has the tokens 0 to {lens.info.d_vocab - 1} only.", field="tokens")
+        return tokens
+
+
+@torch.no_grad()
+def answer(lens: Lens, sae: SAE, tokens: list[int], question: LiveQuestion) -> LiveAttribution:
+    """The feature on these tokens, and what each (head, source) gave to it at one destination.
+
+    The pre-activation comes from z alone, the DFA from v and pattern alone; that they agree is the gap given back.
+    """
+    read = lens.read_attention(torch.tensor([tokens], device=lens.device), sae.cfg.site.layer)
+    feature = torch.tensor([question.index], device=lens.device)
+    w, bias = sae.affine(feature)
+    z, excluded = read.z[0], sae.excluded(read.z)[0]
+    preacts = z @ w[0] + bias[0]  # [pos]
+    acts = sae.activate(preacts[:, None], feature)[:, 0].masked_fill(excluded, 0.0)
+    dest = question.dest
+    if dest is None:
+        dest = int(preacts.masked_fill(excluded, -torch.inf).argmax()) if not excluded.all() else len(tokens) - 1
+    elif not 0 <= dest < len(tokens):
+        raise UsageError(f"The text has the positions 0 to {len(tokens) - 1}; there is no {dest}.", field="dest")
+    by_head = w.view(1, sae.cfg.n_heads, sae.cfg.d_head)
+    dfa = attribution.dfa(read.v[0], read.pattern[0][:, dest][None], by_head)
+    gap = attribution.identity_gap(dfa, bias, preacts[dest : dest + 1])
+    return LiveAttribution(
+        sae=question.sae,
+        index=question.index,
+        tokens=tokens,
+        texts=lens.token_texts(tokens),
+        activations=acts.tolist(),
+        preacts=preacts.tolist(),
+        excluded=excluded.tolist(),
+        dest=dest,
+        dfa=dfa[0].tolist(),
+        bias=float(bias[0]),
+        gap=float(gap[0]),
+    )
+
+
+def create_engine(settings: Settings, db: Database) -> FastAPI:
+    """The engine's ASGI app."""
+    engine = Engine(settings, db)
+    stop = threading.Event()
+
+    def idle() -> None:
+        while not stop.wait(min(settings.engine_idle_seconds / 4, 30.0)):
+            engine.rest()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        threading.Thread(target=idle, name="idle", daemon=True).start()
+        yield
+        stop.set()
+
+    def secret(given: Annotated[str, Header(alias=SECRET_HEADER)] = "") -> None:
+        if not hmac.compare_digest(given.encode(), settings.secret.encode()):
+            refused = HeadscopeError("The engine answers only the web process of the same installation.")
+            refused.status = 403
+            raise refused
+
+    app = FastAPI(
+        title="Headscope engine",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        dependencies=[Depends(secret)],
+        lifespan=lifespan,
+    )
+    app.state.engine = engine
+
+    @app.exception_handler(HeadscopeError)
+    def refused(_: Request, error: HeadscopeError) -> Response:
+        return JSONResponse({"error": {"code": error.code, "message": str(error), "field": error.field}}, error.status)
+
+    @app.exception_handler(RequestValidationError)
+    def misasked(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        return refused(request, UsageError(f"{first['loc'][-1]}: {first['msg']}.", field=str(first["loc"][-1])))
+
+    @app.get("/health")
+    def health() -> dict[str, str | None]:
+        return {"model": engine.loaded}
+
+    @app.post("/attribute")
+    def attribute(question: LiveQuestion) -> LiveAttribution:
+        return engine.attribute(question)
+
+    return app

@@ -1,0 +1,107 @@
+"""The web's client of the engine: typed questions and answers, and a sentence when it is away. No torch."""
+
+from typing import Annotated, Self
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from sae_core import errors
+from sae_core.errors import EngineAway, HeadscopeError
+from server.settings import Settings
+
+SECRET_HEADER = "X-Headscope-Secret"  # noqa: S105 - the header's name, not a secret
+LOAD_SECONDS = 120.0  # the first question loads a model
+
+
+class LiveQuestion(BaseModel):
+    """What does one feature do on this text, and which heads and source tokens make it fire?"""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    sae: str
+    """Name of the SAE."""
+    index: int
+    """The feature."""
+    text: Annotated[str | None, Field(max_length=100_000)] = None
+    """Text to run; the row start is put before it."""
+    tokens: Annotated[list[int] | None, Field(max_length=100_000)] = None
+    """Token ids of a whole row, row start included, in place of text."""
+    dest: int | None = None
+    """Destination position; None takes the position with the largest pre-activation."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.text is None) == (self.tokens is None):
+            raise ValueError("give either text or tokens")
+        return self
+
+
+class LiveAttribution(BaseModel):
+    """The answer. Positions count from the row start, which is position 0."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    sae: str
+    index: int
+    tokens: list[int]
+    texts: list[str]
+    """Tokens as shown, one per position."""
+    activations: list[float]
+    """By position; 0 at excluded ones."""
+    preacts: list[float]
+    """w . z + c, by position."""
+    excluded: list[bool]
+    """Positions that are no destinations: the row start and attention sinks."""
+    dest: int
+    dfa: list[list[float]]
+    """[head][source]: what each gave at `dest`; with `bias` they sum to `preacts[dest]`."""
+    bias: float
+    gap: float
+    """|sum of DFA + bias - preact| / (sum of |DFA| + |bias|)."""
+
+
+class Live:
+    """Asks the engine."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._client = httpx.Client(
+            base_url=settings.engine_url,
+            headers={SECRET_HEADER: settings.secret},
+            timeout=httpx.Timeout(LOAD_SECONDS, connect=2.0),
+            trust_env=False,  # a proxy has no business between two processes of one machine
+        )
+
+    def attribute(self, question: LiveQuestion) -> LiveAttribution:
+        """Ask; raises `EngineAway`, or the very error that the engine met."""
+        return LiveAttribution.model_validate(self._ask("POST", "/attribute", question.model_dump()))
+
+    def loaded(self) -> str | None:
+        """Name of the model that is warm; `EngineAway` when there is no engine."""
+        model: str | None = self._ask("GET", "/health")["model"]
+        return model
+
+    def close(self) -> None:
+        """Give the connections back."""
+        self._client.close()
+
+    def _ask(self, method: str, path: str, json: dict[str, object] | None = None) -> dict[str, str | None]:
+        try:
+            response = self._client.request(method, path, json=json)
+            body: dict[str, object] = response.json()
+        except httpx.TimeoutException as error:
+            raise EngineAway("The engine takes too long to answer; try again when it has less to do.") from error
+        except (httpx.HTTPError, ValueError) as error:
+            raise EngineAway("The engine does not answer; start it with `headscope engine`, or `headscope up`.") from error
+        if response.is_success:
+            return body  # type: ignore[return-value]
+        raise _as_error(body, response.status_code)
+
+
+def _as_error(body: dict[str, object], status: int) -> HeadscopeError:
+    said = body.get("error")
+    if not isinstance(said, dict):
+        return EngineAway("The engine failed; its log says why.")
+    kinds = {kind("").code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HeadscopeError)}
+    error = kinds.get(str(said.get("code")), EngineAway)(str(said.get("message")), field=said.get("field"))
+    error.status = status
+    return error
