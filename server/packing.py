@@ -1,5 +1,7 @@
 """Packed columns: little-endian numpy arrays in bytes, the same on every machine and database."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,6 +18,6 @@ def pack(values: NDArray[np.generic], dtype: np.dtype[np.generic]) -> bytes:
     return np.ascontiguousarray(values, dtype=dtype).tobytes()
 
 
-def unpack(blob: bytes, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
+def unpack(blob: bytes, dtype: np.dtype[np.generic]) -> NDArray[Any]:
     """The 1-D array that `pack` made; read-only, no copy."""
     return np.frombuffer(blob, dtype=dtype)
