@@ -30,10 +30,15 @@ def create_app(settings: Settings) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         app.state.db.close()
+        if app.state.live is not None:
+            app.state.live.close()
 
-    app = FastAPI(title="Headscope", docs_url=None, redoc_url=None, lifespan=lifespan, dependencies=[Depends(refuse_cross_origin)])
+    app = FastAPI(
+        title="Headscope", docs_url=None, redoc_url=None, lifespan=lifespan, dependencies=[Depends(refuse_cross_origin)]
+    )
     app.state.settings = settings
     app.state.db = Database(settings.url)
+    app.state.live = None
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=TRUSTED_HOSTS)
     app.add_middleware(SecurityHeaders)
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from markupsafe import Markup, escape
 
@@ -56,7 +56,7 @@ def percent(share: float | None, digits: int = 3) -> str:
 
 def count(n: int | float | None) -> str:
     """A whole number with its thousands set apart."""
-    return "–" if n is None else f"{round(n):,}".replace(",", NARROW)
+    return "–" if n is None else f"{round(n):,}".replace(",", NARROW).replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
@@ -91,17 +91,21 @@ _SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x00": "␀"}
 @lru_cache(maxsize=65536)
 def token_text(text: str) -> Markup:
     """A token as people see it: escaped, and no character invisible or able to turn the text around it."""
+    return _visible(text).replace("↵", Markup('<i class="nl">↵</i>'))
+
+
+def token_chip(text: str) -> Markup:
+    """A token standing alone, its spaces made visible."""
+    spaced = _visible(text).replace(" ", Markup('<i class="sp">·</i>')).replace("↵", Markup('<i class="nl">↵</i>'))
+    return Markup('<span class="chip">{}</span>').format(spaced)
+
+
+def _visible(text: str) -> Markup:
     return escape("".join(_SIGNS.get(c) or (f"⟨{ord(c):X}⟩" if _hidden(c) else c) for c in text))
 
 
 def _hidden(c: str) -> bool:
     return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
-def token_chip(text: str) -> Markup:
-    """A token standing alone, its spaces made visible."""
-    shown = token_text(text).replace(" ", Markup('<i class="sp">·</i>'))
-    return Markup('<span class="chip">{}</span>').format(shown)
 
 
 class Paint(NamedTuple):
@@ -264,7 +268,7 @@ def bar_chart(
     desc: str,
     unit: str = "",
     log: bool = False,
-    ticks: Sequence[tuple[int, str]] = (),
+    ticks: Sequence[tuple[float, str]] = (),
     width: int = 300,
     height: int = 96,
 ) -> Markup:
@@ -320,16 +324,18 @@ def line_chart(title: str, curve: Curve, *, desc: str, width: int = 300, height:
     if high == low:
         low, high = low - 0.5 * abs(low or 1), high + 0.5 * abs(high or 1)
     first, last = points[0][0], points[-1][0]
-    inner, base = width - 2, height - 16
+    left, base = 36, height - 16
     path = []
     for x, y in _thinned(points, 240):
-        at = 1 + inner * (x - first) / (last - first or 1)
-        path.append(f"{at:.1f},{base - (base - 12) * min(1.08, (y - low) / (high - low)):.1f}")
-    grid = "".join(f'<line class="grid" x1="0" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>' for y in (12, (12 + base) / 2))
+        at = left + (width - left) * (x - first) / (last - first or 1)
+        path.append(f"{at:.1f},{base - (base - 14) * min(1.04, (y - low) / (high - low)):.1f}")
+    grid = "".join(f'<line class="grid" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>' for y in (14, (14 + base) / 2))
     body = (
-        f'{grid}<line class="axis" x1="0" x2="{width}" y1="{base}" y2="{base}"/><polyline class="line" points="{" ".join(path)}"/>'
-        f'<text class="top" x="1" y="9">{num(high)}</text><text class="top" x="1" y="{base - 3}">{num(low)}</text>'
-        f'<text x="1" y="{height - 4}">{count(first)}</text>'
+        f'{grid}<line class="axis" x1="{left}" x2="{width}" y1="{base}" y2="{base}"/>'
+        f'<polyline class="line" points="{" ".join(path)}"/>'
+        f'<text x="{left - 5}" y="17" text-anchor="end">{num(high)}</text>'
+        f'<text x="{left - 5}" y="{base + 3}" text-anchor="end">{num(low)}</text>'
+        f'<text x="{left}" y="{height - 4}">{count(first)}</text>'
         f'<text x="{width}" y="{height - 4}" text-anchor="end">step {count(last)}</text>'
         f'<text class="now" x="{width}" y="9" text-anchor="end">now {num(points[-1][1])}</text>'
     )
@@ -367,8 +373,9 @@ def head_map(title: str, cells: Sequence[Cell], n_layers: int, n_heads: int, *, 
         for layer in range(n_layers)
         if n_layers <= 16 or layer % 2 == 0
     ]
+    side = f'width="{size - 2}" height="{size - 2}" rx="2"'
     parts += [
-        f'<rect class="void" x="{left + size * layer + 1}" y="{top + size * head + 1}" width="{size - 2}" height="{size - 2}" rx="2"/>'
+        f'<rect class="void" x="{left + size * layer + 1}" y="{top + size * head + 1}" {side}/>'
         for layer in range(n_layers)
         for head in range(n_heads)
     ]
@@ -377,13 +384,22 @@ def head_map(title: str, cells: Sequence[Cell], n_layers: int, n_heads: int, *, 
         x, y = left + size * cell.layer + 1, top + size * cell.head + 1
         parts.append(
             f'<a href="{escape(cell.link)}"><title>{text}</title><rect class="c{level(cell.value, highest)}" '
-            f'x="{x}" y="{y}" width="{size - 2}" height="{size - 2}" rx="2"/></a>'
+            f'x="{x}" y="{y}" {side}/></a>'
         )
     rows = "".join(
         f'<tr><th scope=row><a href="{escape(cell.link)}">layer {cell.layer} head {cell.head}</a><td>{count(cell.value)}'
         for cell in cells
     )
     return _figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>", kind="map")
+
+
+def map_key(cells: Sequence[Cell]) -> Markup:
+    """The colours of a map from none to most."""
+    steps = "".join(f'<rect class="c{at}" x="{10 * i}" width="9" height="10"/>' for i, at in enumerate((1, 4, 8, 12, 15)))
+    most = count(max((cell.value for cell in cells), default=0))
+    return Markup(  # noqa: S704 - numbers only
+        f'0 <svg class="bar map-key" aria-hidden="true" viewBox="0 0 49 10" width="49" height="10">{steps}</svg> {most}'
+    )
 
 
 def _figure(title: str, desc: str, body: str, width: int, height: int, twin: str, kind: str = "chart") -> Markup:
@@ -400,7 +416,109 @@ def histogram_bars(edges: Sequence[float], counts: Sequence[int]) -> list[Bar]:
     return [Bar(f"{num(edges[i])} to {num(edges[i + 1])}", n) for i, n in enumerate(counts)]
 
 
-def edge_ticks(edges: Sequence[float]) -> list[tuple[int, str]]:
+def edge_ticks(edges: Sequence[float]) -> list[tuple[float, str]]:
     """Labels for the first, middle and last edge of a histogram."""
     last = len(edges) - 1
     return [(at, num(edges[at], 2)) for at in sorted({0, last // 2, last})] if last > 0 else []
+
+
+EVIDENCE = {
+    "induction": "from tokens that followed an earlier copy of the destination",
+    "previous": "from the token right before",
+    "current": "from the destination itself",
+    "duplicate": "from earlier copies of the destination",
+    "near": "from at most 10 tokens back",
+    "far": "from more than 32 tokens back",
+    "top_share": "from the one strongest source",
+    "row_start": "of everything, row starts included, from row starts",
+}
+"""What the detectors' shares of positive DFA mean, in words."""
+OTHER_EVIDENCE = {
+    "distance": "tokens back on average",
+    "source_logit": "standard deviations by which it lifts the strongest source's own token",
+    "examples": "examples looked at",
+}
+
+
+def evidence_lines(evidence: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The numbers behind a family as (how much, of what): shares first, the largest first, with what chance would give."""
+    lines = []
+    for name in sorted(EVIDENCE.keys() & evidence.keys(), key=lambda name: -evidence[name]):
+        chance = evidence.get(f"{name}_chance")
+        by_chance = "" if chance is None else f"; by chance {percent(chance, 2)}"
+        lines.append((percent(evidence[name], 2), EVIDENCE[name] + by_chance))
+    lines += [(num(evidence[name], 2), words) for name, words in OTHER_EVIDENCE.items() if name in evidence]
+    known = EVIDENCE.keys() | OTHER_EVIDENCE.keys() | {f"{name}_chance" for name in EVIDENCE}
+    return lines + [(str(value), name.replace("_", " ")) for name, value in evidence.items() if name not in known]
+
+
+CURVES = {
+    "loss": ("Loss", "Mean squared error with the auxiliary loss, by training step."),
+    "fvu": ("Unexplained variance", "Fraction of the variance of z that the SAE does not explain, by training step."),
+    "l0": ("L0", "Mean number of active features per token, by training step."),
+    "dead": ("Dead features", "Share of features that have not fired for long, by training step."),
+}
+
+
+class Step(Protocol):
+    """A point of a job's curves."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def values(self) -> Mapping[str, float]: ...
+
+
+def curves(points: Sequence[Step]) -> list[tuple[str, str, Curve]]:
+    """The curves that the points hold, as (title, description, line), in the order of `CURVES`."""
+    found = []
+    for name, (title, words) in CURVES.items():
+        line = [(point.step, float(point.values[name])) for point in points if name in point.values]
+        if line:
+            found.append((title, words, Curve(name, line)))
+    return found
+
+
+def clock(at: datetime) -> str:
+    """The time of day in UTC."""
+    return f"{at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC):%H:%M:%S}"
+
+
+class HasCount(Protocol):
+    """So many features have `key` in common."""
+
+    @property
+    def key(self) -> int | str: ...
+    @property
+    def features(self) -> int: ...
+
+
+class HasRange(Protocol):
+    """So many values lie between `low` and `high`."""
+
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def count(self) -> int: ...
+
+
+def head_bars(counts: Sequence[HasCount], sae: str) -> list[Bar]:
+    """A bar per head that leads to the features it leads."""
+    return [Bar(str(entry.key), entry.features, f"{sae}?head={entry.key}&leads=true#features") for entry in counts]
+
+
+def plain_bars(values: Sequence[float]) -> list[Bar]:
+    """A bar per head."""
+    return [Bar(str(head), value) for head, value in enumerate(values)]
+
+
+def density_bars(bins: Sequence[HasRange]) -> list[Bar]:
+    """The bars of the density histogram."""
+    return [Bar(f"{percent(b.low)} to {percent(b.high)} of tokens", b.count) for b in bins]
+
+
+def density_ticks(bins: Sequence[HasRange]) -> list[tuple[float, str]]:
+    """A label at every second power of ten."""
+    return [(at, percent(bins[at].low if at < len(bins) else bins[-1].high, 1)) for at in range(0, len(bins) + 1, 6)]

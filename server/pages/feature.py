@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import HeadscopeError, UsageError
-from server import live
+from server.live import Live, LiveAttribution, LiveQuestion
 from server.pages.reply import Read, etag, reply, unchanged
 from server.rendering import Paint
 from server.store.features import DfaEntry, FeatureExample, FeaturePage, feature_page
@@ -92,11 +92,20 @@ def ask(request: Request, door: Door, index: int, text: str, dest: str) -> Featu
         raise UsageError(f"That is {len(text)} characters; at most {LONGEST_TEXT} can be tried at once.", field="text")
     if dest and not (dest.isascii() and dest.isdigit()):
         raise UsageError(f"'{dest}' is no token position; leave it empty for the strongest.", field="dest")
-    answer = live.attribute(request.app.state.settings, door.sae.name, index, text, int(dest) if dest else None)
-    return as_example(answer)
+    question = LiveQuestion(sae=door.sae.name, index=index, text=text, dest=int(dest) if dest else None)
+    return as_example(engine(request).attribute(question))
 
 
-def as_example(answer: live.Attribution) -> FeatureExample:
+def engine(request: Request) -> Live:
+    """The app's one client of the engine, made when the first question is asked."""
+    state = request.app.state
+    if state.live is None:
+        state.live = Live(state.settings)
+    client: Live = state.live
+    return client
+
+
+def as_example(answer: LiveAttribution) -> FeatureExample:
     """A live answer holds the full matrix, so nothing is dropped and nothing lies before the window."""
     entries = [DfaEntry(src, head, value) for head, row in enumerate(answer.dfa) for src, value in enumerate(row)]
     entries.sort(key=lambda entry: -abs(entry.value))
@@ -121,5 +130,3 @@ def as_example(answer: live.Attribution) -> FeatureExample:
         act=answer.activations[answer.dest],
         gap=abs(total + answer.bias - preact) / (size + abs(answer.bias) or 1.0),
     )
-
-

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse
 
 from server.jobs import Jobs
-from server.pages.reply import Read, reply, render
+from server.pages.reply import Read, render, reply
 from server.store import jobs as store
 from server.store.jobs import JobRecord, LogLine, WorkerRecord
 from server.store.saes import CurvePoint, sae_made_by

@@ -87,12 +87,13 @@ def reply(
 
 def to_json(page: Any) -> bytes:
     """The dataclass `page` as JSON."""
-    return _adapter(type(page)).dump_json(page)
+    kind = type(page)
+    if kind not in _adapters:
+        _adapters[kind] = TypeAdapter(kind)
+    return _adapters[kind].dump_json(page)
 
 
-@lru_cache
-def _adapter(kind: type) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
+_adapters: dict[type, TypeAdapter[Any]] = {}
 
 
 def _headers(tag: str | None) -> dict[str, str]:
@@ -142,7 +143,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("num", "signed", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip")
+    names = ("num", "signed", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip", "clock")
     jinja.filters.update({name: getattr(rendering, name) for name in names})
     jinja.globals.update(link=link, sae_path=sae_path, asset=asset, version=VERSION, draw=rendering, asdict=asdict)
     return jinja

@@ -24,8 +24,8 @@ class FeatureQuery(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    sort: str = "-max"
-    """Column to sort by; a leading `-` turns the order round."""
+    sort: str | None = None
+    """Column to sort by; a leading `-` turns the order round. Without it: `-head_share` when a head is given, else `-max`."""
     head: int | None = Field(None, ge=0)
     """Show and sort shares of this head; without it, of each feature's leading head."""
     leads: bool = False
@@ -60,18 +60,23 @@ class FeatureQuery(BaseModel):
         return self
 
     @property
+    def order(self) -> str:
+        """`sort`, decided."""
+        return self.sort or ("-max" if self.head is None else "-head_share")
+
+    @property
     def key(self) -> str:
         """The column, without its direction."""
-        return self.sort.removeprefix("-")
+        return self.order.removeprefix("-")
 
     @property
     def descending(self) -> bool:
         """Largest first."""
-        return self.sort.startswith("-")
+        return self.order.startswith("-")
 
-    def asked(self) -> dict[str, Any]:
-        """What differs from the defaults, ready for an address."""
-        values = self.model_dump(exclude_defaults=True)
+    def asked(self, **changes: Any) -> dict[str, Any]:
+        """What differs from the defaults, ready for an address. A change other than `after` begins at the first page."""
+        values = {**self.model_dump(exclude_defaults=True), "after": self.after if not changes else None, **changes}
         return {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
 
 
@@ -128,31 +133,54 @@ def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureT
     if harvest is None:
         return FeatureTable(query, 0, (), None)
     if query.head is not None and query.head >= door.sae.n_heads:
-        raise UsageError(f"Head {query.head} does not exist: {door.sae.name} has heads 0 to {door.sae.n_heads - 1}.", field="head")
-    by_head = query.head is not None
-    columns = [Feature, FeatureDetail.promoted]
-    columns += [FeatureHead.norm_share, FeatureHead.dfa_share, FeatureHead.dfa] if by_head else []
-    base = sa.select(*columns).join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
-    matching = sa.select(sa.func.count()).select_from(Feature).where(*_conditions(harvest.id, query)).scalar_subquery()
-    if by_head:
-        base = base.join(
-            FeatureHead,
-            sa.and_(
-                FeatureHead.harvest_id == Feature.harvest_id, FeatureHead.idx == Feature.idx, FeatureHead.head == query.head
-            ),
+        raise UsageError(
+            f"Head {query.head} does not exist: {door.sae.name} has heads 0 to {door.sae.n_heads - 1}.", field="head"
         )
-    column = _sort_column(query)
-    statement = base.add_columns(matching, column).where(*_conditions(harvest.id, query))
+    conditions = _conditions(harvest.id, query)
+    matching = sa.select(sa.func.count()).select_from(Feature).where(*conditions).scalar_subquery()
+    norm_share, dfa_share, dfa = _shares(query.head)
+    column = _sort_column(query, norm_share, dfa_share)
+    statement = (
+        sa.select(
+            Feature,
+            FeatureDetail.promoted,
+            norm_share.label("norm_share"),
+            dfa_share.label("dfa_share"),
+            dfa.label("dfa"),
+            matching.label("n_matching"),
+            column.label("place"),
+        )
+        .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
+        .where(*conditions)
+    )
+    if query.head is not None:
+        at_head = sa.and_(FeatureHead.harvest_id == harvest.id, FeatureHead.head == query.head, FeatureHead.idx == Feature.idx)
+        statement = statement.join(FeatureHead, at_head)
     if query.after is not None:
         statement = statement.where(_beyond(query, column))
     way = sa.desc if query.descending else sa.asc
     found = session.execute(statement.order_by(way(column).nulls_last(), way(Feature.idx)).limit(query.limit + 1)).all()
     shown = found[: query.limit]
-    snippets = _snippets(session, [row[0].id for row in shown])
-    rows = tuple(_feature_row(row, query.head, snippets.get(row[0].id)) for row in shown)
-    more = len(found) > query.limit
-    cursor = f"{'' if shown[-1][-1] is None else repr(shown[-1][-1]).strip(chr(39))}~{shown[-1][0].idx}" if more else None
-    return FeatureTable(query, found[0][-2] if found else 0, rows, cursor)
+    snippets = _snippets(session, [row.Feature.id for row in shown])
+    rows = tuple(_feature_row(row, query.head, snippets.get(row.Feature.id)) for row in shown)
+    return FeatureTable(
+        query=query,
+        n_matching=found[0].n_matching if found else 0,
+        rows=rows,
+        next=_cursor(shown[-1].place, shown[-1].Feature.idx) if len(found) > query.limit else None,
+    )
+
+
+def _shares(head: int | None) -> tuple[Any, Any, Any]:
+    """Columns of decoder norm share, DFA share and mean DFA: at `head`, or of each feature's leading heads."""
+    if head is None:
+        return Feature.top_head_share, Feature.top_head_dfa_share, sa.null()
+    return FeatureHead.norm_share, FeatureHead.dfa_share, FeatureHead.dfa
+
+
+def _cursor(place: float | str | None, idx: int) -> str:
+    # repr of a float reads back as the very same float.
+    return f"{'' if place is None else place if isinstance(place, str) else repr(place)}~{idx}"
 
 
 def _conditions(harvest_id: int, query: FeatureQuery) -> list[sa.ColumnElement[bool]]:
@@ -172,15 +200,14 @@ def _conditions(harvest_id: int, query: FeatureQuery) -> list[sa.ColumnElement[b
     return conditions
 
 
-def _sort_column(query: FeatureQuery) -> Any:
-    by_head = query.head is not None
+def _sort_column(query: FeatureQuery, norm_share: Any, dfa_share: Any) -> Any:
     return {
         "idx": Feature.idx,
         "density": Feature.density,
         "max": Feature.max_act,
         "mean": Feature.mean_act,
-        "head_share": FeatureHead.norm_share if by_head else Feature.top_head_share,
-        "dfa_share": FeatureHead.dfa_share if by_head else Feature.top_head_dfa_share,
+        "head_share": norm_share,
+        "dfa_share": dfa_share,
         "distance": Feature.distance,
         "family": Feature.family,
     }[query.key]
@@ -202,8 +229,7 @@ def _beyond(query: FeatureQuery, column: Any) -> sa.ColumnElement[bool]:
 
 
 def _feature_row(row: sa.Row[Any], head: int | None, snippet: Snippet | None) -> FeatureRow:
-    feature: Feature = row[0]
-    norm_share, dfa_share, dfa = row[2:5] if head is not None else (feature.top_head_share, feature.top_head_dfa_share, None)
+    feature: Feature = row.Feature
     return FeatureRow(
         index=feature.idx,
         family=feature.family,
@@ -212,12 +238,12 @@ def _feature_row(row: sa.Row[Any], head: int | None, snippet: Snippet | None) ->
         max_act=feature.max_act,
         mean_act=feature.mean_act,
         head=feature.top_head if head is None else head,
-        head_share=norm_share,
+        head_share=row.norm_share,
         dfa_head=feature.top_head_dfa if head is None else head,
-        dfa_share=dfa_share,
-        dfa=dfa,
+        dfa_share=row.dfa_share,
+        dfa=row.dfa,
         distance=feature.distance,
-        promoted=tuple(text for _, text, _ in row[1][:4]),
+        promoted=tuple(text for _, text, _ in row.promoted[:4]),
         snippet=snippet,
     )
 
@@ -402,9 +428,7 @@ def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
 def check_index(door: Door, index: int) -> None:
     """NotFound unless the SAE has a feature of that index."""
     if not 0 <= index < door.sae.d_sae:
-        raise NotFound(
-            f"Feature {index} does not exist: {door.sae.name} has features 0 to {door.sae.d_sae - 1}.", field="index"
-        )
+        raise NotFound(f"Feature {index} does not exist: {door.sae.name} has features 0 to {door.sae.d_sae - 1}.", field="index")
 
 
 def _published(door: Door) -> int:

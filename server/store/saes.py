@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 import sqlalchemy as sa
@@ -139,7 +140,7 @@ def _unknown(name: str, known: Sequence[str]) -> str:
 
 def sae_ref(row: SAE, model: str, harvest: Harvest | None, corpus: str | None) -> SaeRef:
     """A row of the database as pages name it."""
-    ref = harvest and HarvestRef(
+    ref = None if harvest is None else HarvestRef(
         harvest.id, corpus or "", harvest.n_tokens, harvest.n_rows, harvest.n_live, harvest.n_examples,
         harvest.context, harvest.worst_gap, harvest.config, harvest.published_at,
     )  # fmt: skip
@@ -177,7 +178,7 @@ def _feature_groups(session: Session, harvest_id: int) -> Sequence[sa.Row[Any]]:
     # One scan answers four charts. Sums of CASE, since log10 is not in every build of SQLite.
     live = Feature.n_fired > 0
     bins = []
-    for i, (low, high) in enumerate(zip(DENSITY_EDGES, DENSITY_EDGES[1:], strict=False)):
+    for i, (low, high) in enumerate(pairwise(DENSITY_EDGES)):
         inside = sa.and_(live, Feature.density < high if i == 0 else sa.and_(Feature.density >= low, Feature.density < high))
         bins.append(sa.func.sum(sa.case((inside, 1), else_=0)).label(f"bin{i}"))
     return session.execute(

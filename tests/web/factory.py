@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -71,25 +72,33 @@ class Shape:
     metrics: dict[str, Any] = field(default_factory=lambda: METRICS)
 
 
+EVIDENCE = {
+    "row_start": 0.04, "induction": 0.61, "induction_chance": 0.021, "previous": 0.07, "current": 0.02, "duplicate": 0.09,
+    "duplicate_chance": 0.02, "near": 0.31, "far": 0.22, "distance": 18.3, "top_share": 0.55, "source_logit": 2.4, "examples": 20,
+}  # fmt: skip
+
+
 def interval(value: float, half: float) -> dict[str, float]:
     """A value with its 95 % interval."""
-    return {"value": value, "low": value - half, "high": value + half}
+    return {"mean": value, "low": value - half, "high": value + half}
 
 
 METRICS: dict[str, Any] = {
-    "n_tokens": 65024,
-    "reconstruction": {"l0": 31.4, "fvu": 0.243, "dead": 0.0009, "fvu_by_head": [0.2, 0.31, 0.27, 0.18, 0.24, 0.29, 0.22, 0.35, 0.26]},
+    "reconstruction": {
+        "tokens": 65024, "l0": 31.4, "fvu": 0.243, "dead": 0.0009, "dead_tokens": 100_000,
+        "fvu_by_head": [0.2, 0.31, 0.27, 0.18, 0.24, 0.29, 0.22, 0.35, 0.26],
+        "variance_by_head": [0.1, 0.12, 0.08, 0.14, 0.11, 0.09, 0.13, 0.12, 0.11],
+    },
     "prose": {
-        "n_tokens": 65024, "ce_clean": 3.012, "ce_sae": 3.0142, "ce_zero": 3.0312, "ce_mean": 3.0265,
+        "rows": 512, "tokens": 65024, "clean": 3.012, "sae": 3.0142, "zero": 3.0312, "mean": 3.0265,
         "sae_minus_clean": interval(0.0022, 0.0008), "zero_minus_clean": interval(0.0192, 0.0019),
-        "mean_minus_clean": interval(0.0145, 0.0017),
-        "recovered_zero": 0.885, "recovered_mean": None,
-        "reason": "mean ablation moves the loss by too little to divide by",
+        "mean_minus_clean": interval(0.0145, 0.0147), "recovered_zero": 0.885, "recovered_mean": None,
+        "note": "mean ablation moves the loss by 0.014 nats, within its own interval",
     },
     "repeated": {
-        "n_tokens": 8128, "ce_clean": 0.412, "ce_sae": 0.455, "ce_zero": 1.93, "ce_mean": 1.88,
+        "rows": 64, "tokens": 4064, "clean": 0.412, "sae": 0.455, "zero": 1.93, "mean": 1.88,
         "sae_minus_clean": interval(0.043, 0.006), "zero_minus_clean": interval(1.518, 0.05),
-        "mean_minus_clean": interval(1.468, 0.05), "recovered_zero": 0.972, "recovered_mean": 0.971, "reason": None,
+        "mean_minus_clean": interval(1.468, 0.05), "recovered_zero": 0.972, "recovered_mean": 0.971, "note": None,
     },
 }  # fmt: skip
 
@@ -126,7 +135,12 @@ def add_sae(session: Session, shape: Shape) -> None:
     session.flush()
     for step in range(0, 500, 5):
         decay = float(np.exp(-step / 80))
-        values = {"loss": 0.25 + 0.9 * decay + 0.01 * rng.random(), "fvu": 0.24 + 0.7 * decay, "l0": 32 + 96 * decay, "dead": 0.01}
+        values = {
+            "loss": 0.25 + 0.9 * decay + 0.01 * rng.random(),
+            "fvu": 0.24 + 0.7 * decay,
+            "l0": 32 + 96 * decay,
+            "dead": 0.01,
+        }
         session.add(JobPoint(job_id=job.id, step=step, values=values))
     session.add_all(JobLog(job_id=job.id, text=text) for text in ("Reading rows.", "Trained 500 steps.", "Published."))
     sae = SAE(
@@ -156,15 +170,26 @@ def add_running_job(session: Session, at: datetime) -> None:
     config = {"model": "smollm2-135m", "corpus": "demo", "site": {"layer": 18}, "k": 32}
     session.add(
         Job(
-            id="train-running-1", kind="train", title="Train layer 18 of smollm2-135m", config=config, status="running", attempt=1,
-            worker="worker-0", phase="train", done=524_288, total=1_048_576, rate=9120.0, seconds_left=171.0,
-            created_at=at + timedelta(hours=1), started_at=at + timedelta(hours=1),
-        )  # fmt: skip
+            id="train-running-1",
+            kind="train",
+            title="Train layer 18 of smollm2-135m",
+            config=config,
+            status="running",
+            attempt=1,
+            worker="worker-0",
+            phase="train",
+            done=524_288,
+            total=1_048_576,
+            rate=9120.0,
+            seconds_left=171.0,
+            created_at=at + timedelta(hours=1),
+            started_at=at + timedelta(hours=1),
+        )
     )
     session.flush()
     session.add(Worker(id="worker-0", device="cpu, 2 cores", pid=1, last_seen=datetime.now(UTC)))
     session.add_all(
-        JobPoint(job_id="train-running-1", step=step, values={"loss": 0.3 + 0.8 * float(np.exp(-step / 40)), "fvu": 0.5, "l0": 60.0})
+        JobPoint(job_id="train-running-1", step=step, values={"loss": 0.3 + 0.8 * float(np.exp(-step / 40)), "l0": 60.0})
         for step in range(0, 120, 2)
     )
     session.add(JobLog(job_id="train-running-1", text="Collected 1 048 576 tokens in 88 s."))
@@ -223,7 +248,7 @@ def add_feature(
             if dead
             else [
                 {"low": float(low_), "high": float(high), "count": n_fired // (shape.n_bands + 1 - i)}
-                for i, (high, low_) in enumerate(zip(bands, bands[1:], strict=False))
+                for i, (high, low_) in enumerate(pairwise(bands))
             ],
             head_norm=pack(norm, F4),
             head_dfa=pack(by_head, F4),
@@ -231,14 +256,18 @@ def add_feature(
             promoted=[[w[0], w[1], float(v)] for w, v in zip(words[:10], logits, strict=True)],
             suppressed=[[w[0], w[1], -float(v)] for w, v in zip(words[10:], logits * 0.8, strict=True)],
             neighbours=[[(idx + step) % shape.n_features, round(0.9 - 0.07 * step, 3)] for step in range(1, 8)],
-            evidence={"share at a repeated token": 0.82, "examples": 20} if idx % 5 == 0 else {},
+            evidence={} if dead else EVIDENCE,
         )
     )
     session.add_all(
         FeatureHead(
-            harvest_id=harvest.id, head=head, idx=idx, norm_share=float(norm[head]),
-            dfa=None if dead else float(by_head[head]), dfa_share=None if dead else float(shares[head]),
-        )  # fmt: skip
+            harvest_id=harvest.id,
+            head=head,
+            idx=idx,
+            norm_share=float(norm[head]),
+            dfa=None if dead else float(by_head[head]),
+            dfa_share=None if dead else float(shares[head]),
+        )
         for head in range(shape.n_heads)
     )
     made.sort(key=lambda m: -m.preact)
