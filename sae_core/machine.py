@@ -54,6 +54,11 @@ def matmul_speed(device: str, dtype: torch.dtype, *, size: int = 1024, seconds: 
     return 2.0 * size**3 * n / (time.perf_counter() - begun)
 
 
+def speeds(device: str) -> dict[str, float]:
+    """Operations per second by precision."""
+    return {name: matmul_speed(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+
+
 def versions() -> dict[str, str]:
     """Versions of what matters, by name; missing ones are left out."""
     names = ("headscope", "torch", "transformers", "transformer_lens", "sqlalchemy", "fastapi", "dbos", "numpy")

@@ -465,9 +465,7 @@ class Worker:
         assert _worker is None, "one worker per process: DBOS is a singleton"
         _worker = self
         _log_to(self.log_path)
-        self.speed = estimates.Speed(
-            machine.matmul_speed(self.device, torch.float32), machine.matmul_speed(self.device, torch.bfloat16)
-        )
+        self.speed = estimates.Speed(**machine.speeds(self.device))
         with self.db.write() as session:
             store.beat(session, self.slot.name, self.device, os.getpid())
         config = DBOSConfig(

@@ -1,0 +1,599 @@
+"""`headscope`: the command line. Errors are one sentence on stderr and exit code 2. No torch until a command needs it."""
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar
+
+import sqlalchemy as sa
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+
+from sae_core.config import CorpusSource, HarvestConfig, HarvestJob, ModelSource, RowsConfig, Site, TrainConfig
+from sae_core.errors import (
+    DatabaseAway,
+    DataFolderNotWritable,
+    DiskFull,
+    EmptyCorpus,
+    HeadscopeError,
+    MachineError,
+    UnknownCorpus,
+    UnknownModel,
+    UsageError,
+)
+from server import doctor as doctors
+from server import jobs, terminal, up
+from server.db import Database, sqlite_path
+from server.jobs import Jobs, slug
+from server.options import built, given, options, takes
+from server.settings import Settings
+from server.store import registry
+
+if TYPE_CHECKING:
+    from sae_core.lens import Lens
+
+app = typer.Typer(
+    name="headscope",
+    help="A self-hosted browser for what attention layers compute. Start with `headscope demo`.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    add_completion=False,
+)
+db_app = typer.Typer(help="The database.", no_args_is_help=True)
+model_app = typer.Typer(help="Language models, registered by name.", no_args_is_help=True)
+corpus_app = typer.Typer(help="Bodies of text, registered by name.", no_args_is_help=True)
+app.add_typer(db_app, name="db")
+app.add_typer(model_app, name="model")
+app.add_typer(corpus_app, name="corpus")
+
+Data = Annotated[
+    Path | None,
+    typer.Option("--data", help="Folder of databases, SAEs and running jobs.", envvar="HEADSCOPE_DATA", show_envvar=True),
+]
+Port = Annotated[int | None, typer.Option("--port", help="Port of the web pages.", show_default="8000")]
+Host = Annotated[str | None, typer.Option("--host", help="Address of the web pages.", show_default="127.0.0.1")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps.", show_default="the first GPU, else the CPU")
+]
+
+console = Console(highlight=False)
+S = TypeVar("S")
+
+
+# ------------------------------------------------------------------------------------------------------------- processes
+
+
+@app.command(epilog="Example: [bold]headscope demo[/bold]")
+def demo(data: Data = None, port: Port = None) -> None:
+    """Fetch a real model and real text, train on them and show the result while it is made."""
+    from server import demo as demos
+
+    demos.run(_settings(data=data, port=port))
+
+
+@app.command("up", epilog="Example: [bold]headscope up --port 8080[/bold]")
+def up_(data: Data = None, host: Host = None, port: Port = None) -> None:
+    """Start web, worker and engine together; Ctrl-C stops them and loses nothing."""
+    doctors.need_worker_extra()
+    up.run(_settings(data=data, host=host, port=port).prepare(), _say)
+
+
+@app.command(epilog="Example: [bold]headscope serve --port 8080[/bold]")
+def serve(data: Data = None, host: Host = None, port: Port = None) -> None:
+    """Start the web pages alone. Needs no torch."""
+    settings = _settings(data=data, host=host, port=port)
+    with _opened(settings):
+        from server.app import create_app
+
+        web = create_app(settings)
+        _say(f"Headscope's pages are at http://{settings.host}:{settings.port}.")
+        _uvicorn(web, settings.host, settings.port)
+
+
+@app.command(epilog="Example, one worker per GPU: [bold]headscope worker --id gpu1 --device cuda:1[/bold]")
+def worker(
+    data: Data = None,
+    worker_id: Annotated[
+        str | None,
+        typer.Option("--id", help="Name of this worker's slot; each live worker has its own.", show_default="the first free one"),
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Start a worker: it trains and harvests what is queued, one job at a time."""
+    doctors.need_worker_extra()
+    with _opened(_settings(data=data, worker_id=worker_id, device=device)) as (settings, db):
+        _give_token(settings)
+        from server.worker import run_worker
+
+        run_worker(settings, db)
+
+
+@app.command(epilog="Example: [bold]headscope engine[/bold]")
+def engine(data: Data = None, device: Device = None) -> None:
+    """Start the engine, which answers the pages' live questions on typed text."""
+    doctors.need_worker_extra()
+    with _opened(_settings(data=data, device=device)) as (settings, db):
+        _give_token(settings)
+        from server.engine import create_engine
+
+        _uvicorn(create_engine(settings, db), "127.0.0.1", settings.engine_port or settings.port + 1)
+
+
+# ------------------------------------------------------------------------------------------------------------------ jobs
+
+
+@app.command(
+    epilog="Examples: [bold]headscope train --model gpt2 --layer 5 --corpus hf:NeelNanda/pile-10k[/bold]; "
+    "[bold]headscope train --model ./llama.gguf --layer 9 --corpus ./texts --tokens 2000000 --expansion 16[/bold]"
+)
+@takes(
+    options(RowsConfig, skip=("seed",)),
+    {"rows_seed": options(RowsConfig, prefix="rows-")["rows_seed"]},
+    options(TrainConfig, skip=("model", "corpus", "site", "rows", "harvests")),
+    options(HarvestConfig, skip=("tokens",), prefix="harvest-"),
+)
+def train(
+    model: Annotated[str, typer.Option("--model", help="A registered name, a hub name, a local folder or a .gguf file.")] = "",
+    layer: Annotated[int | None, typer.Option("--layer", help="Layer whose attention output is read, from 0.")] = None,
+    corpus: Annotated[str, typer.Option("--corpus", help="A registered name, a file or folder of text, or hf:<data set>.")] = "",
+    name: Annotated[
+        str | None, typer.Option("--name", help="Name of the SAE.", show_default="made of model, layer and config")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="A JSON file of a whole config; options given here win.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")] = None,
+    harvest_tokens: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--harvest-tokens",
+            help="Tokens of a harvest after training; repeat it for several, each replaces the former; 0 for none.",
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="With a worker running: stay and show progress.")] = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Train an SAE on a layer's attention output, evaluate it, and harvest it.
+
+    With a worker running the job is queued for it; without one it runs here, and can be gone on with after Ctrl-C.
+    """
+    settings = _settings(data=data, device=device)
+    raw = _config_file(config)
+    raw |= given(values, TrainConfig)
+    raw["rows"] = raw.get("rows", {}) | given({**values, "seed": values["rows_seed"]}, RowsConfig)
+    if layer is not None:
+        raw["site"] = {"layer": layer}
+    _harvests(raw, harvest_tokens, given(values, HarvestConfig, prefix="harvest-"))
+    wanted = (model or raw.get("model", ""), corpus or raw.get("corpus", ""))
+    if not wanted[0] or "site" not in raw or not wanted[1]:
+        raise UsageError("Say what to train on: --model, --layer and --corpus; `headscope train --help` has examples.")
+    built(TrainConfig, raw | {"model": "checked-later", "corpus": "checked-later"})
+
+    with _opened(settings) as (settings, db):
+        _give_token(settings)
+        chosen_model, chosen_corpus = _find_model(db, wanted[0], revision), _find_corpus(db, wanted[1])
+        raw |= {"model": chosen_model.name, "corpus": chosen_corpus.name}
+        cfg = built(TrainConfig, raw)
+        queue = Jobs(settings, db)
+        if queue.worker_alive():
+            _register(db, chosen_model, chosen_corpus)
+            job_id = queue.enqueue_train(cfg, name=name)
+            _say(f"Queued {job_id}.")
+            if watch:
+                _end(db, _watch_here(db, job_id))
+            return
+        _train_here(settings, db, cfg, name, chosen_model, chosen_corpus)
+
+
+@app.command(epilog="Example: [bold]headscope harvest --sae gpt2-l5-1a2b3c --tokens 4000000[/bold]")
+@takes(options(HarvestConfig))
+def harvest(
+    sae: Annotated[str, typer.Option("--sae", help="Name of the SAE.")],
+    corpus: Annotated[str | None, typer.Option("--corpus", help="Text to sweep.", show_default="the training's")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="With a worker running: stay and show progress.")] = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Sweep text through an SAE that exists: statistics, examples and their attribution, published when complete."""
+    harvest_config = built(HarvestConfig, given(values, HarvestConfig))
+    with _opened(_settings(data=data, device=device)) as (settings, db):
+        _give_token(settings)
+        with db.read() as session:
+            record = registry.sae(session, sae)
+        trained = record.config.train
+        found = _find_corpus(db, corpus or (trained.corpus if trained else ""))
+        rows = (
+            trained.rows
+            if trained and trained.corpus == found.name
+            else RowsConfig(tokens=harvest_config.tokens, heldout_tokens=0)
+        )
+        cfg = HarvestJob(sae=sae, corpus=found.name, rows=rows, harvest=harvest_config)
+        queue = Jobs(settings, db)
+        alive = queue.worker_alive()
+        if not alive:
+            doctors.need_worker_extra()
+        with db.write() as session:
+            registry.add_corpus(session, found.name, found.source)
+        job_id = queue.enqueue_harvest(cfg)
+        job = queue.get(job_id)
+        if job.status == "done":
+            _say(f"{job_id} is done already: the same sweep of the same SAE would give the same numbers.")
+            return
+        if job.status in ("failed", "cancelled"):
+            queue.retry(job_id)
+        _say(f"Queued {job_id}.")
+        if not alive:
+            _work_here(settings, db, job_id)
+        elif watch:
+            _end(db, _watch_here(db, job_id))
+
+
+# ------------------------------------------------------------------------------------------------------------- registers
+
+
+@db_app.command("upgrade", epilog="Example: [bold]headscope db upgrade[/bold]")
+def db_upgrade(data: Data = None) -> None:
+    """Bring both databases, Headscope's and the job queue's, to the newest version."""
+    settings = _settings(data=data).prepare()
+    db = Database(settings.url)
+    try:
+        jobs.upgrade(settings, db)
+    finally:
+        db.close()
+    _say(f"{settings.url!r} is up to date.")
+
+
+@model_app.command(
+    "add", epilog="Examples: [bold]headscope model add gpt2[/bold]; [bold]headscope model add mine ./llama.gguf[/bold]"
+)
+def model_add(
+    name: Annotated[str, typer.Argument(help="Name to register it by.")],
+    location: Annotated[str | None, typer.Argument(help="Hub name, folder or .gguf file.", show_default="the name")] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the hub.")] = None,
+    check: Annotated[bool, typer.Option(help="Load it, to see that its attention can be attributed.")] = True,
+    data: Data = None,
+) -> None:
+    """Register a language model."""
+    with _opened(_settings(data=data)) as (settings, db):
+        _give_token(settings)
+        source = _model_source(location or name, revision)
+        info = _load(settings, name, source).info if check else None
+        with db.write() as session:
+            registry.add_model(session, name, source)
+            if info:
+                registry.note_shape(session, name, info)
+        said = f": {info.n_layers} layers, {info.n_heads} heads of {info.d_head}" if info else ", not loaded yet"
+        _say(f"{name} is registered{said}.")
+
+
+@model_app.command("list")
+def model_list(data: Data = None) -> None:
+    """Models that are registered."""
+    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        rows = [(m.name, m.source.location, str(m.n_layers or "?"), str(m.n_heads or "?")) for m in registry.models(session)]
+    _table(("name", "location", "layers", "heads"), rows, "No model is registered; `headscope model add` registers one.")
+
+
+@corpus_app.command("add", epilog="Example: [bold]headscope corpus add pile hf:NeelNanda/pile-10k[/bold]")
+def corpus_add(
+    name: Annotated[str, typer.Argument(help="Name to register it by.")],
+    location: Annotated[str, typer.Argument(help="A text, jsonl or parquet file, a folder of them, or hf:<data set>.")],
+    field: Annotated[str, typer.Option("--field", help="Field or column that holds the text.")] = "text",
+    split: Annotated[str, typer.Option("--split", help="Split of a hub data set.")] = "train",
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub data set.")] = None,
+    data: Data = None,
+) -> None:
+    """Register a body of text. It stays where it is."""
+    with _opened(_settings(data=data)) as (settings, db):
+        _give_token(settings)
+        source = CorpusSource(location=_corpus_location(location), field=field, split=split, revision=revision)
+        _check_text(source)
+        with db.write() as session:
+            registry.add_corpus(session, name, source)
+        _say(f"{name} is registered.")
+
+
+@corpus_app.command("list")
+def corpus_list(data: Data = None) -> None:
+    """Corpora that are registered."""
+    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        rows = [(c.name, c.source.location, c.source.field) for c in registry.corpora(session)]
+    _table(("name", "location", "field"), rows, "No corpus is registered; `headscope corpus add` registers one.")
+
+
+@app.command(epilog="Example: [bold]headscope doctor --tokens 10000000 --expansion 16[/bold]")
+@takes(options(RowsConfig, skip=("seed",)), options(TrainConfig, skip=("model", "corpus", "site", "rows", "harvests", "seed")))
+def doctor(
+    model: Annotated[str, typer.Option("--model", help="A registered model, for the estimate.")] = "smollm2",
+    layer: Annotated[int, typer.Option("--layer", help="Layer, for the estimate.")] = 17,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    data: Data = None,
+    **values: Any,
+) -> None:
+    """What is installed, what this machine can do, and what a run of a given size will need."""
+    raw = {"model": model, "corpus": "any", "site": Site(layer=layer), "rows": given(values, RowsConfig)}
+    cfg = built(TrainConfig, raw | given(values, TrainConfig))
+    found = doctors.report(_settings(data=data), cfg)
+    if as_json:
+        console.print_json(json.dumps(found))
+        return
+    _table(None, doctors.lines(found), "")
+
+
+# --------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _say(text: str) -> None:
+    console.print(text, soft_wrap=True, markup=False)
+
+
+def _table(heads: tuple[str, ...] | None, rows: Sequence[tuple[str, ...]], empty: str) -> None:
+    if not rows:
+        _say(empty)
+        return
+    table = Table(*(heads or ("", "")), box=None, show_header=heads is not None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def _settings(**chosen: Any) -> Settings:
+    """Settings of the environment, with what was given on the command line."""
+    try:
+        return Settings(**{name: value for name, value in chosen.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        raise UsageError(f"HEADSCOPE_{name.upper()}={first['input']}: {first['msg']}.", field=name) from error
+
+
+@contextmanager
+def _opened(settings: Settings) -> Iterator[tuple[Settings, Database]]:
+    """The data folder and its database, at the version that this code knows; a new SQLite file is made."""
+    settings.prepare()
+    db = Database(settings.url)
+    try:
+        path = sqlite_path(settings.url)
+        if path is not None and not path.exists():
+            jobs.upgrade(settings, db)
+        else:
+            db.check_version()
+        yield settings, db
+    finally:
+        db.close()
+
+
+def _give_token(settings: Settings) -> None:
+    """Put the Hugging Face token where the hub's library looks for it."""
+    if settings.hf_token_file is not None:
+        try:
+            os.environ["HF_TOKEN"] = settings.hf_token_file.read_text().strip()
+        except OSError as error:
+            raise UsageError(
+                f"HEADSCOPE_HF_TOKEN_FILE={settings.hf_token_file} cannot be read ({error.strerror}); name a file that can.",
+                field="hf_token_file",
+            ) from error
+
+
+def _uvicorn(app: Any, host: str, port: int) -> None:
+    import uvicorn
+
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, server_header=False)
+    uvicorn.Server(config).run(sockets=[up.listen(host, port)])
+
+
+class _Found(Generic[S]):
+    """A model or corpus that was asked for: registered, or to be registered under `name` once it is seen to be good."""
+
+    def __init__(self, name: str, source: S, *, new: bool) -> None:
+        self.name, self.source, self.new = name, source, new
+
+
+def _find_model(db: Database, asked: str, revision: str | None) -> _Found[ModelSource]:
+    with db.read() as session:
+        known = {m.name: m for m in registry.models(session)}
+        if asked in known and revision in (None, known[asked].source.revision):
+            return _Found(asked, known[asked].source, new=False)
+        source = _model_source(asked, revision)
+        if same := registry.model_at(session, source):
+            return _Found(same.name, source, new=False)
+    return _Found(_free_name(asked, set(known)), source, new=True)
+
+
+def _model_source(asked: str, revision: str | None) -> ModelSource:
+    path = Path(asked).expanduser()
+    if path.exists():
+        return ModelSource(location=str(path.resolve()))
+    if asked.endswith(".gguf") or asked.startswith((".", "/", "~")):
+        raise UnknownModel(f"There is no model at {asked}; check the path.", field="model")
+    return ModelSource(location=asked, revision=revision)
+
+
+def _find_corpus(db: Database, asked: str) -> _Found[CorpusSource]:
+    with db.read() as session:
+        known = {c.name: c for c in registry.corpora(session)}
+        if asked in known:
+            return _Found(asked, known[asked].source, new=False)
+        source = CorpusSource(location=_corpus_location(asked))
+        if same := registry.corpus_at(session, source):
+            return _Found(same.name, source, new=False)
+    return _Found(_free_name(asked.removeprefix("hf:"), set(known)), source, new=True)
+
+
+def _corpus_location(asked: str) -> str:
+    if asked.startswith("hf:"):
+        return asked
+    path = Path(asked).expanduser()
+    if not path.exists():
+        raise UnknownCorpus(
+            f"No corpus is registered as {asked}, and there is no file or folder of that name; "
+            "check the path, or write hf:<name> for a data set on the hub.",
+            field="corpus",
+        )
+    return str(path.resolve())
+
+
+def _free_name(asked: str, taken: set[str]) -> str:
+    base = slug(Path(asked).stem if asked.endswith((".gguf", ".txt", ".jsonl", ".parquet")) else asked)
+    return next(name for n in range(1, 10**6) if (name := base if n == 1 else f"{base}-{n}") not in taken)
+
+
+def _check_text(source: CorpusSource) -> None:
+    from sae_core.corpus import documents
+
+    if next(documents(source), None) is None:
+        raise EmptyCorpus(f"There is no text in {source.location}; add some, or name another corpus.", field="corpus")
+
+
+def _load(settings: Settings, name: str, source: ModelSource) -> "Lens":
+    doctors.need_worker_extra()
+    from sae_core import machine
+    from sae_core.lens import load_lens
+
+    return load_lens(source, name=name, device=machine.pick_device(settings.device), cache=settings.cache)
+
+
+def _register(db: Database, model: _Found[ModelSource], corpus: _Found[CorpusSource]) -> None:
+    if corpus.new:
+        _check_text(corpus.source)
+    with db.write() as session:
+        registry.add_model(session, model.name, model.source)
+        registry.add_corpus(session, corpus.name, corpus.source)
+
+
+def _harvests(raw: dict[str, Any], tokens: list[int] | None, shared: dict[str, Any]) -> None:
+    """Put the harvests that the options ask for into the config."""
+    if tokens is not None:
+        raw["harvests"] = [{"tokens": n} for n in tokens if n]
+    if shared:
+        raw["harvests"] = [dict(one) | shared for one in raw.get("harvests", [{}])]
+
+
+def _config_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    try:
+        read = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--config {path} cannot be read as JSON ({error}).", field="config") from error
+    if not isinstance(read, dict):
+        raise UsageError(f"--config {path} holds no JSON object; a job's page shows one.", field="config")
+    return read
+
+
+# ---- running a job in this process ----
+
+
+def _train_here(
+    settings: Settings,
+    db: Database,
+    cfg: TrainConfig,
+    name: str | None,
+    model: _Found[ModelSource],
+    corpus: _Found[CorpusSource],
+) -> None:
+    """Check everything that can be wrong before a line is written, then work until the SAE is published."""
+    doctors.need_worker_extra()
+    _check_text(corpus.source)
+    lens = _load(settings, model.name, model.source)
+    lens.check_layer(cfg.site.layer)
+    _register(db, model, corpus)
+    job_id = Jobs(settings, db).enqueue_train(cfg, name=name)
+    _work_here(settings, db, job_id, warm=(model.name, lens))
+
+
+def _work_here(settings: Settings, db: Database, job_id: str, warm: "tuple[str, Lens] | None" = None) -> None:
+    from server.worker import Worker
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    here = Worker(settings, db)
+    if warm:
+        here.keep(*warm)
+    here.start()
+    try:
+        terminal.watch(db, job_id, console, stop)
+    finally:
+        here.close()
+    if stop.is_set():
+        _say(f"Stopped. `headscope worker` goes on with {job_id} where it is.")
+        raise typer.Exit(130)
+    _end(db, job_id)
+
+
+def _watch_here(db: Database, job_id: str) -> str:
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    terminal.watch(db, job_id, console, stop)
+    return job_id
+
+
+def _end(db: Database, job_id: str) -> None:
+    """Say how it ended; a failure is an error of this command."""
+    for job in terminal.family(db, job_id):
+        if job.status == "failed":
+            raise HeadscopeError(f"{job.id} failed: {job.error}")
+        if not job.ended:
+            _say(f"{job.id} goes on without us.")
+            return
+        _say(f"{job.id} is {job.status}.")
+    _say("See it with `headscope up`.")
+
+
+def _environment() -> None:
+    """Nothing that runs here reports to anybody. Set before the libraries that read it are imported."""
+    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "disabled", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ.update(quiet)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("PYTHONFAULTHANDLER", "1")
+    jobs.quiet()
+    logging.captureWarnings(True)
+
+
+def main() -> None:
+    """Run a command; every error that a person can mend is one sentence."""
+    _environment()
+    up.die_with_parent()
+    try:
+        app()
+    except HeadscopeError as error:
+        _refuse(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except sa.exc.OperationalError as error:
+        if "disk is full" in str(error.orig):
+            _refuse(DiskFull(f"No room is left for the database ({error.orig}); free some space and try again."))
+        _refuse(DatabaseAway(f"The database does not answer ({error.orig}); see HEADSCOPE_DATABASE_URL."))
+    except OSError as error:
+        _refuse(_machine_error(error))
+
+
+def _machine_error(error: OSError) -> MachineError:
+    where = error.filename or "the data folder"
+    if error.errno in (27, 28, 122):
+        return DiskFull(f"No room is left for {where}; free some space, or set HEADSCOPE_DATA to another disk.")
+    if error.errno in (1, 13, 30):
+        return DataFolderNotWritable(f"{where} cannot be written ({error.strerror}); set HEADSCOPE_DATA to a folder of yours.")
+    raise error
+
+
+def _refuse(error: HeadscopeError) -> NoReturn:
+    typer.echo(f"headscope: {error}", err=True)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

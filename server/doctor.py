@@ -1,0 +1,171 @@
+"""What is installed, what this machine can do, which models can be loaded, and what a run will need. No torch at import."""
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sae_core.config import TrainConfig
+from sae_core.errors import HeadscopeError, MissingWorkerExtra
+from server import estimates
+from server.db import Database
+from server.settings import Settings
+from server.store import jobs, registry
+from server.terminal import duration
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a run will take."""
+
+    seconds: dict[str, float]
+    disk: float
+    """Bytes in the data folder while it runs."""
+    memory: float
+    """Bytes of memory, beside the model."""
+
+
+def has_worker_extra() -> bool:
+    """Whether torch and TransformerLens are installed."""
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformer_lens"))
+
+
+def need_worker_extra() -> None:
+    """Raise unless they are."""
+    if not has_worker_extra():
+        raise MissingWorkerExtra(
+            "This needs torch and TransformerLens, which are not installed here; run `pip install 'headscope[worker]'`."
+        )
+
+
+def report(settings: Settings, cfg: TrainConfig | None, *, probe: bool = True) -> dict[str, Any]:
+    """Everything, as plain data."""
+    found: dict[str, Any] = {"worker_extra": has_worker_extra(), "data": str(settings.data), "cache": str(settings.cache)}
+    free = shutil.disk_usage(_existing(settings.data)).free
+    found["disk_free"] = free
+    speed = estimates.UNKNOWN
+    if found["worker_extra"]:
+        found |= machine_facts(settings, probe=probe)
+        if probe:
+            speed = estimates.Speed(found["speeds"]["float32"], found["speeds"]["bfloat16"])
+    found["database"], found["models"], found["workers"] = _database(settings)
+    if cfg is not None:
+        need = needs(cfg, _shape(settings, cfg.model), speed)
+        found["run"] = {"seconds": need.seconds, "disk": need.disk, "memory": need.memory}
+    return found
+
+
+def machine_facts(settings: Settings, *, probe: bool) -> dict[str, Any]:
+    """Versions, devices and measured speeds."""
+    from sae_core import machine
+
+    facts: dict[str, Any] = {
+        "versions": machine.versions(),
+        "devices": [vars(device) for device in machine.devices()],
+        "cpu_features": machine.cpu_features(),
+    }
+    if probe:
+        facts["device"] = machine.pick_device(settings.device)
+        facts["speeds"] = machine.speeds(facts["device"])
+    return facts
+
+
+def needs(cfg: TrainConfig, shape: estimates.Shape, speed: estimates.Speed) -> Need:
+    """Time, disk and memory of a training run with its harvests."""
+    d_in, d_sae = shape.d_in, cfg.expansion * shape.d_in
+    pools = cfg.rows.tokens * d_in * (2 if speed.bfloat16 > 1.5 * speed.float32 else 4)
+    parameters = 2 * d_in * d_sae * 4
+    checkpoints = 3 * 3 * parameters  # values and two moments; two kept, one being written
+    rows = 4 * (cfg.rows.tokens + cfg.rows.heldout_tokens)
+    # parameters, gradients and moments; pre-activations of a batch in three places; one pool in the page cache
+    memory = 4 * parameters + 3 * 4 * cfg.batch * d_sae + min(cfg.pool_tokens, cfg.rows.tokens) * d_in * 2
+    return Need(estimates.train_seconds(cfg, shape, speed), pools + checkpoints + rows + 2 * parameters, memory)
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def _database(settings: Settings) -> tuple[str, list[dict[str, Any]], list[str]]:
+    """Its state in words, its models and its live workers."""
+    if settings.database_url is None and not (settings.data / "headscope.db").exists():
+        return "none yet; any command that needs it makes it", [], []
+    db = Database(settings.url)
+    try:
+        db.check_version()
+        with db.read() as session:
+            models = [
+                {"name": m.name, "location": m.source.location, "layers": m.n_layers, "state": _loadable(m)}
+                for m in registry.models(session)
+            ]
+            workers = [f"{w.id} on {w.device}" for w in jobs.workers(session, seen_within=20)]
+        return f"{settings.url!r}, up to date", models, workers
+    except HeadscopeError as error:
+        return str(error), [], []
+    finally:
+        db.close()
+
+
+def _loadable(model: registry.ModelRecord) -> str:
+    location = Path(model.source.location)
+    if location.is_absolute():
+        if not location.exists():
+            return "its file is gone"
+        return "loads" if model.fingerprint else "there, not loaded yet"
+    folder = Path(_hub_cache()) / f"models--{model.source.location.replace('/', '--')}"
+    return "in the hub's cache" if folder.exists() else "to be fetched from the hub"
+
+
+def _hub_cache() -> str:
+    try:
+        from huggingface_hub.constants import HF_HUB_CACHE
+    except ImportError:
+        return ""
+    return HF_HUB_CACHE
+
+
+def _shape(settings: Settings, model: str) -> estimates.Shape:
+    """The model's sizes where they are known; else those of SmolLM2-135M."""
+    try:
+        db = Database(settings.url)
+        with db.read() as session:
+            m = registry.model(session, model)
+        db.close()
+        if m.d_model and m.n_layers and m.n_heads and m.d_head and m.d_vocab:
+            return estimates.Shape(m.d_model, m.n_layers, m.n_heads, m.d_head, m.d_vocab)
+    except Exception:  # noqa: S110 - no database, no such model: an estimate needs neither
+        pass
+    return estimates.Shape(576, 30, 9, 64, 49152)
+
+
+def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """The report for a terminal: what, and how it is."""
+    said = [(name, version) for name, version in found.get("versions", {}).items()]
+    if not found["worker_extra"]:
+        said.append(("worker parts", "not installed: pages only; pip install 'headscope[worker]' for the rest"))
+    said += [
+        ("device", f"{d['name']}: {d['label']}, {_gb(d['free'])} of {_gb(d['memory'])} free") for d in found.get("devices", [])
+    ]
+    if found.get("cpu_features"):
+        said.append(("CPU features", ", ".join(found["cpu_features"])))
+    said += [(f"{name} product", f"{value / 1e9:,.0f} GFLOP/s") for name, value in found.get("speeds", {}).items()]
+    if "speeds" in found:
+        faster = found["speeds"]["bfloat16"] >= 1.5 * found["speeds"]["float32"]
+        said.append(
+            ("model passes", "bfloat16 (clearly faster here)" if faster else "float32 (bfloat16 is not clearly faster here)")
+        )
+    said += [("data folder", f"{found['data']}, {_gb(found['disk_free'])} free"), ("cache folder", found["cache"])]
+    said.append(("database", found["database"]))
+    said += [("model", f"{m['name']}: {m['location']} ({m['state']})") for m in found["models"]]
+    said.append(("workers", ", ".join(found["workers"]) or "none running"))
+    if "run" in found:
+        run = found["run"]
+        phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in run["seconds"].items())
+        said.append(("such a run", f"about {duration(sum(run['seconds'].values()))} ({phases})"))
+        said.append(("it needs", f"{_gb(run['disk'])} of disk, {_gb(run['memory'])} of memory beside the model"))
+    return said
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB"
