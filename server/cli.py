@@ -94,9 +94,7 @@ def serve(data: Data = None, host: Host = None, port: Port = None) -> None:
     with _opened(settings):
         from server.app import create_app
 
-        web = create_app(settings)
-        _say(f"Headscope's pages are at http://{settings.host}:{settings.port}.")
-        _uvicorn(web, settings.host, settings.port)
+        _uvicorn(create_app(settings), settings.host, settings.port, "Headscope's pages are")
 
 
 @app.command(epilog="Example, one worker per GPU: [bold]headscope worker --id gpu1 --device cuda:1[/bold]")
@@ -125,7 +123,7 @@ def engine(data: Data = None, device: Device = None) -> None:
         _give_token(settings)
         from server.engine import create_engine
 
-        _uvicorn(create_engine(settings, db), "127.0.0.1", settings.engine_port or settings.port + 1)
+        _uvicorn(create_engine(settings, db), "127.0.0.1", settings.engine_port or settings.port + 1, "The engine is")
 
 
 # ------------------------------------------------------------------------------------------------------------------ jobs
@@ -387,11 +385,13 @@ def _give_token(settings: Settings) -> None:
             ) from error
 
 
-def _uvicorn(app: Any, host: str, port: int) -> None:
+def _uvicorn(web: Any, host: str, port: int, what: str) -> None:
     import uvicorn
 
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3, server_header=False)
-    uvicorn.Server(config).run(sockets=[up.listen(host, port)])
+    listening = up.listen(host, port)
+    _say(f"{what} at http://{host}:{port}.")
+    config = uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=3, server_header=False)
+    uvicorn.Server(config).run(sockets=[listening])
 
 
 class _Found(Generic[S]):
@@ -555,8 +555,9 @@ def _end(db: Database, job_id: str) -> None:
 
 def _environment() -> None:
     """Nothing that runs here reports to anybody. Set before the libraries that read it are imported."""
-    quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "disabled", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    os.environ.update(quiet)
+    os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"})
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")
     jobs.quiet()

@@ -38,6 +38,9 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         found.bind((host, port))
         found.listen(2048)
+    except OverflowError as error:
+        found.close()
+        raise PortTaken(f"There is no port {port}; choose one from 1 to 65535.", field="port") from error
     except OSError as error:
         found.close()
         if error.errno == errno.EADDRINUSE:
