@@ -110,7 +110,7 @@ def judge(mean: dict[str, float], n: int) -> str | None:
     if mean["near"] >= 0.8:
         return "local"
     if mean["far"] >= 0.5 or mean["distance"] >= 30:
-        return "long range"
+        return "long-range"
     return None
 
 

@@ -34,6 +34,7 @@ from sae_core.tally import (
     Firings,
     Tallier,
     Tally,
+    by_head,
     cells,
     head_parts,
     keys,
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
 Ints = NDArray[np.integer[Any]]
 Floats = NDArray[np.float32]
 
-OVERSAMPLE = 4
+OVERSAMPLE = 3
 """Candidates held per example wanted, so that dropping near-duplicates leaves enough."""
 SAME_TOKENS = 16
 """Two destinations with the same tokens up to and including them, this many, are one example."""
@@ -93,7 +94,7 @@ def scan_shard(
     if path.exists():
         return
     device = sae.W_enc.device
-    w = sae.W_enc.T.contiguous()
+    w = by_head(sae.W_enc.T, sae.cfg.n_heads)
     cached = activations if activations is not None and activations.n_rows >= shard.stop else None
     tally = Tally.empty(
         sae.cfg.d_sae,
@@ -113,7 +114,7 @@ def scan_shard(
         row, pos = swept.nonzero(as_tuple=True)
         destinations = z[swept].float()
         acts = sae.encode_sparse(destinations)
-        given = head_parts(destinations, w, acts.token, acts.feature, sae.cfg.n_heads)
+        given = head_parts(destinations, w, acts.token, acts.feature)
         tallier.add(Firings(acts.feature, low + row[acts.token], pos[acts.token], acts.value), given)
         n_tokens += len(row)
         yield clock.at((high - shard.start) * rows.context)

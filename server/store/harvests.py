@@ -1,0 +1,253 @@
+"""Writing a harvest: begun once, filled chunk by chunk, published by moving one pointer.
+
+A part may be written again after a crash, by this worker or another; its rows count once, because the mark that says a
+chunk is written (`harvest_part`) is committed with them. Every transaction first asks its fence whether the job is still
+ours. Chunks are small: on SQLite a writer keeps all others waiting, for at most about 100 ms.
+"""
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import sqlalchemy as sa
+from numpy.typing import NDArray
+from sqlalchemy.orm import Session
+
+from sae_core.errors import JobError
+from server.db import Database
+from server.packing import ACTS, DFA, F4, I4, pack, unpack
+from server.tables import SAE, Context, Example, Feature, FeatureDetail, FeatureHead, Harvest, HarvestPart, now
+
+if TYPE_CHECKING:
+    from sae_core.records import ExampleRecord, FeatureRecord, HarvestTotals, RowRecord
+
+Fence = Callable[[Session], object]
+"""Raises when the job has been taken over or cancelled: `lambda session: jobs.check(session, job_id, attempt)`."""
+
+T = TypeVar("T")
+
+RUNNING, PUBLISHED, REPLACED = "running", "published", "replaced"
+FEATURES_AT_ONCE = 100
+EXAMPLES_AT_ONCE = 400
+
+
+def begin(
+    db: Database, *, sae_id: int, corpus_id: int, job_id: str, config: dict[str, Any], totals: "HarvestTotals", fence: Fence
+) -> int:
+    """The id of the job's harvest, made if it is not there."""
+    with db.write() as session:
+        fence(session)
+        there = session.scalar(sa.select(Harvest.id).where(Harvest.job_id == job_id))
+        if there is not None:
+            return there
+        harvest = Harvest(
+            sae_id=sae_id,
+            corpus_id=corpus_id,
+            job_id=job_id,
+            config=config,
+            status=RUNNING,
+            n_tokens=totals.n_tokens,
+            n_rows=totals.n_rows,
+            n_live=totals.n_live,
+            context=totals.context,
+        )
+        session.add(harvest)
+        session.flush()
+        return harvest.id
+
+
+def write_features(db: Database, harvest_id: int, features: Iterable["FeatureRecord"], fence: Fence) -> None:
+    """Store every feature of the SAE, and the heads of live ones."""
+    chunks = _cut(features, lambda _: 1, FEATURES_AT_ONCE)
+    _write(db, harvest_id, "features", chunks, _insert_features, fence)
+
+
+def write_part(db: Database, harvest_id: int, part: int, rows: Iterable["RowRecord"], fence: Fence) -> None:
+    """Store one part's rows with their examples. The features must be there."""
+    with db.read() as session:
+        found = session.execute(sa.select(Feature.idx, Feature.id).where(Feature.harvest_id == harvest_id))
+        ids = dict(found.tuples().all())
+
+    def insert(session: Session, harvest_id: int, chunk: list["RowRecord"]) -> None:
+        _insert_rows(session, harvest_id, chunk, ids)
+
+    chunks = _cut(rows, lambda row: len(row.examples), EXAMPLES_AT_ONCE)
+    _write(db, harvest_id, f"part {part}", chunks, insert, fence)
+
+
+def publish(db: Database, harvest_id: int, n_parts: int, fence: Fence) -> None:
+    """Make it the one that readers see; the one before becomes `replaced`. JobError when a part is missing."""
+    with db.read() as session:  # what is written does not change any more, so it may be counted outside the transaction
+        done = _marks(session, harvest_id)
+        missing = [name for name in ("features", *(f"part {i}" for i in range(n_parts))) if name not in done]
+        if missing:
+            raise JobError(f"Harvest {harvest_id} cannot be published: {', '.join(missing[:5])} not written yet; retry its job.")
+        in_harvest = sa.select(sa.func.count(Example.id), sa.func.max(Example.gap)).join(
+            Feature, Feature.id == Example.feature_id
+        )
+        n_examples, worst_gap = session.execute(in_harvest.where(Feature.harvest_id == harvest_id)).one()
+    with db.write() as session:
+        fence(session)
+        harvest = session.get_one(Harvest, harvest_id)
+        if harvest.status != RUNNING:
+            return
+        sae = session.get_one(SAE, harvest.sae_id, with_for_update=True)
+        if sae.harvest_id is not None:
+            session.get_one(Harvest, sae.harvest_id).status = REPLACED
+        harvest.n_examples, harvest.worst_gap = n_examples, worst_gap
+        harvest.status, harvest.published_at = PUBLISHED, now()
+        sae.harvest_id = harvest_id
+
+
+def stored_gaps(session: Session, harvest_id: int) -> NDArray[np.float64]:
+    """The identity of every example as it is stored: |kept + dropped + before + bias - preact| / (sum |DFA| + |bias|)."""
+    columns = (Example.dfa, Example.dropped, Example.before, Example.bias, Example.preact, Example.abs_dfa)
+    found = session.execute(
+        sa.select(*columns).join(Feature, Feature.id == Example.feature_id).where(Feature.harvest_id == harvest_id)
+    )
+    gaps = [
+        abs(_total(dfa, dropped, before) + bias - preact) / (abs_dfa + abs(bias))
+        for dfa, dropped, before, bias, preact, abs_dfa in found
+    ]
+    return np.array(gaps, dtype=np.float64)
+
+
+def _total(dfa: bytes, dropped: bytes, before: bytes) -> float:
+    parts = (unpack(dfa, DFA)["value"], unpack(dropped, F4), unpack(before, F4))
+    return sum(float(part.astype(np.float64).sum()) for part in parts)
+
+
+# ---- chunks, each written once ----
+
+
+def _cut(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+    """Runs of items that hold `most` or just more; always the same runs of the same items, so that their marks mean the same."""
+    chunk: list[T] = []
+    held = 0
+    for item in items:
+        chunk.append(item)
+        held += size(item)
+        if held >= most:
+            yield chunk
+            chunk, held = [], 0
+    if chunk:
+        yield chunk
+
+
+def _marks(session: Session, harvest_id: int) -> set[str]:
+    return set(session.scalars(sa.select(HarvestPart.part).where(HarvestPart.harvest_id == harvest_id)))
+
+
+def _write(
+    db: Database,
+    harvest_id: int,
+    name: str,
+    chunks: Iterator[list[T]],
+    insert: Callable[[Session, int, list[T]], None],
+    fence: Fence,
+) -> None:
+    with db.read() as session:
+        done = _marks(session, harvest_id)
+    if name in done:
+        return
+    for number, chunk in enumerate(chunks):
+        if f"{name}/{number}" not in done:
+            with db.write() as session:
+                fence(session)
+                session.add(HarvestPart(harvest_id=harvest_id, part=f"{name}/{number}"))
+                session.flush()
+                insert(session, harvest_id, chunk)
+    with db.write() as session:
+        fence(session)
+        session.add(HarvestPart(harvest_id=harvest_id, part=name))
+
+
+# ---- rows of tables ----
+
+
+def _insert_features(session: Session, harvest_id: int, chunk: list["FeatureRecord"]) -> None:
+    rows = [_feature(harvest_id, feature) for feature in chunk]
+    ids = {idx: id for id, idx in session.execute(sa.insert(Feature).returning(Feature.id, Feature.idx), rows)}
+    session.execute(sa.insert(FeatureDetail), [_detail(ids[feature.idx], feature) for feature in chunk])
+    heads = [row for feature in chunk if feature.n_fired for row in _heads(harvest_id, feature)]
+    if heads:
+        session.execute(sa.insert(FeatureHead), heads)
+
+
+def _feature(harvest_id: int, feature: "FeatureRecord") -> dict[str, Any]:
+    return {
+        "harvest_id": harvest_id,
+        "idx": feature.idx,
+        "n_fired": feature.n_fired,
+        "density": feature.density,
+        "max_act": feature.max_act,
+        "mean_act": feature.mean_act,
+        "top_head": feature.top_head,
+        "top_head_share": feature.top_head_share,
+        "top_head_dfa": feature.top_head_dfa,
+        "top_head_dfa_share": feature.top_head_dfa_share,
+        "distance": feature.distance,
+        "family": feature.family,
+        "shuffle_key": zlib.crc32(feature.idx.to_bytes(4, "little")) & 0x7FFFFFFF,
+    }
+
+
+def _detail(feature_id: int, feature: "FeatureRecord") -> dict[str, Any]:
+    return {
+        "feature_id": feature_id,
+        "histogram": feature.histogram,
+        "bands": feature.bands,
+        "head_norm": pack(feature.head_norm, F4),
+        "head_dfa": pack(feature.head_dfa, F4),
+        "head_dfa_std": pack(feature.head_dfa_std, F4),
+        "promoted": feature.promoted,
+        "suppressed": feature.suppressed,
+        "neighbours": feature.neighbours,
+        "evidence": feature.evidence,
+    }
+
+
+def _heads(harvest_id: int, feature: "FeatureRecord") -> Iterator[dict[str, Any]]:
+    size = float(np.abs(feature.head_dfa).sum())
+    for head, (norm, dfa) in enumerate(zip(feature.head_norm.tolist(), feature.head_dfa.tolist(), strict=True)):
+        yield {
+            "harvest_id": harvest_id,
+            "head": head,
+            "idx": feature.idx,
+            "norm_share": norm,
+            "dfa": dfa,
+            "dfa_share": abs(dfa) / size if size > 0 else None,
+        }
+
+
+def _insert_rows(session: Session, harvest_id: int, chunk: list["RowRecord"], feature_ids: dict[int, int]) -> None:
+    contexts = [{"harvest_id": harvest_id, "row": r.row, "tokens": pack(r.tokens, I4), "texts": r.texts} for r in chunk]
+    ids = {row: id for id, row in session.execute(sa.insert(Context).returning(Context.id, Context.row), contexts)}
+    examples = [_example(feature_ids[e.feature], ids[r.row], e) for r in chunk for e in r.examples]
+    if examples:
+        session.execute(sa.insert(Example), examples)
+
+
+def _example(feature_id: int, context_id: int, example: "ExampleRecord") -> dict[str, Any]:
+    acts = np.empty(len(example.acts_pos), dtype=ACTS)
+    acts["pos"], acts["value"] = example.acts_pos, example.acts_value
+    dfa = np.empty(len(example.dfa_value), dtype=DFA)
+    dfa["src"], dfa["head"], dfa["value"] = example.dfa_src, example.dfa_head, example.dfa_value
+    return {
+        "feature_id": feature_id,
+        "context_id": context_id,
+        "band": example.band,
+        "rank": example.rank,
+        "dest": example.dest,
+        "start": example.start,
+        "act": example.act,
+        "preact": example.preact,
+        "bias": example.bias,
+        "gap": example.gap,
+        "acts": acts.tobytes(),
+        "dfa": dfa.tobytes(),
+        "dropped": pack(example.dropped, F4),
+        "before": pack(example.before, F4),
+        "abs_dfa": example.abs_dfa,
+    }
