@@ -1,6 +1,7 @@
 """`/jobs` and `/jobs/{job_id}`: what workers do, as it happens."""
 
 from collections.abc import AsyncIterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -73,7 +74,8 @@ def look(session: Session, job_id: str) -> JobPage:
 @router.post("/jobs/{job_id}/cancel", include_in_schema=False)
 def cancel(request: Request, job_id: str) -> Response:
     """Ask the job's worker to stop, then show the job."""
-    Jobs(request.app.state.settings, request.app.state.db).cancel(job_id)
+    with closing(Jobs(request.app.state.settings, request.app.state.db)) as jobs:
+        jobs.cancel(job_id)
     return RedirectResponse(f"/jobs/{job_id}", 303)
 
 

@@ -1,0 +1,193 @@
+"""The walk of a visitor in a real browser, where the CSP is enforced and the scripts run."""
+
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import uvicorn
+from playwright.sync_api import ConsoleMessage, Page, expect
+
+from server.app import create_app
+from server.db import Database
+from server.settings import Settings
+from server.store import jobs as store
+from tests.web.conftest import at, put
+
+pytestmark = pytest.mark.browser
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a filled database that the walk may change."""
+    return put(at(tmp_path_factory.mktemp("served")))
+
+
+@pytest.fixture(scope="module")
+def site(served: Settings) -> Iterator[str]:
+    """The web process, really listening; gives its address."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(served), log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(5)
+    listener.close()
+
+
+@pytest.fixture
+def quiet_page(page: Page) -> Iterator[Page]:
+    """A page on which any complaint of the browser, of the CSP too, fails the test."""
+    complaints: list[str] = []
+
+    def note(message: ConsoleMessage) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    page.on("console", note)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("requestfailed", lambda request: complaints.append(f"{request.url} failed") if "/events" not in request.url else None)
+    page.set_default_timeout(10_000)
+    yield page
+    assert complaints == []
+
+
+def test_the_walk_from_home_to_a_tokens_numbers(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(site)
+    page.get_by_role("heading", name="smollm2-l17").get_by_role("link").click()
+    expect(page.get_by_role("heading", name="smollm2-l17")).to_be_visible()
+
+    # sort by a head's share: the table alone is swapped, and the address says so
+    page.get_by_role("toolbar", name="Head").get_by_role("link", name="4", exact=True).click()
+    expect(page.get_by_role("columnheader", name="head 4 weights")).to_have_attribute("aria-sort", "descending")
+    expect(page).to_have_url(re.compile(r"/saes/smollm2-l17\?head=4$"))
+    first = page.locator(".features tbody tr").first.get_by_role("link").first
+    index = first.inner_text()
+    first.click()
+
+    # the feature, painted by that head
+    expect(page).to_have_url(re.compile(rf"/features/{index}\?head=4$"))
+    token = page.locator(".text .t[data-d]").first
+    token.hover()
+    panel = page.locator("#inspector")
+    expect(panel.get_by_text("head 4", exact=True)).to_be_visible()
+    pairs = [pair.split(":") for pair in (token.get_attribute("data-d") or "").split()]
+    total = sum(float(value) for _, value in pairs)
+    expect(panel.locator("[data-part=dfa]")).to_have_text(f"{total:+.3g}".replace("-", "−"))
+    token.click()
+    expect(token).to_have_class(re.compile("held"))
+
+    # all heads again, without a new page
+    page.get_by_role("toolbar", name="How the examples are painted").get_by_role("link", name="all heads").click()
+    expect(page).to_have_url(re.compile(rf"/features/{index}$"))
+    expect(page.locator(".heads .chosen")).to_have_count(0)
+    expect(token).not_to_have_class(re.compile("held"))
+
+    # the next feature, by the keyboard, and back
+    page.keyboard.press("j")
+    expect(page).to_have_url(re.compile(rf"/features/{int(index) + 1}$"))
+    page.keyboard.press("k")
+    expect(page).to_have_url(re.compile(rf"/features/{index}$"))
+
+
+def test_going_back_brings_the_whole_page(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(f"{site}/saes/smollm2-l17")
+    page.get_by_role("link", name="mean", exact=True).click()
+    expect(page).to_have_url(re.compile("sort=-mean"))
+    page.go_back()
+    expect(page).to_have_url(re.compile("smollm2-l17$"))
+    expect(page.get_by_role("columnheader", name="strongest ↓")).to_be_visible()
+    expect(page.get_by_role("heading", name="How good it is")).to_be_visible()
+
+
+def test_a_filter_narrows_the_table_and_a_bad_one_keeps_what_was_typed(page: Page, site: str) -> None:
+    page.goto(f"{site}/saes/smollm2-l17")
+    page.get_by_label("family").select_option("induction")
+    expect(page.locator(".features tbody tr")).to_have_count(11)
+    expect(page).to_have_url(re.compile("family=induction"))
+    page.get_by_label("Lowest density, as a share").fill("often")
+    page.get_by_label("Lowest density, as a share").press("Enter")
+    expect(page.get_by_role("alert")).to_contain_text("min_density")
+    expect(page.get_by_label("Lowest density, as a share")).to_have_value("often")
+    expect(page.get_by_label("family")).to_have_value("induction")
+
+
+def test_the_keyboard_reaches_everything(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(f"{site}/saes/smollm2-l17/features/3")
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keyboard")).to_be_visible()
+    page.keyboard.press("Escape")
+    page.keyboard.press("5")
+    expect(page).to_have_url(re.compile("head=5"))
+    expect(page.locator(".heads .chosen")).to_have_text(re.compile(r"^\s*5"))
+    page.keyboard.press("a")
+    expect(page).to_have_url(re.compile("features/3$"))
+    page.locator(".text").first.focus()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator(".t.held.dest")).to_be_visible()
+    page.keyboard.press("ArrowLeft")
+    expect(page.locator("#inspector [data-part=offset]")).to_contain_text("back")
+    page.keyboard.press("Escape")
+    expect(page.locator(".held")).to_have_count(0)
+    page.keyboard.press("/")
+    page.keyboard.type("12")
+    page.keyboard.press("Enter")
+    expect(page).to_have_url(re.compile("features/12$"))
+
+
+def test_typed_text_without_an_engine_gets_a_sentence_beside_the_box(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(f"{site}/saes/smollm2-l17/features/3")
+    page.get_by_label("Text").fill("the cat sat")
+    page.get_by_role("button", name="Take it apart").click()
+    expect(page.get_by_role("alert")).to_contain_text("The engine does not answer")
+    expect(page.get_by_label("Text")).to_have_value("the cat sat")
+
+
+@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("path", ["/", "/saes/smollm2-l17", "/saes/smollm2-l17/features/3", "/jobs", "/jobs/train-running-1"])
+def test_no_page_scrolls_sideways(page: Page, site: str, path: str, width: int) -> None:
+    page.set_viewport_size({"width": width, "height": 844})
+    page.goto(site + path)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_pages_read_without_javascript(browser: object, site: str) -> None:
+    context = browser.new_context(java_script_enabled=False)  # type: ignore[attr-defined]
+    page = context.new_page()
+    page.goto(f"{site}/saes/smollm2-l17")
+    page.get_by_role("toolbar", name="Head").get_by_role("link", name="4", exact=True).click()
+    expect(page.get_by_role("columnheader", name="head 4 weights")).to_be_visible()
+    page.locator(".features tbody tr").first.get_by_role("link").first.click()
+    expect(page.get_by_role("heading", name="Strongest 6 examples")).to_be_visible()
+    page.get_by_role("link", name="full", exact=True).click()
+    expect(page).to_have_url(re.compile("context=full"))
+    context.close()
+
+
+def test_a_job_is_followed_live_until_it_ends(quiet_page: Page, site: str, served: Settings) -> None:
+    page = quiet_page
+    page.goto(f"{site}/jobs/train-running-1")
+    expect(page.get_by_text("running", exact=True)).to_be_visible()
+    database = Database(served.url)
+    with database.write() as session:
+        store.add_points(session, "train-running-1", 1, [(500, {"loss": 0.123, "l0": 40.0})])
+    expect(page.get_by_text("now 0.123")).to_be_visible()
+    with database.write() as session:
+        store.finish(session, "train-running-1", 1)
+    database.close()
+    expect(page.get_by_text("done", exact=True)).to_be_visible()
+    expect(page.get_by_role("button", name="Cancel")).to_have_count(0)
+
+

@@ -1,0 +1,232 @@
+"""`/saes/{sae}/features/{index}`."""
+
+import re
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+
+from sae_core.errors import EngineAway
+from server.app import create_app
+from server.db import Database
+from server.live import Live, LiveAttribution, LiveQuestion
+from server.pages.reply import to_json
+from server.settings import Settings
+from server.store.features import feature_page
+from server.store.saes import find_sae
+from tests.web.conftest import SAE, at, put
+from tests.web.factory import Shape
+from tests.web.reading import PART, Reader, counted
+
+FEATURE = f"{SAE}/features/3"
+
+
+def test_every_example_adds_up_to_its_pre_activation(filled: Settings) -> None:
+    database = Database(filled.url)
+    with database.read() as session:
+        page = feature_page(session, find_sae(session, "smollm2-l17"), 3)
+    database.close()
+    assert len(page.examples) == 12
+    for example in page.examples:
+        listed = sum(entry.value for entry in example.dfa)
+        total = listed + sum(example.dropped) + sum(example.before)
+        assert abs(total + example.bias - example.preact) < 1e-4 * (example.abs_dfa + abs(example.bias))
+        assert example.gap < 1e-4
+        assert sum(example.by_head) == pytest.approx(total)
+
+
+def test_it_shows_the_sum_beside_the_pre_activation_and_the_gap(client: TestClient) -> None:
+    example = client.get(f"{FEATURE}.json").json()["examples"][0]
+    sign = "−" if example["bias"] < 0 else "+"
+    said = f"{example['dfa_sum']:.2f} {sign} {abs(example['bias']):.2f} = {example['preact']:.2f}"
+    assert said in Reader(client.get(FEATURE).text).text
+
+
+def test_the_destination_is_marked_once_in_each_example(client: TestClient) -> None:
+    page = client.get(FEATURE).text
+    examples = client.get(f"{FEATURE}.json").json()["examples"]
+    marked = re.findall(r'<span class="t[^"]* dest" data-p="(\d+)"', page)
+    assert [int(position) for position in marked] == [example["dest"] for example in examples]
+
+
+def test_a_tokens_numbers_are_those_of_the_harvest(client: TestClient) -> None:
+    example = client.get(f"{FEATURE}.json").json()["examples"][0]
+    page = Reader(client.get(f"{FEATURE}?context=full").text)
+    texts = [attrs for attrs in page.all("span") if "data-p" in attrs]
+    first = texts[: next(i for i, attrs in enumerate(texts[1:], 1) if int(attrs["data-p"]) < int(texts[i - 1]["data-p"]))]
+    shown = {
+        (int(attrs["data-p"]), int(pair.split(":")[0])): float(pair.split(":")[1])
+        for attrs in first
+        for pair in attrs.get("data-d", "").split()
+    }
+    assert shown == {(e["src"], e["head"]): pytest.approx(e["value"], rel=1e-3) for e in example["dfa"]}
+
+
+def test_painting_by_one_head_changes_the_bars_and_not_the_activations(client: TestClient) -> None:
+    def painted(address: str, kind: str) -> list[tuple[str, ...]]:
+        spans = [attrs for attrs in Reader(client.get(address, headers=PART).text).all("span") if "data-p" in attrs]
+        return [tuple(c for c in attrs["class"].split() if re.fullmatch(kind + r"\d+", c)) for attrs in spans]
+
+    # With the whole row shown, the same tokens are marked either way.
+    everything, alone = f"{FEATURE}?context=full", f"{FEATURE}?context=full&head=0"
+    assert painted(everything, "a") == painted(alone, "a")
+    assert painted(everything, "[pn]") != painted(alone, "[pn]")
+
+
+def test_a_short_context_keeps_far_sources_in_view(client: TestClient) -> None:
+    example = max(client.get(f"{FEATURE}.json").json()["examples"], key=lambda e: e["act"])
+    by_source: dict[int, float] = {}
+    for entry in example["dfa"]:
+        by_source[entry["src"]] = by_source.get(entry["src"], 0) + entry["value"]
+    strongest = max(by_source, key=lambda src: by_source[src])
+    assert example["dest"] - strongest > 5, "the factory's seed gives a far source here"
+    page = client.get(f"{FEATURE}?context=5", headers=PART).text
+    first = page[: page.index('class="sums"')]
+    assert f'data-p="{strongest}"' in first
+    assert 'class="gap"' in first
+    whole = client.get(f"{FEATURE}?context=full", headers=PART).text
+    assert 'class="gap"' not in whole
+
+
+def test_bands_run_from_the_strongest_to_the_weakest(client: TestClient) -> None:
+    text = client.get(FEATURE).text
+    order = [int(band) for band in re.findall(r'id="band-(\d)"', text)]
+    assert order == [0, 1, 2, 3]
+    examples = client.get(f"{FEATURE}.json").json()["examples"]
+    for before, after in zip(examples, examples[1:], strict=False):
+        assert (before["band"], before["rank"]) < (after["band"], after["rank"])
+
+
+def test_it_is_one_block_for_htmx_and_whole_for_history_and_plain_get(client: TestClient) -> None:
+    whole = client.get(FEATURE)
+    part = client.get(FEATURE, headers=PART)
+    back = client.get(FEATURE, headers={**PART, "HX-History-Restore-Request": "true"})
+    full = client.get(FEATURE, headers={"HX-Request": "true", "HX-Request-Type": "full"})
+    assert "<html" not in part.text
+    assert part.text.strip() in whole.text
+    assert whole.text == back.text == full.text
+    for answer in (whole, part, back, full):
+        assert answer.headers["vary"] == "HX-Request, HX-Request-Type, HX-History-Restore-Request"
+
+
+def test_the_json_is_the_same_dataclass(client: TestClient, filled: Settings) -> None:
+    database = Database(filled.url)
+    with database.read() as session:
+        page = feature_page(session, find_sae(session, "smollm2-l17"), 3)
+    database.close()
+    assert client.get(f"{FEATURE}.json").content == to_json(page)
+
+
+@pytest.mark.parametrize("address", [FEATURE, f"{FEATURE}.json", SAE, f"{SAE}.json"])
+def test_a_page_that_the_browser_has_is_not_sent_again(client: TestClient, address: str) -> None:
+    first = client.get(address)
+    assert first.headers["cache-control"] == "private, no-cache"
+    again = client.get(address, headers={"If-None-Match": f'"other", {first.headers["etag"]}'})
+    assert again.status_code == 304
+    assert again.content == b""
+    assert again.headers["etag"] == first.headers["etag"]
+
+
+def test_the_tag_tells_page_part_json_and_harvest_apart(client: TestClient, tmp_path: Path) -> None:
+    tags = [client.get(FEATURE).headers["etag"], client.get(FEATURE, headers=PART).headers["etag"]]
+    tags.append(client.get(f"{FEATURE}.json").headers["etag"])
+    with TestClient(create_app(put(at(tmp_path), Shape(seed=1))), base_url="http://127.0.0.1:8000") as other:
+        tags.append(other.get(FEATURE).headers["etag"])
+    assert len(set(tags)) == 4
+
+
+@pytest.mark.parametrize("address", ["/", SAE, f"{SAE}?head=2&sort=-dfa_share", FEATURE, "/jobs", "/jobs/train-smollm2-l17-1"])
+def test_no_page_needs_more_than_five_queries(client: TestClient, address: str) -> None:
+    client.get(address)  # the first request also checks the schema
+    with counted(client.app.state.db.engine) as statements:  # type: ignore[attr-defined]
+        assert client.get(address).status_code == 200
+    assert 1 <= len(statements) <= 5, statements
+
+
+def test_a_page_that_is_unchanged_costs_one_query(client: TestClient) -> None:
+    tag = client.get(FEATURE).headers["etag"]
+    with counted(client.app.state.db.engine) as statements:  # type: ignore[attr-defined]
+        client.get(FEATURE, headers={"If-None-Match": tag})
+    assert len(statements) == 1
+
+
+def test_a_dead_feature_says_that_it_is_dead(client: TestClient) -> None:
+    page = Reader(client.get(f"{SAE}/features/7").text)
+    assert "it is dead" in page.text
+    assert "No examples were kept" in page.text
+    assert client.get(f"{SAE}/features/7.json").json()["n_fired"] == 0
+
+
+def test_the_first_and_the_last_feature_have_one_neighbour_each(client: TestClient) -> None:
+    first, last = client.get(f"{SAE}/features/0").text, client.get(f"{SAE}/features/59").text
+    assert 'rel="prev"' not in first
+    assert 'rel="next"' in first
+    assert 'rel="prev"' in last
+    assert 'rel="next"' not in last
+
+
+def test_next_keeps_the_view(client: TestClient) -> None:
+    links = Reader(client.get(f"{FEATURE}?head=4&context=full").text).all("a")
+    assert next(a["href"] for a in links if a.get("rel") == "next") == f"{SAE}/features/4?context=full&head=4"
+
+
+def test_random_leads_to_a_live_feature(client: TestClient) -> None:
+    seen = set()
+    for _ in range(30):
+        answer = client.get(f"{SAE}/random")
+        assert answer.status_code == 303
+        seen.add(answer.headers["location"])
+        assert client.get(f"{answer.headers['location']}.json").json()["n_fired"] > 0
+    assert len(seen) > 5
+
+
+def test_jump_leads_to_the_typed_feature(client: TestClient) -> None:
+    assert client.get(f"{SAE}/jump?q=%2312").headers["location"] == f"{SAE}/features/12"
+    assert client.get(f"{SAE}/jump?q=cats").status_code == 422
+
+
+def answer_to(question: LiveQuestion) -> LiveAttribution:
+    dfa = [[0.0, 1.0, 2.0, 0.5]] + [[0.0, -0.25, 0.0, 0.0]] * 8
+    preact = sum(map(sum, dfa)) - 0.5
+    return LiveAttribution(
+        sae=question.sae, index=question.index, tokens=[0, 1, 2, 3], texts=["<s>", "the", " <b>cat</b>", " sat"],
+        activations=[0, 0, 0, preact], preacts=[-1, -1, -1, preact], excluded=[True, False, False, False],
+        dest=3, dfa=dfa, bias=-0.5, gap=0.0,
+    )  # fmt: skip
+
+
+def test_typed_text_is_taken_apart_by_the_engine(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[LiveQuestion] = []
+
+    def attribute(_: Live, question: LiveQuestion) -> LiveAttribution:
+        asked.append(question)
+        return answer_to(question)
+
+    monkeypatch.setattr(Live, "attribute", attribute)
+    part = client.post(FEATURE, data={"text": "the cat sat"}, headers=PART)
+    assert asked == [LiveQuestion(sae="smollm2-l17", index=3, text="the cat sat")]
+    assert part.status_code == 200
+    assert "<html" not in part.text
+    assert "1.50 − 0.50 = <b>1.00</b>" in part.text
+    assert 'data-d="0:2"> ' not in part.text
+    assert "&lt;b&gt;cat&lt;/b&gt;" in part.text
+    whole = client.post(FEATURE, data={"text": "the cat sat"})
+    assert "<html" in whole.text
+    assert part.text.strip() in whole.text
+
+
+def test_an_engine_that_is_away_costs_neither_page_nor_text(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object) -> LiveAttribution:
+        raise EngineAway("The engine does not answer; start it.")
+
+    monkeypatch.setattr(Live, "attribute", away)
+    page = client.post(FEATURE, data={"text": "my <own> words"})
+    assert page.status_code == 200
+    assert "The engine does not answer; start it." in page.text
+    assert "my &lt;own&gt; words</textarea>" in page.text
+    assert "Strongest" in page.text
+
+
+@pytest.mark.parametrize(("form", "sentence"), [({"text": " "}, "Type some text first"), ({"text": "x" * 5000}, "at most 4000")])
+def test_text_that_cannot_be_tried_gets_a_sentence(client: TestClient, form: dict[str, str], sentence: str) -> None:
+    assert sentence in client.post(FEATURE, data=form, headers=PART).text

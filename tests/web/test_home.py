@@ -1,0 +1,65 @@
+"""`/`: the first page."""
+
+import pytest
+import sqlalchemy as sa
+from fastapi.testclient import TestClient
+
+from server.db import Database
+from server.pages.reply import to_json
+from server.settings import Settings
+from server.store.home import home_page
+from tests.web.conftest import SAE
+from tests.web.reading import PART, Reader
+
+
+def test_a_newcomer_is_told_what_to_do(empty_client: TestClient) -> None:
+    text = Reader(empty_client.get("/").text).text
+    assert "Nothing to browse yet" in text
+    assert "headscope demo" in text
+
+
+def test_while_the_first_sae_is_made_the_page_says_so(empty_client: TestClient, settings: Settings) -> None:
+    database = Database(settings.url)
+    with database.write() as session:
+        session.execute(
+            sa.text(
+                "insert into job (id, kind, title, config, status, attempt, done, total, unit, rate, created_at) values "
+                "('train-a-1', 'train', 'Train a', '{}', 'running', 1, 3, 4, 'tokens', 5, '2026-11-20 10:00:00')"
+            )
+        )
+    database.close()
+    page = Reader(empty_client.get("/").text)
+    assert "The first SAE is being made" in page.text
+    assert page.all("progress")[0]["value"] == "0.7500"
+
+
+def test_the_map_leads_to_the_table_by_head(client: TestClient) -> None:
+    links = [a["href"] for a in Reader(client.get("/").text).all("a")]
+    for head in range(9):
+        assert f"{SAE}?head={head}&leads=true" in links
+
+
+def test_cards_show_key_figures(client: TestClient) -> None:
+    text = Reader(client.get("/").text).text.replace("\u202f", " ")
+    for figure in ("31.4", "24.3 %", "97.2 %", "55 live features"):
+        assert figure in text
+
+
+def test_running_jobs_are_asked_for_again_only_while_they_run(client: TestClient, empty_client: TestClient) -> None:
+    part = client.get("/", headers=PART).text
+    assert 'hx-trigger="every 2s"' in part
+    assert "<html" not in part
+    assert "hx-trigger" not in empty_client.get("/", headers=PART).text
+
+
+@pytest.mark.parametrize("address", ["/index.json"])
+def test_the_json_is_the_same_dataclass(client: TestClient, filled: Settings, address: str) -> None:
+    database = Database(filled.url)
+    with database.read() as session:
+        page = home_page(session)
+    database.close()
+    assert client.get(address).content == to_json(page)
+
+
+def test_health_names_the_database(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok", "version": "0.1.0", "database": "sqlite"}

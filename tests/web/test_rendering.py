@@ -1,0 +1,133 @@
+"""Token texts and charts: whatever a tokenizer holds must come out as text."""
+
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.app import create_app
+from server.rendering import Bar, Cell, Curve, bar_chart, head_map, level, line_chart, num, percent, signed, token_chip, token_text
+from tests.web.conftest import SAE, at, put
+from tests.web.factory import Shape
+from tests.web.reading import PART, Reader
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    '" onmouseover="alert(1)',
+    "' onclick='x",
+    "</span></p>",
+    "<!--",
+    "]]>",
+    "<style>*{}</style>",
+    "<img src=x onerror=alert(1)>",
+    "javascript:alert(1)",
+    "&lt;b&gt;",
+    "{{ 7 * 7 }}",
+    "{% raw %}",
+    "\u202eevil",
+    "\u200b",
+    "\x00",
+    "\x1b[31m",
+    "\ud7ff",
+    "\n",
+    "\r\n",
+    "\t",
+    "\u2028",
+    " ",
+    "   ",
+    "",
+    "ö",
+    "日本",
+    "🙂",
+    "\ufffd",
+]
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory: pytest.TempPathFactory) -> TestClient:
+    folder: Path = tmp_path_factory.mktemp("hostile")
+    shape = Shape(n_features=20, n_dead=2, vocabulary=HOSTILE)
+    return TestClient(create_app(put(at(folder), shape)), base_url="http://127.0.0.1:8000")
+
+
+@pytest.mark.parametrize("address", [SAE, *(f"{SAE}/features/{i}?context=full" for i in range(4))])
+@pytest.mark.parametrize("headers", [{}, PART], ids=["whole", "part"])
+def test_hostile_tokens_stay_text(hostile: TestClient, address: str, headers: dict[str, str]) -> None:
+    answer = hostile.get(address, headers=headers)
+    assert answer.status_code == 200
+    page = Reader(answer.text)
+    assert page.refused == []
+    assert not page.all("img")
+    assert "<script>alert(1)</script>" in page.text
+    assert "{{ 7 * 7 }}" in page.text
+    assert not {"\u202e", "\u200b", "\x00", "\x1b", "\u2028"} & set(answer.text)
+
+
+@given(st.text())
+def test_any_token_comes_out_as_inert_text(text: str) -> None:
+    for shown in (token_text(text), token_chip(text)):
+        page = Reader(f"<p>{shown}</p>")
+        assert {tag for tag, _ in page.elements} <= {"p", "i", "span"}
+        assert page.refused == []
+
+
+def test_an_ordinary_token_is_shown_as_it_is() -> None:
+    assert token_text(" Hello") == " Hello"
+    assert Reader(token_text("a\nb")).text == "a↵b"
+    assert Reader(token_text("\u202e")).text == "⟨202E⟩"
+    assert Reader(token_chip(" a b\n")).text == "·a·b↵"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (None, "–"), (float("nan"), "–"), (1.2345, "1.23"), (-0.00123, "−0.00123"), (123456, "123456"), (1e-7, "1.00e−7")],
+)
+def test_numbers_have_three_significant_digits_and_a_real_minus(value: float | None, text: str) -> None:
+    assert num(value) == text
+
+
+def test_signs_and_shares() -> None:
+    assert signed(0.5) == "+0.500"
+    assert signed(-0.5) == "−0.500"
+    assert percent(0.1234).replace("\u202f", " ") == "12.3 %"
+
+
+def test_a_level_never_hides_what_is_there_nor_leaves_the_scale() -> None:
+    assert level(0, 1) == 0
+    assert level(1e-9, 1) == 1
+    assert level(1, 1) == 15
+    assert level(5, 1) == 15
+    assert level(1, 0) == 0
+
+
+def test_a_chart_says_its_numbers_as_text_too() -> None:
+    page = Reader(bar_chart("<Title>", [Bar("<a>", 3), Bar("b", 0.25, "/x?a=1&b=2")], desc="What & why"))
+    assert page.all("svg")[0]["role"] == "img"
+    assert [tag for tag, _ in page.elements if tag in ("title", "desc", "details", "table")][:2] == ["title", "desc"]
+    assert "<a>" in page.text
+    assert page.all("a")[0]["href"] == "/x?a=1&b=2"
+    assert "0.2500" in page.text
+    assert page.refused == []
+
+
+def test_a_curve_draws_every_finite_point_once() -> None:
+    points = [(0, 3.0), (1, float("nan")), (2, 2.0), (3, 1.0)]
+    drawn = line_chart("Loss", Curve("loss", points), desc="d")
+    path = Reader(drawn).all("polyline")[0]["points"].split()
+    assert len(path) == 3
+    heights = [float(point.split(",")[1]) for point in path]
+    assert heights == sorted(heights), "a falling loss runs down the page"
+
+
+def test_a_curve_without_points_says_so() -> None:
+    assert "nothing to draw yet" in line_chart("Loss", Curve("loss", [(0, 1.0)]), desc="d")
+
+
+def test_the_map_has_a_cell_for_every_head_and_links_where_something_was_read() -> None:
+    cells = [Cell(2, head, 3 * head, f"/saes/x?head={head}") for head in range(4)]
+    page = Reader(head_map("Map", cells, 3, 4, desc="d"))
+    assert len([r for r in page.all("rect") if r["class"] == "void"]) == 12
+    assert [r["class"] for r in page.all("rect") if r["class"] != "void"] == ["c0", "c5", "c10", "c15"]
+    assert page.all("a")[3]["href"] == "/saes/x?head=3"

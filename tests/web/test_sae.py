@@ -1,0 +1,194 @@
+"""`/saes/{sae}`: the overview and the feature table."""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+import sqlalchemy as sa
+from fastapi.testclient import TestClient
+
+from server.app import create_app
+from server.db import Database
+from server.pages.reply import to_json
+from server.pages.sae import SaePage
+from server.settings import Settings
+from server.store.features import SORT_KEYS, FeatureQuery, feature_table
+from server.store.saes import find_sae, sae_overview
+from tests.web.conftest import SAE, at, put
+from tests.web.factory import Shape
+from tests.web.reading import PART, Reader
+
+SORTS = [sign + key for key in SORT_KEYS for sign in ("", "-")]
+
+
+def walk(client: TestClient, query: str) -> list[dict[str, Any]]:
+    """Every row of the table, page after page."""
+    rows: list[dict[str, Any]] = []
+    after = ""
+    while True:
+        table = client.get(f"{SAE}.json?{query}{after}").json()["table"]
+        rows += table["rows"]
+        if table["next"] is None:
+            return rows
+        after = f"&after={quote(table['next'])}"
+        assert len(rows) <= 60, "the pages never end"
+
+
+@pytest.mark.parametrize("head", [None, 4])
+@pytest.mark.parametrize("sort", SORTS)
+def test_every_sort_visits_every_feature_once_and_in_order(client: TestClient, sort: str, head: int | None) -> None:
+    rows = walk(client, f"limit=7&sort={sort}" + (f"&head={head}" if head is not None else ""))
+    assert sorted(row["index"] for row in rows) == list(range(60))
+    names = {"idx": "index", "max": "max_act", "mean": "mean_act"}
+    values = [row[names.get(sort.removeprefix("-"), sort.removeprefix("-"))] for row in rows]
+    known = [value for value in values if value is not None]
+    assert values == known + [None] * (len(values) - len(known)), "what is missing comes last"
+    assert known == sorted(known, reverse=sort.startswith("-"))
+
+
+def test_a_page_of_one_row_still_ends(client: TestClient) -> None:
+    assert len(walk(client, "limit=1&sort=-distance")) == 60
+
+
+def test_a_head_sorts_by_its_own_share(client: TestClient) -> None:
+    rows = client.get(f"{SAE}.json?head=4").json()["table"]["rows"]
+    assert {row["head"] for row in rows} == {4}
+    assert all(a["head_share"] >= b["head_share"] for a, b in pairwise(rows))
+    shares = client.get(f"{SAE}/features/{rows[0]['index']}.json").json()["heads"]
+    assert rows[0]["head_share"] == pytest.approx(shares[4]["norm_share"])
+    assert rows[0]["dfa"] == pytest.approx(shares[4]["dfa"], rel=1e-5)
+
+
+def test_filters_keep_what_they_say(client: TestClient) -> None:
+    everything = walk(client, "sort=idx")
+
+    def kept(query: str) -> list[int]:
+        return [row["index"] for row in walk(client, f"sort=idx&{query}")]
+
+    assert kept("min_density=0.001") == [r["index"] for r in everything if r["density"] >= 0.001]
+    assert kept("max_density=0.001") == [r["index"] for r in everything if r["density"] <= 0.001]
+    assert kept("min_max=8") == [r["index"] for r in everything if r["max_act"] >= 8]
+    assert kept("dead=true") == [r["index"] for r in everything if r["n_fired"] == 0] != []
+    assert kept("dead=false") == [r["index"] for r in everything if r["n_fired"] > 0]
+    assert kept("family=induction") == [r["index"] for r in everything if r["family"] == "induction"] != []
+    assert kept("family=unclear") == [r["index"] for r in everything if r["family"] is None] != []
+    assert kept("head=2&leads=true") == [r["index"] for r in everything if r["head"] == 2] != []
+
+
+def test_the_number_matching_is_that_of_all_pages(client: TestClient) -> None:
+    first = client.get(f"{SAE}.json?limit=5&family=local&dead=false").json()["table"]
+    second = client.get(f"{SAE}.json?limit=5&family=local&dead=false&after={first['next']}").json()["table"]
+    assert first["n_matching"] == second["n_matching"] == len(walk(client, "family=local&dead=false"))
+
+
+def test_empty_fields_of_the_form_filter_nothing(client: TestClient) -> None:
+    answer = client.get(f"{SAE}.json?min_density=&max_density=&min_max=&family=&dead=&sort=-max")
+    assert answer.json()["table"]["n_matching"] == 60
+
+
+def test_a_filter_that_fits_nothing_says_so(client: TestClient) -> None:
+    assert "No feature is like that." in client.get(f"{SAE}?min_max=1000").text
+
+
+def test_the_home_map_and_the_head_chart_lead_to_as_many_features_as_they_say(client: TestClient) -> None:
+    for cell in client.get("/index.json").json()["models"][0]["cells"]:
+        rows = walk(client, f"head={cell['head']}&leads=true&dead=false")
+        assert len(rows) == cell["features"]
+    overview = client.get(f"{SAE}.json").json()["overview"]
+    assert sum(count["features"] for count in overview["led_by_head"]) == 60 - overview["dead"]
+
+
+def test_the_density_histogram_counts_every_live_feature(client: TestClient) -> None:
+    overview = client.get(f"{SAE}.json").json()["overview"]
+    assert sum(b["count"] for b in overview["density"]) == overview["sae"]["harvest"]["n_live"]
+    rows = walk(client, "dead=false")
+    for b in overview["density"][1:]:
+        assert b["count"] == sum(b["low"] <= row["density"] < b["high"] for row in rows)
+
+
+def test_htmx_gets_the_table_alone_and_the_canonical_address(client: TestClient) -> None:
+    part = client.get(f"{SAE}?min_density=&sort=-max&head=3&limit=50", headers=PART)
+    assert "<html" not in part.text
+    assert part.headers["hx-push-url"] == f"{SAE}?sort=-max&head=3"
+    assert part.text.strip() in client.get(f"{SAE}?sort=-max&head=3").text
+
+
+def test_links_of_the_table_keep_the_filters_and_start_again_at_the_first_page(client: TestClient) -> None:
+    table = client.get(f"{SAE}.json?limit=5&family=local").json()["table"]
+    page = Reader(client.get(f"{SAE}?limit=5&family=local&after={table['next']}").text)
+    sort = next(a["href"] for a in page.all("a") if "sort=-mean" in a["href"])
+    assert "family=local" in sort
+    assert "limit=5" in sort
+    assert "after" not in sort
+
+
+def test_the_sorted_column_is_announced(client: TestClient) -> None:
+    sorted_by = [th for th in Reader(client.get(f"{SAE}?sort=mean").text).all("th") if "aria-sort" in th]
+    assert [th["aria-sort"] for th in sorted_by] == ["ascending"]
+
+
+def test_metrics_are_sentences_and_a_withheld_one_says_why(client: TestClient) -> None:
+    text = Reader(client.get(SAE).text).text
+    assert "24.3" in text
+    assert "this share is missing from the reconstruction" in text
+    assert "not known" in text
+    assert "mean ablation moves the loss by 0.014 nats" in text
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [{}, {"reconstruction": {"fvu": 0.2}}, {"prose": {"clean": 3.0}}, {"repeated": {"clean": 1.0, "recovered_zero": 0.9, "zero": 2.0}}],
+)
+def test_metrics_that_are_missing_do_not_break_the_page(tmp_path: Path, metrics: dict[str, Any]) -> None:
+    settings = put(at(tmp_path), Shape(n_features=12, n_dead=1, metrics=metrics))
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        assert client.get(SAE).status_code == 200
+        assert client.get("/").status_code == 200
+
+
+def test_an_sae_without_a_harvest_tells_how_its_harvest_goes(tmp_path: Path) -> None:
+    settings = put(at(tmp_path), Shape(n_features=12, n_dead=1))
+    database = Database(settings.url)
+    with database.write() as session:
+        session.execute(sa.text("update sae set harvest_id = null"))
+        session.execute(
+            sa.text(
+                "insert into job (id, kind, title, config, status, attempt, phase, done, total, unit, rate, created_at) values "
+                "('harvest-smollm2-l17', 'harvest', 'Harvest', '{}', 'running', 1, 'scan', 1, 2, 'tokens', 0, '2026-11-20 10:00:00')"
+            )
+        )
+    database.close()
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        page = client.get(SAE)
+        assert "etag" not in page.headers
+        assert '<a href="/jobs/harvest-smollm2-l17">scan</a>' in page.text
+        assert client.get(f"{SAE}.json").json()["table"]["rows"] == []
+        assert "no published harvest yet" in client.get(f"{SAE}/features/1").text
+        assert client.get(f"{SAE}/features/1").status_code == 404
+        assert client.get(f"{SAE}/random").status_code == 404
+        assert "no published harvest yet" in client.get("/").text
+
+
+def test_the_json_is_the_same_dataclass(client: TestClient, filled: Settings) -> None:
+    database = Database(filled.url)
+    with database.read() as session:
+        door = find_sae(session, "smollm2-l17")
+        page = SaePage(sae_overview(session, door), feature_table(session, door, FeatureQuery(head=2, limit=9)))
+    database.close()
+    assert client.get(f"{SAE}.json?head=2&limit=9").content == to_json(page)
+
+
+def test_a_row_shows_its_destination_and_strongest_source(client: TestClient) -> None:
+    row = client.get(f"{SAE}.json?limit=1").json()["table"]["rows"][0]
+    example = client.get(f"{SAE}/features/{row['index']}.json").json()["examples"][0]
+    by_source: dict[int, float] = {}
+    for entry in example["dfa"]:
+        by_source[entry["src"]] = by_source.get(entry["src"], 0) + entry["value"]
+    strongest = max(by_source, key=lambda src: by_source[src])
+    assert row["snippet"]["token"] == example["texts"][example["dest"]]
+    assert row["snippet"]["source"] == example["texts"][strongest]
+    assert row["snippet"]["source_offset"] == strongest - example["dest"]
+    assert re.search(r'class="kwic"', client.get(SAE).text)
