@@ -1,0 +1,64 @@
+"""A random SAE on a tiny model and random token rows: what harvest tests sweep."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sae_core.config import SAEConfig, Site
+from sae_core.corpus import Rows
+from sae_core.lens import Lens
+from sae_core.saes.base import SAE
+from sae_core.saes.batchtopk import BatchTopKSAE
+
+LAYER = 2
+
+
+def tiny_rows(n: int = 24, context: int = 20, vocabulary: int = 60, seed: int = 0) -> Rows:
+    """Rows of random tokens. The last two repeat the first two, as near-duplicates do."""
+    tokens = np.random.default_rng(seed).integers(1, vocabulary, (n, context)).astype(np.int32)
+    tokens[:, 0] = 0
+    tokens[-2:] = tokens[:2]
+    return Rows(Path("none"), context, 0, tokens, tokens[:0], "tiny")
+
+
+def z_of(lens: Lens, rows: Rows) -> torch.Tensor:
+    """z [n, context, d_in] of all training rows, in one pass."""
+    return lens.read_z(torch.from_numpy(rows.train.astype(np.int64)), [LAYER])[LAYER]
+
+
+def tiny_sae(lens: Lens, rows: Rows, *, d_sae: int = 40, density: float = 0.15, dead: int = 3) -> SAE:
+    """An SAE that fires on about `density` of the tokens, whose last `dead` features never do, and that excludes the
+    largest few z."""
+    info, generator = lens.info, torch.Generator().manual_seed(1)
+    z = z_of(lens, rows).flatten(0, 1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    tensors: dict[str, Any] = {
+        "W_enc": draw(info.d_in, d_sae) / z.std() / info.d_in**0.5,
+        "b_enc": draw(d_sae) * 0.3,
+        "W_dec": torch.nn.functional.normalize(draw(d_sae, info.d_in), dim=1),
+        "b_dec": z.mean(0),
+    }
+    preacts = (z - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
+    tensors["threshold"] = preacts.quantile(1 - density, dim=0).clamp_min(0.01)
+    tensors["threshold"][d_sae - dead :] = torch.inf
+    cfg = SAEConfig(
+        arch="batchtopk",
+        d_in=info.d_in,
+        d_sae=d_sae,
+        k=8,
+        n_heads=info.n_heads,
+        d_head=info.d_head,
+        site=Site(layer=LAYER),
+        model=info.name,
+        model_fingerprint=info.fingerprint,
+        processing=info.processing,
+        scale=1.0,
+        max_norm=float(z.norm(dim=1).quantile(0.98)),
+        context=rows.context,
+    )
+    return BatchTopKSAE(cfg, tensors)
