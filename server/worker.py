@@ -459,6 +459,11 @@ class Worker:
         self._loaded: tuple[registry.ModelRecord, Lens] | None = None
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a job is worked at."""
+        return self._busy.locked()
+
     def start(self) -> None:
         """Take the slot's unfinished jobs up again, then take new ones from the queue."""
         global _worker
