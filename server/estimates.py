@@ -52,7 +52,7 @@ class Speed:
 
 
 UNKNOWN = Speed(1e11, 1e11)  # two ordinary cores, until somebody measures
-EFFICIENCY = {"pass": 0.35, "step": 0.25, "encode": 0.25, "visit": 0.3}
+EFFICIENCY = {"pass": 0.5, "step": 0.4, "encode": 0.4, "visit": 0.6}
 ROWS_PER_SECOND = 2_000.0  # examples written to the database
 
 
