@@ -154,12 +154,7 @@ class Demo:
 
     def __init__(self, folder: Path, name: str, cache: Path) -> None:
         self.port, self.log = free_ports(), folder / f"{name}.log"
-        env = {
-            **os.environ,
-            "HEADSCOPE_DATA": str(folder / "data"),
-            "HEADSCOPE_CACHE": str(cache),
-            "HEADSCOPE_PORT": str(self.port),
-        }
+        ours = {"HEADSCOPE_DATA": str(folder / "data"), "HEADSCOPE_CACHE": str(cache), "HEADSCOPE_PORT": str(self.port)}
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([sys.executable, "-c", SMALL, "demo"], env=os.environ | ours, stdout=log, stderr=log)
 
