@@ -134,11 +134,13 @@ document.addEventListener("keydown", (event) => {
 
 document.getElementById("help-open")?.addEventListener("click", () => document.getElementById("help").showModal());
 
-// After a swap, the heads table says which head is painted, and the held token is gone with the old text.
+// After a swap the heads table says which head is painted, the ways to other features keep the view that was chosen, and
+// a held token is gone with the old text.
 document.addEventListener("htmx:after:swap", () => {
   if (held && !held.isConnected) hold(null);
   const head = new URLSearchParams(location.search).get("head");
   for (const link of document.querySelectorAll(".heads a[data-head]")) {
     link.closest("tr").classList.toggle("chosen", link.dataset.head === head);
   }
+  for (const link of document.querySelectorAll("a[rel=prev], a[rel=next]")) link.search = location.search;
 });

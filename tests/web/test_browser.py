@@ -22,8 +22,9 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a filled database that the walk may change."""
-    return put(at(tmp_path_factory.mktemp("served")))
+    """Settings of a filled database that the walk may change; where its engine would be, nothing listens."""
+    settings = at(tmp_path_factory.mktemp("served")).model_copy(update={"engine_port": 9})
+    return put(settings)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_the_walk_from_home_to_a_tokens_numbers(quiet_page: Page, site: str) -> 
     page = quiet_page
     page.goto(site)
     page.get_by_role("heading", name="smollm2-l17").get_by_role("link").click()
-    expect(page.get_by_role("heading", name="smollm2-l17")).to_be_visible()
+    expect(page.get_by_role("heading", name="smollm2-l17", exact=True)).to_be_visible()
 
     # sort by a head's share: the table alone is swapped, and the address says so
     page.get_by_role("toolbar", name="Head").get_by_role("link", name="4", exact=True).click()
@@ -149,10 +150,10 @@ def test_the_keyboard_reaches_everything(quiet_page: Page, site: str) -> None:
 def test_typed_text_without_an_engine_gets_a_sentence_beside_the_box(quiet_page: Page, site: str) -> None:
     page = quiet_page
     page.goto(f"{site}/saes/smollm2-l17/features/3")
-    page.get_by_label("Text").fill("the cat sat")
+    page.get_by_role("textbox", name="Text").fill("the cat sat")
     page.get_by_role("button", name="Take it apart").click()
     expect(page.get_by_role("alert")).to_contain_text("The engine does not answer")
-    expect(page.get_by_label("Text")).to_have_value("the cat sat")
+    expect(page.get_by_role("textbox", name="Text")).to_have_value("the cat sat")
 
 
 @pytest.mark.parametrize("width", [390, 1440])
