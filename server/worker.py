@@ -48,8 +48,8 @@ from server import estimates, jobs
 from server.db import Database
 from server.downloads import sha256_of
 from server.settings import Settings
+from server.store import harvests, registry
 from server.store import jobs as store
-from server.store import registry
 from server.store.jobs import JobRecord
 
 log = logging.getLogger("headscope.worker")
@@ -102,6 +102,12 @@ class Run:
         with self.worker.db.write() as session:
             store.check(session, self.id, self.attempt)
             yield session
+
+    def fence(self, session: Session) -> None:
+        """For writers of many transactions: raises in each that must not be."""
+        if self.worker.stopping.is_set():
+            raise Leave
+        store.check(session, self.id, self.attempt)
 
     def say(self, text: str) -> None:
         """A line in the job's log."""
@@ -292,11 +298,11 @@ def harvest_job(run: Run) -> None:
     run.step("features", lambda: hand.features(files, paths))
 
     # ---- write and publish ----
-    harvest_id = run.step("begin", hand.begin)
-    run.step("write features", lambda: hand.write_features(harvest_id, files))
+    harvest_id = run.step("begin", lambda: hand.begin(files))
+    run.step("write features", lambda: hand.write_features(harvest_id, files, len(paths)))
     for index in range(len(paths)):
         run.step(f"write {index}", partial(hand.write_part, harvest_id, files, paths, index))
-    run.step("publish", lambda: hand.publish(harvest_id, files))
+    run.step("publish", lambda: hand.publish(harvest_id, len(paths)))
 
 
 class _Hands:
@@ -358,6 +364,34 @@ class _Hands:
         if self._table is None:
             self._table = sweep.FeatureTable.load(files.features)
         return self._table
+
+    def begin(self, files: sweep.Files) -> int:
+        """The harvest's row; its id."""
+        return harvests.begin(
+            self.run.worker.db,
+            sae_id=self.record.id,
+            corpus_id=self.corpus.id,
+            job_id=self.run.id,
+            config=self.cfg.harvest.model_dump(mode="json"),
+            totals=self.table(files).totals,
+            fence=self.run.fence,
+        )
+
+    def write_features(self, harvest_id: int, files: sweep.Files, n_parts: int) -> None:
+        """Every feature."""
+        self.run.report(Progress("write", 0, n_parts + 1, "parts"))
+        harvests.write_features(self.run.worker.db, harvest_id, self.table(files), self.run.fence)
+
+    def write_part(self, harvest_id: int, files: sweep.Files, paths: list[Path], index: int) -> None:
+        """The examples of one part."""
+        self.run.report(Progress("write", index + 1, len(paths) + 1, "parts"))
+        rows = sweep.row_records(self.table(files), paths, index)
+        harvests.write_part(self.run.worker.db, harvest_id, index, rows, self.run.fence)
+
+    def publish(self, harvest_id: int, n_parts: int) -> None:
+        """Readers see it from now on."""
+        harvests.publish(self.run.worker.db, harvest_id, n_parts, self.run.fence)
+        self.run.say(f"Published: http://{self.run.worker.settings.host}:{self.run.worker.settings.port}/saes/{self.cfg.sae}.")
 
 
 def _within(reports: Generator[Progress, None, R], before: int, total: int) -> Generator[Progress, None, R]:
