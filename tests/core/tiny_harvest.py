@@ -44,7 +44,10 @@ def tiny_sae(lens: Lens, rows: Rows, *, d_sae: int = 40, density: float = 0.15, 
         "b_dec": z.mean(0),
     }
     preacts = (z - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
-    tensors["threshold"] = preacts.quantile(1 - density, dim=0).clamp_min(0.01)
+    # In the widest gap between two values near the wanted density, so that rounding moves no token across.
+    near = preacts.clamp_min(0.01).sort(0).values[int(len(z) * (0.98 - density)) : int(len(z) * (1.02 - density))]
+    widest = near.diff(dim=0).argmax(0, keepdim=True)
+    tensors["threshold"] = ((near.gather(0, widest) + near.gather(0, widest + 1)) / 2).squeeze(0)
     tensors["threshold"][d_sae - dead :] = torch.inf
     cfg = SAEConfig(
         arch="batchtopk",

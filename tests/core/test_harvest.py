@@ -1,0 +1,413 @@
+"""A harvest of a tiny model, each step against brute force on dense activations."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sae_core import harvest as harvest_module
+from sae_core.config import HarvestConfig
+from sae_core.corpus import Rows
+from sae_core.harvest import (
+    FeatureTable,
+    Files,
+    HarvestResult,
+    Selection,
+    choose,
+    examples,
+    harvest,
+    row_records,
+    scan_shard,
+    shards,
+    swept_rows,
+    visit,
+    visit_parts,
+    window_start,
+)
+from sae_core.lens import AttentionRead, Lens
+from sae_core.records import ExampleRecord
+from sae_core.saes.base import SAE
+from sae_core.tally import CELL_EDGES, Tally
+from tests.core.tiny_harvest import LAYER, tiny_rows, tiny_sae, z_of
+
+CFG = HarvestConfig(
+    tokens=10_000, top_k=4, bands=3, per_band=2, shard_rows=8, batch_rows=4, neighbours=3, logits=5, model_dtype="float32"
+)
+
+
+class Set(SimpleNamespace):
+    """A tiny model, its SAE, its rows, and the dense activations [rows, pos, F] with excluded destinations at 0."""
+
+    lens: Lens
+    sae: SAE
+    rows: Rows
+    acts: np.ndarray[Any, Any]
+    z: torch.Tensor
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_lens: Callable[[str], Lens]) -> Set:
+    lens, rows = tiny_lens("llama"), tiny_rows()
+    sae = tiny_sae(lens, rows)
+    z = z_of(lens, rows)
+    acts = sae.encode(z)
+    acts[sae.excluded(z)] = 0
+    return Set(lens=lens, sae=sae, rows=rows, acts=acts.numpy(), z=z)
+
+
+def run(tiny: Set, folder: Path, cfg: HarvestConfig = CFG) -> HarvestResult:
+    reports = harvest(tiny.lens, tiny.sae, tiny.rows, cfg, folder)
+    while True:
+        try:
+            next(reports)
+        except StopIteration as end:
+            result: HarvestResult = end.value
+            return result
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Set, tmp_path_factory: pytest.TempPathFactory) -> HarvestResult:
+    return run(tiny, tmp_path_factory.mktemp("harvest"))
+
+
+def scanned(tiny: Set, folder: Path, cfg: HarvestConfig = CFG) -> list[Path]:
+    paths = []
+    for shard in shards(swept_rows(tiny.rows, cfg), cfg):
+        paths.append(Files(folder).shard(shard))
+        list(scan_shard(tiny.lens, tiny.sae, tiny.rows, shard, cfg, paths[-1]))
+    return paths
+
+
+def alike(rows: Rows, a: tuple[int, int], b: tuple[int, int]) -> bool:
+    """The rule for near-duplicates, with the exact Jaccard similarity."""
+
+    def window(row: int, pos: int, before: int, after: int) -> list[int]:
+        return rows.train[row, max(0, pos - before) : pos + after + 1].tolist()
+
+    if window(*a, harvest_module.SAME_TOKENS - 1, 0) == window(*b, harvest_module.SAME_TOKENS - 1, 0):
+        return True
+    sets = [set(itertools.pairwise(window(*x, harvest_module.WINDOW_BEFORE, harvest_module.WINDOW_AFTER))) for x in (a, b)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1]) >= harvest_module.ALIKE
+
+
+def brute_top(tiny: Set, feature: int, k: int) -> list[tuple[int, int]]:
+    acts = tiny.acts[:, :, feature]
+    best = sorted((-row.max(), i, int(row.argmax())) for i, row in enumerate(acts) if row.max() > 0)
+    chosen: list[tuple[int, int]] = []
+    for _, row, pos in best[: harvest_module.OVERSAMPLE * k]:
+        if len(chosen) < k and not any(alike(tiny.rows, (row, pos), other) for other in chosen):
+            chosen.append((row, pos))
+    return chosen
+
+
+# ---- scan and choose ----
+
+
+def test_sums_equal_those_of_dense_activations(tiny: Set, whole: HarvestResult) -> None:
+    fired = tiny.acts > 0
+    assert fired.sum() > 500
+    np.testing.assert_array_equal(whole.selection.count, fired.sum((0, 1)))
+    np.testing.assert_allclose(whole.selection.total, tiny.acts.sum((0, 1)), rtol=1e-4)
+    np.testing.assert_allclose(whole.selection.highest, tiny.acts.max((0, 1)), rtol=1e-4)
+    excluded = tiny.sae.excluded(tiny.z)
+    assert int(excluded.sum()) > len(tiny.rows.train)  # row starts, and a few of large norm
+    assert whole.selection.n_tokens == int((~excluded).sum())
+    np.testing.assert_array_equal(whole.selection.histogram.sum(1), whole.selection.count)
+
+
+def test_head_means_over_every_firing_are_what_the_heads_gave(tiny: Set, whole: HarvestResult) -> None:
+    n_heads = tiny.sae.cfg.n_heads
+    w = tiny.sae.W_enc.T.unflatten(1, (n_heads, -1))
+    given = torch.einsum("npkd,fkd->npfk", tiny.z.unflatten(2, (n_heads, -1)), w).numpy()
+    for feature, record in enumerate(whole.features):
+        mine = given[tiny.acts[:, :, feature] > 0][:, feature]
+        if len(mine):
+            np.testing.assert_allclose(record.head_dfa, mine.mean(0), atol=1e-4)
+            np.testing.assert_allclose(record.head_dfa_std, mine.std(0), atol=1e-3)
+            assert record.top_head_dfa == np.abs(mine.mean(0)).argmax()
+
+
+def test_the_strongest_equal_brute_force_and_near_duplicates_are_dropped(tiny: Set, whole: HarvestResult) -> None:
+    chosen = whole.selection
+    twins = {0, len(tiny.rows.train) - 2}, {1, len(tiny.rows.train) - 1}
+    met = 0
+    for feature in range(tiny.sae.cfg.d_sae):
+        mine = (chosen.feature == feature) & (chosen.band == 0)
+        found = set(zip(chosen.row[mine].tolist(), chosen.pos[mine].tolist(), strict=True))
+        expected = set(brute_top(tiny, feature, CFG.top_k))
+        assert found == expected, feature
+        rows = {row for row, _ in found}
+        assert len(rows) == len(found)
+        assert not any(pair <= rows for pair in twins)
+        met += any(pair & rows for pair in twins)
+    assert met > 3  # the repeated rows were in play
+
+
+def test_bands_cover_every_firing_and_hold_their_examples(tiny: Set, whole: HarvestResult) -> None:
+    chosen, drawn = whole.selection, 0
+    for feature, record in enumerate(whole.features):
+        values = tiny.acts[:, :, feature][tiny.acts[:, :, feature] > 0]
+        assert sum(band["count"] for band in record.bands) == len(values)
+        if len(values):
+            assert record.bands[0]["high"] == pytest.approx(values.max(), rel=1e-4)
+            assert record.bands[-1]["low"] == pytest.approx(values.min(), rel=1e-4)
+        top = {(r, p) for f, r, p, b in columns(chosen) if f == feature and b == 0}
+        for band in range(1, CFG.bands + 1):
+            mine = [(r, p) for f, r, p, b in columns(chosen) if f == feature and b == band]
+            assert len(mine) <= CFG.per_band
+            assert not top & set(mine)
+            high, low = (CELL_EDGES[c] for c in chosen.band_cells[feature, band - 1 : band + 1])
+            assert all(low * 0.9999 <= tiny.acts[r, p, feature] <= high * 1.0001 for r, p in mine)
+            drawn += len(mine)
+    assert drawn > 50
+
+
+def columns(chosen: Selection) -> list[tuple[int, int, int, int]]:
+    return list(zip(*(c.tolist() for c in (chosen.feature, chosen.row, chosen.pos, chosen.band)), strict=True))
+
+
+def test_a_band_that_has_more_than_it_shows_shows_its_full_number(whole: HarvestResult) -> None:
+    chosen, checked = whole.selection, 0
+    rows = columns(chosen)
+    for feature, record in enumerate(whole.features):
+        tops = sum(f == feature and b == 0 for f, _, _, b in rows)
+        for band, facts in enumerate(record.bands, 1):
+            if facts["count"] > tops + CFG.per_band + 6:
+                checked += 1
+                assert sum(f == feature and b == band for f, _, _, b in rows) == CFG.per_band
+    assert checked > 10
+
+
+def test_the_choice_does_not_depend_on_the_order_or_size_of_shards(tiny: Set, whole: HarvestResult, tmp_path: Path) -> None:
+    paths = scanned(tiny, tmp_path / "a")
+    shuffled = choose([paths[2], paths[0], paths[1]], tiny.sae, tiny.rows, CFG, tmp_path / "a.npz")
+    other = CFG.model_copy(update={"shard_rows": 12})
+    resized = choose(scanned(tiny, tmp_path / "b", other), tiny.sae, tiny.rows, other, tmp_path / "b.npz")
+    for f in dataclasses.fields(Selection):
+        expected = getattr(whole.selection, f.name)
+        np.testing.assert_array_equal(getattr(shuffled, f.name), expected, err_msg=f.name)
+        if f.name in ("total", "heads", "heads_squares"):
+            np.testing.assert_allclose(getattr(resized, f.name), expected, rtol=1e-9)
+        else:
+            np.testing.assert_array_equal(getattr(resized, f.name), expected, err_msg=f.name)
+
+
+def test_missing_and_repeated_shards_are_refused(tiny: Set, tmp_path: Path) -> None:
+    paths = scanned(tiny, tmp_path)
+    for wrong in ([paths[0], paths[2]], paths[:2], [*paths, paths[1]], []):
+        with pytest.raises(ValueError, match=r"rows|shards"):
+            choose(wrong, tiny.sae, tiny.rows, CFG, tmp_path / "selection.npz")
+    assert not (tmp_path / "selection.npz").exists()
+
+
+def test_a_killed_scan_leaves_nothing_and_a_finished_one_is_not_repeated(tiny: Set, tmp_path: Path) -> None:
+    path = tmp_path / "shard.npz"
+    half = scan_shard(tiny.lens, tiny.sae, tiny.rows, range(8), CFG, path)
+    next(half)
+    half.close()
+    assert list(tmp_path.iterdir()) == []
+    reports = list(scan_shard(tiny.lens, tiny.sae, tiny.rows, range(8), CFG, path))
+    assert [(r.done, r.total) for r in reports] == [(80, 160), (160, 160)]
+    assert [p.name for p in tmp_path.iterdir()] == ["shard.npz"]
+    no_lens: Any = None
+    assert list(scan_shard(no_lens, tiny.sae, tiny.rows, range(8), CFG, path)) == []
+
+
+def test_cached_activations_give_the_scan_of_the_model(tiny: Set, tmp_path: Path) -> None:
+    cached: Any = SimpleNamespace(n_rows=24, read_z=lambda low, high: tiny.z[low:high])
+    no_lens: Any = None
+    list(scan_shard(no_lens, tiny.sae, tiny.rows, range(8), CFG, tmp_path / "a.npz", cached))
+    list(scan_shard(tiny.lens, tiny.sae, tiny.rows, range(8), CFG, tmp_path / "b.npz"))
+    a, b = Tally.load(tmp_path / "a.npz"), Tally.load(tmp_path / "b.npz")
+    assert torch.equal(a.count, b.count)
+    torch.testing.assert_close(a.total, b.total)
+    short: Any = SimpleNamespace(n_rows=7)  # does not hold the shard, so it is not read
+    list(scan_shard(tiny.lens, tiny.sae, tiny.rows, range(8), CFG, tmp_path / "c.npz", short))
+    assert torch.equal(Tally.load(tmp_path / "c.npz").total, b.total)
+
+
+def test_a_sweep_takes_the_tokens_asked_for_and_at_most_what_there_is(tiny: Set) -> None:
+    assert swept_rows(tiny.rows, CFG) == 24
+    assert swept_rows(tiny.rows, CFG.model_copy(update={"tokens": 100})) == 5
+    assert swept_rows(tiny.rows, CFG.model_copy(update={"tokens": 1})) == 1
+    assert shards(20, CFG) == [range(8), range(8, 16), range(16, 20)]
+
+
+# ---- visit ----
+
+
+def total(example: ExampleRecord) -> float:
+    return float(example.dfa_value.sum() + example.dropped.sum() + example.before.sum()) + example.bias
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "gemma2", "qwen3", "pythia"])
+@pytest.mark.parametrize("window", [8, 256])
+def test_dfa_and_bias_give_the_preactivation_of_every_example(
+    kind: str, window: int, tiny_lens: Callable[[str], Lens], tmp_path: Path
+) -> None:
+    lens, rows = tiny_lens(kind), tiny_rows()
+    tiny = Set(lens=lens, rows=rows, sae=tiny_sae(lens, rows))
+    result = run(tiny, tmp_path, CFG.model_copy(update={"window": window, "dfa_entries": 10}))
+    found = list(result.examples)
+    assert len(found) > 100
+    z = z_of(lens, rows)
+    for e in found:
+        w, c = tiny.sae.affine(torch.tensor([e.feature]))
+        preact = float(z[e.row, e.dest] @ w[0] + c[0])
+        size = e.abs_dfa + abs(e.bias)
+        assert e.gap <= 1e-4
+        assert abs(e.preact - preact) <= 1e-4 * size
+        assert abs(total(e) - e.preact) <= 1e-4 * size
+        assert e.start <= e.dest < e.start + window
+        assert (e.dfa_src >= e.start).all()
+        assert (e.dfa_src <= e.dest).all()
+        assert len(e.dfa_value) <= 10
+    hidden = any(np.abs(e.before).sum() > 0 for e in found)
+    assert hidden == (window == 8 and kind != "gemma2")  # Gemma-2's own window here is narrower than what is shown
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda read: AttentionRead(read.z, read.v, read.pattern.transpose(2, 3)),
+        lambda read: AttentionRead(read.z, read.v, read.pattern.roll(1, 3)),
+        lambda read: AttentionRead(read.z, read.v.flip(2), read.pattern),
+    ],
+    ids=["transposed pattern", "shifted pattern", "swapped value heads"],
+)
+def test_a_wrong_read_breaks_the_identity(broken: Callable[[AttentionRead], AttentionRead], tiny: Set, tmp_path: Path) -> None:
+    selection = choose(scanned(tiny, tmp_path), tiny.sae, tiny.rows, CFG, tmp_path / "selection.npz")
+    lens: Any = SimpleNamespace(
+        device=tiny.lens.device,
+        read_attention=lambda tokens, layer: broken(tiny.lens.read_attention(tokens, layer)),
+        token_texts=tiny.lens.token_texts,
+    )
+    part = visit_parts(selection, CFG)[0]
+    list(visit(lens, tiny.sae, tiny.rows, selection, part, CFG, tmp_path / "part.npz"))
+    with np.load(tmp_path / "part.npz") as file:
+        assert (file["gap"] > 1e-2).mean() > 0.9
+
+
+def test_an_example_shows_its_feature_along_the_row_and_never_fires_where_excluded(tiny: Set, whole: HarvestResult) -> None:
+    at_start = 0.0
+    for e in whole.examples:
+        dense = np.zeros(tiny.rows.context, dtype=np.float32)
+        dense[e.acts_pos] = e.acts_value
+        np.testing.assert_allclose(dense, tiny.acts[e.row, :, e.feature], atol=1e-4)
+        assert e.act == pytest.approx(dense[e.dest], abs=1e-5)
+        assert e.act > 0
+        at_start += float(np.abs(e.dfa_value[e.dfa_src == 0]).sum())
+    assert at_start > 0  # the row start is no destination, but it stays a source
+
+
+def test_ranks_follow_the_fp32_activation_within_feature_and_band(whole: HarvestResult) -> None:
+    groups: dict[tuple[int, int], list[ExampleRecord]] = {}
+    for e in whole.examples:
+        groups.setdefault((e.feature, e.band), []).append(e)
+    for group in groups.values():
+        group.sort(key=lambda e: e.rank)
+        assert [e.rank for e in group] == list(range(len(group)))
+        assert [e.act for e in group] == sorted((e.act for e in group), reverse=True)
+
+
+def test_an_example_that_does_not_fire_in_fp32_is_dropped(tiny: Set, tmp_path: Path) -> None:
+    """As when a bf16 scan rounds a pre-activation over the threshold: here positions that never fired are slipped in."""
+    selection = choose(scanned(tiny, tmp_path), tiny.sae, tiny.rows, CFG, tmp_path / "selection.npz")
+    silent = [i for i, (f, r, _, _) in enumerate(columns(selection)) if tiny.acts[r, 3, f] == 0][:5]
+    selection.pos[silent] = 3
+    paths = [tmp_path / f"{part.start}.npz" for part in visit_parts(selection, CFG)]
+    for part, path in zip(visit_parts(selection, CFG), paths, strict=True):
+        list(visit(tiny.lens, tiny.sae, tiny.rows, selection, part, CFG, path))
+    table = harvest_module.features(tiny.lens, tiny.sae, selection, paths, CFG, tmp_path / "features.npz")
+    assert len(list(examples(table, paths))) == len(selection.feature) - len(silent)
+
+
+def test_rows_carry_their_tokens_and_texts(tiny: Set, whole: HarvestResult) -> None:
+    seen = []
+    for part in range(len(whole.parts)):
+        for record in row_records(whole.features, whole.parts, part):
+            seen.append(record.row)
+            np.testing.assert_array_equal(record.tokens, tiny.rows.train[record.row])
+            assert record.texts == tiny.lens.token_texts(record.tokens.tolist())
+            assert {e.row for e in record.examples} == {record.row}
+    assert seen == sorted(set(seen))
+
+
+@pytest.mark.parametrize(("dest", "start"), [(0, 0), (90, 0), (150, 54), (511, 384)])
+def test_a_window_holds_its_destination_with_more_before_than_after(dest: int, start: int) -> None:
+    assert window_start(dest, 512, 128) == start
+    assert window_start(dest, 128, 128) == 0
+
+
+# ---- features ----
+
+
+def test_features_say_what_the_decoder_writes_and_who_is_near(tiny: Set, whole: HarvestResult) -> None:
+    logits = tiny.lens.logit_weights(tiny.sae.W_dec, LAYER)
+    cosines = (tiny.sae.W_dec @ tiny.sae.W_dec.T).fill_diagonal_(-1)
+    cosines[:, -3:] = -1  # dead features are no neighbours
+    for record in whole.features:
+        assert record.density == record.n_fired / whole.selection.n_tokens
+        assert record.head_norm.sum() == pytest.approx(1, abs=1e-5)
+        assert record.top_head == record.head_norm.argmax()
+        if record.n_fired == 0:
+            continue
+        assert [t[0] for t in record.promoted] == logits[record.idx].topk(5).indices.tolist()
+        assert [t[0] for t in record.suppressed] == (-logits[record.idx]).topk(5).indices.tolist()
+        assert [t[1] for t in record.promoted] == tiny.lens.token_texts([t[0] for t in record.promoted])
+        assert [n[0] for n in record.neighbours] == cosines[record.idx].topk(3).indices.tolist()
+        assert record.evidence["examples"] == sum(e.feature == record.idx and e.band == 0 for e in whole.examples)
+        assert 0 <= record.evidence["top_share"] <= 1
+
+
+def test_dead_features_have_records_that_claim_nothing(whole: HarvestResult) -> None:
+    dead = [record for record in whole.features if record.n_fired == 0]
+    assert [record.idx for record in dead] == [37, 38, 39]
+    for record in dead:
+        assert (record.family, record.distance, record.top_head_dfa, record.top_head_dfa_share) == (None, None, None, None)
+        assert record.bands == record.promoted == record.neighbours == []
+        assert record.evidence == {}
+        assert record.density == record.max_act == record.mean_act == 0
+    assert whole.features.totals.n_live == 37
+
+
+# ---- the whole ----
+
+
+def test_a_harvest_stopped_anywhere_ends_as_an_undisturbed_one(tiny: Set, whole: HarvestResult, tmp_path: Path) -> None:
+    for reports in itertools.count(1, 4):  # each time a little further, over what earlier tries left
+        attempt = harvest(tiny.lens, tiny.sae, tiny.rows, CFG, tmp_path)
+        if len(list(itertools.islice(attempt, reports))) < reports:
+            break
+        attempt.close()
+    result = run(tiny, tmp_path)
+    assert same(result, whole)
+
+
+def test_a_finished_harvest_is_only_read(tiny: Set, whole: HarvestResult) -> None:
+    times = {path: path.stat().st_mtime_ns for path in whole.parts[0].parent.iterdir()}
+    assert same(run(Set(lens=None, sae=tiny.sae, rows=tiny.rows), whole.parts[0].parent), whole)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert not [path for path in times if path.suffix == ".aside"]
+
+
+def same(a: HarvestResult, b: HarvestResult) -> bool:
+    def plain(record: Any) -> Any:
+        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in vars(record).items()}
+
+    assert [plain(x) for x in a.features] == [plain(x) for x in b.features]
+    assert [plain(x) for x in a.examples] == [plain(x) for x in b.examples]
+    return True
+
+
+def test_a_feature_table_reads_back_the_same(whole: HarvestResult) -> None:
+    again = FeatureTable.load(Files(whole.parts[0].parent).features)
+    assert again.totals == whole.features.totals
+    assert again.texts == whole.features.texts
+    assert [r.promoted for r in again] == [r.promoted for r in whole.features]
