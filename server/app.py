@@ -22,6 +22,9 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
+LARGEST_BODY = 1_000_000
+"""Bytes of a request; forms and questions are far smaller."""
+
 
 def create_app(settings: Settings) -> FastAPI:
     """The web process. It starts whether or not the database answers; until it does, pages say so."""
@@ -34,7 +37,12 @@ def create_app(settings: Settings) -> FastAPI:
             app.state.live.close()
 
     app = FastAPI(
-        title="Headscope", docs_url=None, redoc_url=None, lifespan=lifespan, dependencies=[Depends(refuse_cross_origin)]
+        title="Headscope",
+        docs_url=None,  # Swagger's page loads a CDN; /openapi.json is there for tools
+        redoc_url=None,
+        lifespan=lifespan,
+        dependencies=[Depends(refuse_cross_origin)],
+        max_body_size=LARGEST_BODY,
     )
     app.state.settings = settings
     app.state.db = Database(settings.url)

@@ -51,7 +51,7 @@ const inspect = (token) => {
   const top = Math.max(...sums.map(Math.abs));
   const word = document.createElement("span");
   word.className = "chip";
-  word.textContent = token.textContent;
+  word.textContent = token.textContent.replaceAll(" ", "·");
   part("word").replaceChildren(word);
   part("act").textContent = token.dataset.a ? show(Number(token.dataset.a)) : "0";
   part("dfa").textContent = token.dataset.d ? signed(total) : offset > 0 ? "comes after" : "too small to be kept";

@@ -1,8 +1,10 @@
 """`/`: models as maps, SAEs as cards, jobs as they run."""
 
+import hashlib
+
 from fastapi import APIRouter, Request, Response
 
-from server.pages.reply import Read, link, reply, sae_path
+from server.pages.reply import Read, link, reply, sae_path, wants_part
 from server.rendering import Cell
 from server.store.home import HomePage, ModelMap, home_page
 
@@ -11,9 +13,17 @@ router = APIRouter()
 
 @router.get("/", include_in_schema=False)
 @router.get("/index.json", response_model=HomePage)
-def home(request: Request, read: Read) -> Response:
-    """The first page."""
-    return reply(request, home_page(read), "home.html", block="_open_jobs.html", map_cells=map_cells)
+def home(request: Request, read: Read, seen: str = "") -> Response:
+    """The first page. Its jobs ask for themselves again, with what was `seen`: when an SAE is new, the page is too."""
+    page = home_page(read)
+    headers = {"HX-Refresh": "true"} if wants_part(request) and seen != published(page) else None
+    return reply(request, page, "home.html", block="_open_jobs.html", headers=headers, map_cells=map_cells, seen=published)
+
+
+def published(page: HomePage) -> str:
+    """Changes when an SAE or a harvest is published."""
+    there = [(card.sae.name, card.sae.harvest and card.sae.harvest.id) for card in page.saes]
+    return hashlib.sha256(repr(there).encode()).hexdigest()[:12]
 
 
 def map_cells(model: ModelMap) -> list[Cell]:

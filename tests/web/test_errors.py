@@ -80,6 +80,10 @@ def test_a_wrong_method_is_a_sentence(client: TestClient) -> None:
     assert "Method Not Allowed." in answer.text
 
 
+def test_a_huge_body_is_refused(client: TestClient) -> None:
+    assert client.post(f"{SAE}/features/3", data={"text": "x" * 2_000_000}).status_code == 413
+
+
 def web(settings: Settings) -> TestClient:
     return TestClient(create_app(settings), base_url="http://127.0.0.1:8000", raise_server_exceptions=False)
 
@@ -121,9 +125,7 @@ def test_a_database_that_goes_away_later_is_a_page_too(settings: Settings) -> No
     assert client.get("/").status_code == 503
 
 
-def test_a_fault_of_ours_shows_a_sentence_and_no_traceback(
-    client: TestClient, filled: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_of_ours_shows_a_sentence_and_no_traceback(filled: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.pages.home.home_page", lambda _: 1 / 0)
     answer = web(filled).get("/")
     assert answer.status_code == 500

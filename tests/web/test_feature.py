@@ -1,6 +1,7 @@
 """`/saes/{sae}/features/{index}`."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -93,7 +94,7 @@ def test_bands_run_from_the_strongest_to_the_weakest(client: TestClient) -> None
     order = [int(band) for band in re.findall(r'id="band-(\d)"', text)]
     assert order == [0, 1, 2, 3]
     examples = client.get(f"{FEATURE}.json").json()["examples"]
-    for before, after in zip(examples, examples[1:], strict=False):
+    for before, after in pairwise(examples):
         assert (before["band"], before["rank"]) < (after["band"], after["rank"])
 
 

@@ -1,6 +1,5 @@
 """`/`: the first page."""
 
-import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
@@ -52,14 +51,30 @@ def test_running_jobs_are_asked_for_again_only_while_they_run(client: TestClient
     assert "hx-trigger" not in empty_client.get("/", headers=PART).text
 
 
-@pytest.mark.parametrize("address", ["/index.json"])
-def test_the_json_is_the_same_dataclass(client: TestClient, filled: Settings, address: str) -> None:
+def test_a_page_left_open_is_made_anew_when_an_sae_is_published(client: TestClient) -> None:
+    jobs = Reader(client.get("/").text).all("section")[0]["hx-get"]
+    assert "hx-refresh" not in client.get(jobs, headers=PART).headers
+    assert client.get("/?seen=before", headers=PART).headers["hx-refresh"] == "true"
+
+
+def test_the_json_is_the_same_dataclass(client: TestClient, filled: Settings) -> None:
     database = Database(filled.url)
     with database.read() as session:
         page = home_page(session)
     database.close()
-    assert client.get(address).content == to_json(page)
+    assert client.get("/index.json").content == to_json(page)
 
 
 def test_health_names_the_database(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok", "version": "0.1.0", "database": "sqlite"}
+
+
+def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
+    paths = client.get("/openapi.json").json()["paths"]
+    assert {path for path in paths if path.endswith(".json")} == {
+        "/index.json",
+        "/saes/{sae}.json",
+        "/saes/{sae}/features/{index}.json",
+        "/jobs.json",
+        "/jobs/{job_id}.json",
+    }

@@ -24,7 +24,14 @@ def test_a_running_job_shows_how_far_it_is(client: TestClient) -> None:
     page = Reader(client.get(RUNNING).text)
     text = page.text.replace("\u202f", " ")
     assert page.all("progress")[0]["value"] == "0.5000"
-    for said in ("running", "9 120", "2 min 51 s", "524 288 of 1 048 576 tokens", "Collected 1 048 576 tokens in 88 s.", '"k": 32'):
+    for said in (
+        "running",
+        "9 120",
+        "2 min 51 s",
+        "524 288 of 1 048 576 tokens",
+        "Collected 1 048 576 tokens in 88 s.",
+        '"k": 32',
+    ):
         assert said in text
     assert len(page.all("polyline")) == 2
     assert any(form.get("action") == f"{RUNNING}/cancel" for form in page.all("form"))

@@ -8,7 +8,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.app import create_app
-from server.rendering import Bar, Cell, Curve, bar_chart, head_map, level, line_chart, num, percent, signed, token_chip, token_text
+from server.rendering import (
+    Bar,
+    Cell,
+    Curve,
+    bar_chart,
+    head_map,
+    level,
+    line_chart,
+    num,
+    percent,
+    signed,
+    token_chip,
+    token_text,
+)
 from tests.web.conftest import SAE, at, put
 from tests.web.factory import Shape
 from tests.web.reading import PART, Reader

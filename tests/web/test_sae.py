@@ -140,7 +140,12 @@ def test_metrics_are_sentences_and_a_withheld_one_says_why(client: TestClient) -
 
 @pytest.mark.parametrize(
     "metrics",
-    [{}, {"reconstruction": {"fvu": 0.2}}, {"prose": {"clean": 3.0}}, {"repeated": {"clean": 1.0, "recovered_zero": 0.9, "zero": 2.0}}],
+    [
+        {},
+        {"reconstruction": {"fvu": 0.2}},
+        {"prose": {"clean": 3.0}},
+        {"repeated": {"clean": 1.0, "recovered_zero": 0.9, "zero": 2.0}},
+    ],
 )
 def test_metrics_that_are_missing_do_not_break_the_page(tmp_path: Path, metrics: dict[str, Any]) -> None:
     settings = put(at(tmp_path), Shape(n_features=12, n_dead=1, metrics=metrics))
@@ -157,7 +162,7 @@ def test_an_sae_without_a_harvest_tells_how_its_harvest_goes(tmp_path: Path) -> 
         session.execute(
             sa.text(
                 "insert into job (id, kind, title, config, status, attempt, phase, done, total, unit, rate, created_at) values "
-                "('harvest-smollm2-l17', 'harvest', 'Harvest', '{}', 'running', 1, 'scan', 1, 2, 'tokens', 0, '2026-11-20 10:00:00')"
+                "('harvest-smollm2-l17', 'harvest', 'Harvest', '{}', 'running', 1, 'scan', 1, 2, 'rows', 0, '2026-11-20 10:00:00')"
             )
         )
     database.close()
