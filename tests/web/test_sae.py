@@ -162,7 +162,7 @@ def test_an_sae_without_a_harvest_tells_how_its_harvest_goes(tmp_path: Path) -> 
         session.execute(
             sa.text(
                 "insert into job (id, kind, title, config, status, attempt, phase, done, total, unit, rate, created_at) values "
-                "('harvest-smollm2-l17', 'harvest', 'Harvest', '{}', 'running', 1, 'scan', 1, 2, 'rows', 0, '2026-11-20 10:00:00')"
+                "('harvest-smollm2-l17', 'harvest', 'H', '{}', 'running', 1, 'scan', 1, 2, 'rows', 0, '2026-11-20 10:00:00')"
             )
         )
     database.close()
