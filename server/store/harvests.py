@@ -67,7 +67,7 @@ def write_part(db: Database, harvest_id: int, part: int, rows: Iterable["RowReco
     """Store one part's rows with their examples. The features must be there."""
     with db.read() as session:
         found = session.execute(sa.select(Feature.idx, Feature.id).where(Feature.harvest_id == harvest_id))
-        ids = dict(found.tuples().all())
+        ids = {row.idx: row.id for row in found}
 
     def insert(session: Session, harvest_id: int, chunk: list["RowRecord"]) -> None:
         _insert_rows(session, harvest_id, chunk, ids)
