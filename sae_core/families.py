@@ -84,34 +84,30 @@ MIN_EXAMPLES = 5
 def judge(mean: dict[str, float], n: int) -> str | None:
     """The family that a feature's mean measures over `n` top examples speak for, or None. The most specific rule wins.
 
-    `mean` holds MEASURES and `source_logit`: how many standard deviations (over the vocabulary) above the mean the
+    `mean` holds MEASURES (those unknown left out) and `source_logit`: how many standard deviations (over the vocabulary) above the mean the
     feature's decoder lifts the token of its strongest source.
 
     Thresholds. A share of 0.5 says that one kind of source gives more than all others together. Induction and
     duplicates must also beat what an even spread over sources would give by 4 times: a text that repeats one word makes
-    almost every source a "previous occurrence". 0.4 for induction, since part of its DFA rests on the tokens around.
-    Suppression: -2 standard deviations is the lowest 2 % of the vocabulary, and one source must hold a third of the
-    DFA, so that "the source" means something. Local and long range are what is left, by distance alone.
+    almost every source a "previous occurrence". 0.4 for induction, since part of its DFA rests on the tokens around; on
+    SmolLM2's layer 17 this picks features of its induction heads (3, 4, 5), at 0.5 to 0.9, while features of other heads
+    stay below 0.35. Suppression: -2 standard deviations is the lowest 2 % of the vocabulary, and one source must hold a
+    third of the DFA, so that "the source" means something. Local and long range are what is left, by distance alone; `far`
+    is known for late destinations only, so it must agree with the mean distance over all.
     """
     if n < MIN_EXAMPLES:
         return None
-    if mean["row_start"] >= 0.6:
-        return "row start"
-    if mean["induction"] >= 0.4 and mean["induction"] >= 4 * mean["induction_chance"]:
-        return "induction"
-    if mean["source_logit"] <= -2 and mean["top_share"] >= 1 / 3:
-        return "suppression"
-    if mean["duplicate"] >= 0.5 and mean["duplicate"] >= 4 * mean["duplicate_chance"]:
-        return "duplicate token"
-    if mean["current"] >= 0.5:
-        return "current token"
-    if mean["previous"] >= 0.5:
-        return "previous token"
-    if mean["near"] >= 0.8:
-        return "local"
-    if mean["far"] >= 0.5 or mean["distance"] >= 30:
-        return "long-range"
-    return None
+    rules = {
+        "row start": mean["row_start"] >= 0.6,
+        "induction": mean["induction"] >= max(0.4, 4 * mean["induction_chance"]),
+        "suppression": mean["source_logit"] <= -2 and mean["top_share"] >= 1 / 3,
+        "duplicate token": mean["duplicate"] >= max(0.5, 4 * mean["duplicate_chance"]),
+        "current token": mean["current"] >= 0.5,
+        "previous token": mean["previous"] >= 0.5,
+        "local": mean.get("near", 0) >= 0.8,
+        "long-range": mean["distance"] >= 30 or (mean.get("far", 0) >= 0.5 and mean["distance"] >= 20),
+    }
+    return next((family for family, holds in rules.items() if holds), None)
 
 
 def average(measures: NDArray[np.float32], feature: NDArray[np.integer[Any]], n_features: int) -> NDArray[np.float32]:
