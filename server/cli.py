@@ -30,7 +30,7 @@ from sae_core.errors import (
     UsageError,
 )
 from server import doctor as doctors
-from server import jobs, terminal, up
+from server import estimates, jobs, terminal, up
 from server.db import Database, sqlite_path
 from server.jobs import Jobs, slug
 from server.options import built, given, options, takes
@@ -509,6 +509,8 @@ def _train_here(
     _check_text(corpus.source)
     lens = _load(settings, model.name, model.source)
     lens.check_layer(cfg.site.layer)
+    shape = estimates.Shape(lens.info.d_model, lens.info.n_layers, lens.info.n_heads, lens.info.d_head, lens.info.d_vocab)
+    doctors.need_room(settings.data, doctors.needs(cfg, shape, estimates.UNKNOWN).disk)
     _register(db, model, corpus)
     job_id = Jobs(settings, db).enqueue_train(cfg, name=name)
     _work_here(settings, db, job_id, warm=(model.name, lens))
@@ -577,7 +579,8 @@ def main() -> None:
     except sa.exc.OperationalError as error:
         if "disk is full" in str(error.orig):
             _refuse(DiskFull(f"No room is left for the database ({error.orig}); free some space and try again."))
-        _refuse(DatabaseAway(f"The database does not answer ({error.orig}); see HEADSCOPE_DATABASE_URL."))
+        hint = "see whether its disk is full" if "disk I/O" in str(error.orig) else "see HEADSCOPE_DATABASE_URL"
+        _refuse(DatabaseAway(f"The database does not answer ({error.orig}); {hint}."))
     except OSError as error:
         _refuse(_machine_error(error))
 

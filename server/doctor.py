@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sae_core.config import TrainConfig
-from sae_core.errors import HeadscopeError, MissingWorkerExtra
+from sae_core.errors import DiskFull, HeadscopeError, MissingWorkerExtra
 from server import estimates
 from server.db import Database
 from server.settings import Settings
@@ -74,13 +74,23 @@ def machine_facts(settings: Settings, *, probe: bool) -> dict[str, Any]:
 def needs(cfg: TrainConfig, shape: estimates.Shape, speed: estimates.Speed) -> Need:
     """Time, disk and memory of a training run with its harvests."""
     d_in, d_sae = shape.d_in, cfg.expansion * shape.d_in
-    pools = cfg.rows.tokens * d_in * (2 if speed.bfloat16 > 1.5 * speed.float32 else 4)
+    pools = min(cfg.pool_tokens, cfg.rows.tokens) * d_in * (2 if speed.bfloat16 > 1.5 * speed.float32 else 4)
     parameters = 2 * d_in * d_sae * 4
     checkpoints = 3 * 3 * parameters  # values and two moments; two kept, one being written
     rows = 4 * (cfg.rows.tokens + cfg.rows.heldout_tokens)
     # parameters, gradients and moments; pre-activations of a batch in three places; one pool in the page cache
     memory = 4 * parameters + 3 * 4 * cfg.batch * d_sae + min(cfg.pool_tokens, cfg.rows.tokens) * d_in * 2
     return Need(estimates.train_seconds(cfg, shape, speed), pools + checkpoints + rows + 2 * parameters, memory)
+
+
+def need_room(data: Path, need: float) -> None:
+    """Raise unless `need` bytes are free: a disk that fills up under a memory-mapped file kills the process at once."""
+    free = shutil.disk_usage(_existing(data)).free
+    if need > free:
+        raise DiskFull(
+            f"This run needs about {_gb(need)} in {data}, where {_gb(free)} are free; make room, take fewer tokens, "
+            "or set HEADSCOPE_DATA to another disk."
+        )
 
 
 def _existing(folder: Path) -> Path:
@@ -168,4 +178,4 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

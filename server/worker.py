@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import sqlalchemy as sa
 import torch
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowError
 from sqlalchemy.orm import Session
@@ -44,7 +45,7 @@ from sae_core.lens import Lens, load_lens
 from sae_core.progress import Progress
 from sae_core.saes import SAE, load_sae
 from sae_core.train import train
-from server import estimates, jobs
+from server import doctor, estimates, jobs
 from server.db import Database
 from server.downloads import sha256_of
 from server.settings import Settings
@@ -58,6 +59,7 @@ R = TypeVar("R")
 BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # after which a slot counts as dead
 REPORT_SECONDS = 2.0  # between two writes of progress
+AGAIN_SECONDS = 10.0  # between two tries to write to a database that refuses
 RETAKE = 50  # times that a job is taken up before it counts as one that takes its worker down
 NO_ROOM = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
 SAID = {
@@ -186,11 +188,16 @@ class Run:
     def fail(self, error: Exception) -> None:
         """The job ends with a sentence."""
         log.error("%s failed", self.id, exc_info=error)
-        try:
-            with self.worker.db.write() as session:
-                store.fail(session, self.id, self.attempt, sentence(error, self.worker))
-        except (Cancelled, Fenced) as other:
-            raise Leave from other
+        while True:
+            try:
+                with self.worker.db.write() as session:
+                    return store.fail(session, self.id, self.attempt, sentence(error, self.worker))
+            except (Cancelled, Fenced) as other:
+                raise Leave from other
+            except sa.exc.OperationalError:  # a full disk, a database that is away: say it when it can be said
+                log.exception("%s cannot be marked as failed now; trying again", self.id)
+                if self.worker.stopping.wait(AGAIN_SECONDS):
+                    raise Leave from error
 
 
 def sentence(error: Exception, worker: "Worker") -> str:
@@ -230,6 +237,8 @@ def _train(run: Run, cfg: TrainConfig) -> None:
     lens = _lens(run, cfg.model)
     lens.check_layer(cfg.site.layer)
     run.clock = estimates.Clock(estimates.train_seconds(cfg, _shape(lens), run.worker.speed))
+    need = doctor.needs(cfg, _shape(lens), run.worker.speed).disk
+    doctor.need_room(run.worker.settings.data, need - _size(run.folder))
     rows = _rows(run, lens, cfg.corpus, cfg)
     run.follow(train(cfg, lens, rows, run.folder))
 
@@ -428,6 +437,11 @@ def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob) -> R
             folder=run.worker.settings.data / "rows",
         )
     )
+
+
+def _size(folder: Path) -> int:
+    """Bytes that the folder takes on disk."""
+    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def _shape(lens: Lens) -> estimates.Shape:
