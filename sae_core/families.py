@@ -84,8 +84,8 @@ MIN_EXAMPLES = 5
 def judge(mean: dict[str, float], n: int) -> str | None:
     """The family that a feature's mean measures over `n` top examples speak for, or None. The most specific rule wins.
 
-    `mean` holds MEASURES (those unknown left out) and `source_logit`: how many standard deviations (over the vocabulary) above the mean the
-    feature's decoder lifts the token of its strongest source.
+    `mean` holds MEASURES (those unknown left out) and `source_logit`: how many standard deviations (over the vocabulary)
+    above the mean the feature's decoder lifts the token of its strongest source.
 
     Thresholds. A share of 0.5 says that one kind of source gives more than all others together. Induction and
     duplicates must also beat what an even spread over sources would give by 4 times: a text that repeats one word makes
