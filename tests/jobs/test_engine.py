@@ -1,0 +1,168 @@
+"""Live questions: the engine's answers, its door, and the web's client."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import uvicorn
+from fastapi.testclient import TestClient
+
+from sae_core.config import SAEConfig, Site
+from sae_core.errors import EngineAway, NotFound, SAEMismatch, UsageError
+from sae_core.saes import ARCHITECTURES, save_sae
+from sae_core.saes.base import shapes
+from server.engine import Engine, create_engine
+from server.live import SECRET_HEADER, Live, LiveQuestion
+from server.settings import Settings
+from server.store import registry
+from tests.jobs.conftest import Home
+
+QUESTION = LiveQuestion(sae="hand", index=3, text="the cat sat on the mat")
+
+
+@pytest.fixture
+def engine(home: Home) -> Engine:
+    """An engine on the tiny model with an SAE drawn at random."""
+    from sae_core.lens import load_lens
+
+    with home.db.read() as session:
+        model = registry.model(session, "tiny")
+    lens = load_lens(model.source, name="tiny", device="cpu", cache=home.settings.cache)
+    cfg = SAEConfig(
+        arch="batchtopk", d_in=lens.info.d_in, d_sae=16, k=4, n_heads=lens.info.n_heads, d_head=lens.info.d_head,
+        site=Site(layer=1), model="tiny", model_fingerprint=lens.info.fingerprint, processing=lens.info.processing,
+        scale=1.0, max_norm=None, context=32,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes(cfg).items()}
+    folder = home.settings.data / "saes" / "hand"
+    sha256 = save_sae(ARCHITECTURES["batchtopk"](cfg, tensors), folder)
+    with home.db.write() as session:
+        registry.upsert_sae(
+            session, job_id="j", name="hand", model_id=model.id, config=cfg, metrics={}, folder="saes/hand", sha256=sha256
+        )
+    return Engine(home.settings.model_copy(update={"device": "cpu"}), home.db)
+
+
+def test_an_answer_accounts_for_its_own_pre_activation(engine: Engine) -> None:
+    answer = engine.attribute(QUESTION)
+    total = sum(map(sum, answer.dfa)) + answer.bias
+    size = sum(abs(value) for row in answer.dfa for value in row) + abs(answer.bias)
+    assert abs(total - answer.preacts[answer.dest]) <= 1e-4 * size
+    assert answer.gap <= 1e-4
+    assert (len(answer.dfa), len(answer.dfa[0])) == (4, len(answer.tokens))
+    assert "".join(answer.texts[1:]) == QUESTION.text
+    assert all(value == 0 for row in answer.dfa for value in row[answer.dest + 1 :]), "nothing comes from later tokens"
+
+
+def test_the_destination_is_the_strongest_allowed_one_unless_given(engine: Engine) -> None:
+    answer = engine.attribute(QUESTION)
+    allowed = [value for value, excluded in zip(answer.preacts, answer.excluded, strict=True) if not excluded]
+    assert answer.preacts[answer.dest] == max(allowed)
+    assert answer.excluded[0]
+    assert engine.attribute(QUESTION.model_copy(update={"dest": 2})).dest == 2
+
+
+def test_tokens_and_text_give_the_same_answer(engine: Engine) -> None:
+    answer = engine.attribute(QUESTION)
+    tokens = LiveQuestion(sae="hand", index=3, tokens=answer.tokens)
+    assert engine.attribute(tokens) == answer
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"text": "word " * 2000}, UsageError, "at most"),
+        ({"text": ""}, UsageError, "no text"),
+        ({"index": 16}, NotFound, "features 0 to 15"),
+        ({"dest": 99}, UsageError, "no 99"),
+        ({"sae": "nix"}, NotFound, "no SAE nix"),
+        ({"text": None, "tokens": [0, 10**6]}, UsageError, "tokens 0 to"),
+    ],
+)
+def test_what_cannot_be_asked_gets_a_sentence(
+    engine: Engine, change: dict[str, object], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        engine.attribute(QUESTION.model_copy(update=change))
+
+
+def test_it_lets_go_of_its_model_when_nobody_asks_and_loads_it_again(engine: Engine) -> None:
+    assert engine.loaded is None
+    first = engine.attribute(QUESTION)
+    assert engine.loaded == "tiny"
+    assert not engine.rest()
+    engine.settings.engine_idle_seconds = 0.0
+    assert engine.rest()
+    assert engine.loaded is None
+    assert engine.attribute(QUESTION) == first
+
+
+def test_an_sae_whose_model_has_changed_is_refused(engine: Engine, home: Home, tmp_path: Path) -> None:
+    from tests.core.tiny_models import save_tiny
+
+    other = save_tiny("llama", tmp_path / "other", seed=9)
+    with home.db.write() as session:
+        other_id = registry.add_model(session, "other", registry.ModelSource(location=str(other))).id
+        sae = registry.sae(session, "hand")
+        registry.upsert_sae(
+            session,
+            job_id="j",
+            name="hand",
+            model_id=other_id,
+            config=sae.config,
+            metrics={},
+            folder=sae.folder,
+            sha256=sae.sha256,
+        )
+    with pytest.raises(SAEMismatch, match="other weights"):
+        engine.attribute(QUESTION)
+
+
+# ---- over the wire ----
+
+
+def test_only_who_knows_the_secret_is_answered(engine: Engine) -> None:
+    with TestClient(create_engine(engine.settings, engine.db)) as client:
+        assert client.get("/health").status_code == 403
+        assert client.get("/health", headers={SECRET_HEADER: "guess"}).status_code == 403
+        assert client.get("/health", headers={SECRET_HEADER: engine.settings.secret}).json() == {"model": None}
+
+
+@pytest.fixture
+def served(engine: Engine) -> Iterator[Settings]:
+    """The engine on a real port."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    settings = engine.settings.model_copy(update={"engine_port": listening.getsockname()[1]})
+    server = uvicorn.Server(uvicorn.Config(create_engine(settings, engine.db), log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield settings
+    server.should_exit = True
+    thread.join()
+    listening.close()
+
+
+def test_the_web_gets_typed_answers_and_the_very_errors(engine: Engine, served: Settings) -> None:
+    live = Live(served)
+    assert live.loaded() is None
+    assert live.attribute(QUESTION) == engine.attribute(QUESTION)
+    assert live.loaded() == "tiny"
+    with pytest.raises(NotFound, match="features 0 to 15") as caught:
+        live.attribute(QUESTION.model_copy(update={"index": 99}))
+    assert (caught.value.field, caught.value.status) == ("index", 404)
+    live.close()
+
+
+def test_an_engine_that_is_away_is_said_to_be_away(settings: Settings) -> None:
+    live = Live(settings.model_copy(update={"engine_port": 1}))
+    with pytest.raises(EngineAway, match="headscope engine"):
+        live.attribute(QUESTION)
+    live.close()
