@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_core import harvest as harvest_module
+from sae_core import choice
 from sae_core.config import HarvestConfig
 from sae_core.corpus import Rows
 from sae_core.harvest import (
@@ -21,6 +21,7 @@ from sae_core.harvest import (
     Selection,
     choose,
     examples,
+    features,
     harvest,
     row_records,
     scan_shard,
@@ -90,17 +91,17 @@ def alike(rows: Rows, a: tuple[int, int], b: tuple[int, int]) -> bool:
     def window(row: int, pos: int, before: int, after: int) -> list[int]:
         return rows.train[row, max(0, pos - before) : pos + after + 1].tolist()
 
-    if window(*a, harvest_module.SAME_TOKENS - 1, 0) == window(*b, harvest_module.SAME_TOKENS - 1, 0):
+    if window(*a, choice.SAME_TOKENS - 1, 0) == window(*b, choice.SAME_TOKENS - 1, 0):
         return True
-    sets = [set(itertools.pairwise(window(*x, harvest_module.WINDOW_BEFORE, harvest_module.WINDOW_AFTER))) for x in (a, b)]
-    return len(sets[0] & sets[1]) / len(sets[0] | sets[1]) >= harvest_module.ALIKE
+    sets = [set(itertools.pairwise(window(*x, choice.WINDOW_BEFORE, choice.WINDOW_AFTER))) for x in (a, b)]
+    return len(sets[0] & sets[1]) / len(sets[0] | sets[1]) >= choice.ALIKE
 
 
 def brute_top(tiny: Set, feature: int, k: int) -> list[tuple[int, int]]:
     acts = tiny.acts[:, :, feature]
     best = sorted((-row.max(), i, int(row.argmax())) for i, row in enumerate(acts) if row.max() > 0)
     chosen: list[tuple[int, int]] = []
-    for _, row, pos in best[: harvest_module.OVERSAMPLE * k]:
+    for _, row, pos in best[: choice.OVERSAMPLE * k]:
         if len(chosen) < k and not any(alike(tiny.rows, (row, pos), other) for other in chosen):
             chosen.append((row, pos))
     return chosen
@@ -324,7 +325,7 @@ def test_an_example_that_does_not_fire_in_fp32_is_dropped(tiny: Set, tmp_path: P
     paths = [tmp_path / f"{part.start}.npz" for part in visit_parts(selection, CFG)]
     for part, path in zip(visit_parts(selection, CFG), paths, strict=True):
         list(visit(tiny.lens, tiny.sae, tiny.rows, selection, part, CFG, path))
-    table = harvest_module.features(tiny.lens, tiny.sae, selection, paths, CFG, tmp_path / "features.npz")
+    table = features(tiny.lens, tiny.sae, selection, paths, CFG, tmp_path / "features.npz")
     assert len(list(examples(table, paths))) == len(selection.feature) - len(silent)
 
 
@@ -380,6 +381,21 @@ def test_dead_features_have_records_that_claim_nothing(whole: HarvestResult) -> 
 # ---- the whole ----
 
 
+def test_an_sae_that_never_fires_gives_an_empty_harvest(tiny: Set, tmp_path: Path) -> None:
+    silent = Set(lens=tiny.lens, rows=tiny.rows, sae=tiny_sae(tiny.lens, tiny.rows, dead=40))
+    result = run(silent, tmp_path)
+    assert (result.parts, result.features.totals.n_live, list(result.examples)) == ((), 0, [])
+    assert {record.n_fired for record in result.features} == {0}
+
+
+def test_a_config_that_asks_for_little_gets_little(tiny: Set, tmp_path: Path) -> None:
+    least = CFG.model_copy(update={"top_k": 1, "bands": 1, "per_band": 0, "neighbours": 0, "logits": 0, "tokens": 60})
+    result = run(tiny, tmp_path, least)
+    assert result.features.totals.n_rows == 3
+    assert len(list(result.examples)) == result.features.totals.n_live
+    assert all(r.neighbours == r.promoted == [] and len(r.bands) <= 1 for r in result.features)
+
+
 def test_a_harvest_stopped_anywhere_ends_as_an_undisturbed_one(tiny: Set, whole: HarvestResult, tmp_path: Path) -> None:
     for reports in itertools.count(1, 4):  # each time a little further, over what earlier tries left
         attempt = harvest(tiny.lens, tiny.sae, tiny.rows, CFG, tmp_path)
@@ -411,3 +427,12 @@ def test_a_feature_table_reads_back_the_same(whole: HarvestResult) -> None:
     assert again.totals == whole.features.totals
     assert again.texts == whole.features.texts
     assert [r.promoted for r in again] == [r.promoted for r in whole.features]
+
+
+@pytest.mark.real
+def test_the_identity_holds_on_smollm2(smollm2_lens: Lens, tmp_path: Path) -> None:
+    rows = tiny_rows(n=10, context=48, vocabulary=20_000)
+    found = list(run(Set(lens=smollm2_lens, rows=rows, sae=tiny_sae(smollm2_lens, rows)), tmp_path).examples)
+    assert len(found) > 100
+    assert max(e.gap for e in found) <= 1e-4
+    assert max(abs(total(e) - e.preact) / (e.abs_dfa + abs(e.bias)) for e in found) <= 1e-4
