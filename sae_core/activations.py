@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from sae_core.lens import Lens
 
 FLUSH_ROWS = 256  # rows between two counts; what a kill can cost
-STORED = {torch.bfloat16: np.dtype("<u2"), torch.float32: np.dtype("<f4")}  # numpy has no bfloat16: its bits, as integers
+STORED: dict[torch.dtype, np.dtype[Any]] = {
+    torch.bfloat16: np.dtype("<u2"),
+    torch.float32: np.dtype("<f4"),
+}  # numpy has no bfloat16: its bits, as integers
 
 
 class Pool:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
-from playwright.sync_api import ConsoleMessage, Page, Request, expect
+from playwright.sync_api import Page, expect
 
 from server.app import create_app
 from server.db import Database
 from server.settings import Settings
 from server.store import jobs as store
 from tests.web.conftest import at, put
+from tests.web.walk import listening, walk
 
 pytestmark = pytest.mark.browser
 
@@ -45,62 +46,12 @@ def site(served: Settings) -> Iterator[str]:
 
 @pytest.fixture
 def quiet_page(page: Page) -> Iterator[Page]:
-    """A page on which any complaint of the browser, of the CSP too, fails the test."""
-    complaints: list[str] = []
-
-    def note(message: ConsoleMessage) -> None:
-        if message.type in ("error", "warning"):
-            complaints.append(message.text)
-
-    def failed(request: Request) -> None:
-        if request.failure != "net::ERR_ABORTED":  # which only says that the page was left
-            complaints.append(f"{request.url}: {request.failure}")
-
-    page.on("console", note)
-    page.on("pageerror", lambda error: complaints.append(str(error)))
-    page.on("requestfailed", failed)
-    page.set_default_timeout(10_000)
-    yield page
-    assert complaints == []
+    """A page on which any complaint of the browser fails the test."""
+    yield from listening(page)
 
 
 def test_the_walk_from_home_to_a_tokens_numbers(quiet_page: Page, site: str) -> None:
-    page = quiet_page
-    page.goto(site)
-    page.get_by_role("heading", name="smollm2-l17").get_by_role("link").click()
-    expect(page.get_by_role("heading", name="smollm2-l17", exact=True)).to_be_visible()
-
-    # sort by a head's share: the table alone is swapped, and the address says so
-    page.get_by_role("toolbar", name="Head").get_by_role("link", name="4", exact=True).click()
-    expect(page.get_by_role("columnheader", name="head 4 weights")).to_have_attribute("aria-sort", "descending")
-    expect(page).to_have_url(re.compile(r"/saes/smollm2-l17\?head=4$"))
-    first = page.locator(".features tbody tr").first.get_by_role("link").first
-    index = first.inner_text()
-    first.click()
-
-    # the feature, painted by that head
-    expect(page).to_have_url(re.compile(rf"/features/{index}\?head=4$"))
-    token = page.locator(".text .t[data-d]").first
-    token.hover()
-    panel = page.locator("#inspector")
-    expect(panel.get_by_text("head 4", exact=True)).to_be_visible()
-    pairs = [pair.split(":") for pair in (token.get_attribute("data-d") or "").split()]
-    total = sum(float(value) for _, value in pairs)
-    expect(panel.locator("[data-part=dfa]")).to_have_text(f"{total:+.3g}".replace("-", "−"))
-    token.click()
-    expect(token).to_have_class(re.compile("held"))
-
-    # all heads again, without a new page
-    page.get_by_role("toolbar", name="How the examples are painted").get_by_role("link", name="all heads").click()
-    expect(page).to_have_url(re.compile(rf"/features/{index}$"))
-    expect(page.locator(".heads .chosen")).to_have_count(0)
-    expect(token).not_to_have_class(re.compile("held"))
-
-    # the next feature, by the keyboard, and back
-    page.keyboard.press("j")
-    expect(page).to_have_url(re.compile(rf"/features/{int(index) + 1}$"))
-    page.keyboard.press("k")
-    expect(page).to_have_url(re.compile(rf"/features/{index}$"))
+    walk(quiet_page, site)
 
 
 def test_going_back_brings_the_whole_page(quiet_page: Page, site: str) -> None:
