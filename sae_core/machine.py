@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from sae_core.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Device:
@@ -37,8 +39,14 @@ def devices() -> list[Device]:
 
 
 def pick_device(choice: str) -> str:
-    """The device that `auto` means here, or the one named."""
-    return devices()[0].name if choice == "auto" else choice
+    """The device that `auto` means here, or the one named. UsageError where there is no such device."""
+    names = [device.name for device in devices()]
+    if choice == "auto":
+        return names[0]
+    wanted = "cuda:0" if choice == "cuda" else choice
+    if wanted not in names:
+        raise UsageError(f"There is no device {choice} here; there is {', '.join(names)}.", field="device")
+    return wanted
 
 
 def matmul_speed(device: str, dtype: torch.dtype, *, size: int = 1024, seconds: float = 0.3) -> float:

@@ -1,8 +1,8 @@
 """How long a job will take: from sizes and the machine's speed before it runs, from what was measured while it runs.
 
-A phase's cost is counted in floating-point operations of its matrix products, which is what fills the time on every
-machine tried; the shares of the peak that are reached (EFFICIENCY) were measured on SmolLM2-135M with the demo's
-settings. It is an estimate: within a factor of two before the start, better with every batch. No torch.
+A phase's cost is counted in floating-point operations of its matrix products, which is what fills the time; EFFICIENCY is
+the share of a large product's speed that they reach, set from measured rates of models of about 130M weights. It is an
+estimate: within a factor of two or so before the start, better with every batch. No torch.
 """
 
 import time

@@ -1,5 +1,6 @@
 """The command line as a user meets it: real processes, their sentences and exit codes."""
 
+import contextlib
 import json
 import os
 import re
@@ -20,7 +21,7 @@ import pytest
 from sae_core.config import HarvestConfig, RowsConfig, TrainConfig
 from server.options import built, given, options
 from tests.core.tiny_models import save_gguf, save_tiny
-from tests.jobs.conftest import write_text
+from tests.jobs.conftest import wait_for, write_text
 
 SMALL = ["--layer", "1", "--context", "32", "--tokens", "8192", "--heldout-tokens", "1024", "--expansion", "2", "--k", "8"]
 SMALL += ["--batch", "256", "--harvest-tokens", "4096", "--harvest-top-k", "3", "--harvest-per-band", "1"]
@@ -75,15 +76,19 @@ def refused(said: Said) -> str:
     return lines[0]
 
 
-def nothing_registered(environment: dict[str, str]) -> bool:
-    """Neither a model, nor a corpus, nor a job was written."""
+def counted(environment: dict[str, str], table: str) -> int:
+    """Rows of a table; 0 without a database."""
     path = Path(environment["HEADSCOPE_DATA"]) / "headscope.db"
     if not path.exists():
-        return True
-    with sqlite3.connect(path) as connection:
-        counts = [connection.execute(f"select count(*) from {table}").fetchone()[0] for table in ("model", "corpus", "job")]
-    connection.close()
-    return counts == [0, 0, 0]
+        return 0
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        found: int = connection.execute(f"select count(*) from {table}").fetchone()[0]
+        return found
+
+
+def nothing_registered(environment: dict[str, str]) -> bool:
+    """Neither a model, nor a corpus, nor a job was written."""
+    return [counted(environment, table) for table in ("model", "corpus", "job")] == [0, 0, 0]
 
 
 # ---- what must stay light ----
@@ -146,6 +151,66 @@ def test_train_without_a_worker_runs_here_and_publishes(
     assert "is done already" in again.stdout
     other = headscope("harvest", "--sae", "first", "--tokens", "2048", "--top-k", "2")
     assert other.returncode == 0, other
+
+
+def test_control_c_in_a_foreground_run_loses_nothing(environment: dict[str, str], model: Path, text: Path) -> None:
+    command = [
+        "train",
+        "--model",
+        str(model),
+        "--corpus",
+        str(text),
+        "--name",
+        "long",
+        *SMALL,
+        "--passes",
+        "100",
+        "--batch",
+        "64",
+    ]
+    command += ["--tokens", "32768", "--checkpoint-steps", "50", "--harvest-tokens", "0"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "server.cli", *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    folder = Path(environment["HEADSCOPE_DATA"]) / "jobs" / "train-long-1" / "checkpoints"
+    wait_for(lambda: any(folder.glob("step-*")))
+    running.send_signal(signal.SIGINT)
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "`headscope worker` goes on with train-long-1" in said
+    assert "Traceback" not in said
+    with sqlite3.connect(Path(environment["HEADSCOPE_DATA"]) / "headscope.db") as connection:
+        status = connection.execute("select status from job").fetchall()
+    connection.close()
+    assert status == [("running",)]
+    assert any(folder.glob("step-*"))
+
+
+def test_with_a_worker_running_train_queues_for_it_and_can_watch(
+    headscope: Callable[..., Said], environment: dict[str, str], model: Path, text: Path
+) -> None:
+    assert headscope("db", "upgrade").returncode == 0
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "server.cli", "worker"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    try:
+        wait_for(lambda: counted(environment, "worker") == 1)
+        done = headscope(
+            "train", "--model", model, "--corpus", text, "--name", "queued", "--watch", *SMALL[:-6], "--harvest-tokens", "0"
+        )
+        assert done.returncode == 0, done
+        assert "Queued train-queued-1." in done.stdout
+        assert "train-queued-1 is done." in done.stdout
+        failing = headscope("train", "--model", model, "--corpus", text, "--watch", *SMALL[2:], "--layer", "9")
+        assert "0 to 3" in refused(failing)
+    finally:
+        worker.send_signal(signal.SIGINT)
+        worker.communicate(timeout=60)
+    assert worker.returncode == 0
 
 
 # ---- bad input ----
@@ -289,6 +354,12 @@ def test_a_wrong_variable_and_a_missing_token_file_are_named(
     environment["HEADSCOPE_HOST"] = "127.0.0.1"
     environment["HEADSCOPE_HF_TOKEN_FILE"] = str(tmp_path / "no-token")
     assert "no-token" in refused(headscope("model", "add", "m", model))
+
+
+def test_a_device_that_is_not_there_is_named(headscope: Callable[..., Said], environment: dict[str, str]) -> None:
+    for command in (["worker", "--device", "cuda:63"], ["doctor", "--json"]):
+        environment["HEADSCOPE_DEVICE"] = "cuda:63"
+        assert "no device cuda:63" in refused(headscope(*command))
 
 
 def test_doctor_says_what_is_here_as_text_and_as_json(headscope: Callable[..., Said]) -> None:
