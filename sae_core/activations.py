@@ -6,6 +6,7 @@ file ends up the same, bit for bit, as in an undisturbed run on the same machine
 """
 
 import json
+import os
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -62,6 +63,7 @@ class Pool:
             state = {"first": first, "rows": n, "done": 0, "layer": layer}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(self.path, "w+", STORED[dtype], shape).flush()
+            _reserve(self.path)
             self._count(state)
         file = np.lib.format.open_memmap(self.path, "r+")
         begun, start = time.monotonic(), state["done"]
@@ -86,6 +88,18 @@ class Pool:
     def delete(self) -> None:
         """Give the disk back; the count stays, so that a resumed run does not collect it again."""
         self.path.unlink(missing_ok=True)
+
+
+def _reserve(path: Path) -> None:
+    """Claim the disk that a sparse file will need. Writing through a memory map to a disk that is full kills the process
+    (SIGBUS); asked for here, it is an OSError that can be said in a sentence."""
+    if hasattr(os, "posix_fallocate"):
+        with path.open("r+b") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+            except OSError:
+                path.unlink()
+                raise
 
 
 class Activations:

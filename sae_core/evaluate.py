@@ -186,7 +186,7 @@ def evaluate(
     activations: Activations | None = None,
     *,
     prose_rows: int = 96,
-    repeated_rows: int = 64,
+    repeated_rows: int = 32,
     dead_tokens: int = 262_144,
     batch_rows: int = 16,
 ) -> Generator[Progress, None, Evaluation]:

@@ -320,7 +320,7 @@ class Tallier:
 
 def by_head(w: Tensor, n_heads: int) -> Tensor:
     """[F, d_in] -> [n_heads, F, d_head], contiguous: as `head_parts` reads it."""
-    return w.unflatten(-1, (n_heads, -1)).transpose(0, 1).contiguous()  # type: ignore[no-untyped-call]
+    return w.view(len(w), n_heads, -1).transpose(0, 1).contiguous()
 
 
 def head_parts(z: Tensor, w: Tensor, token: Tensor, feature: Tensor) -> Tensor:

@@ -52,8 +52,8 @@ class Speed:
 
 
 UNKNOWN = Speed(1e11, 1e11)  # two ordinary cores, until somebody measures
-EFFICIENCY = {"pass": 0.5, "step": 0.4, "encode": 0.4, "visit": 0.6}
-ROWS_PER_SECOND = 2_000.0  # examples written to the database
+EFFICIENCY = {"pass": 0.5, "step": 0.4, "encode": 0.4, "visit": 0.8}
+ROWS_PER_SECOND = 10_000.0  # examples written to the database
 
 
 def train_seconds(cfg: TrainConfig, shape: Shape, speed: Speed) -> dict[str, float]:
@@ -61,14 +61,12 @@ def train_seconds(cfg: TrainConfig, shape: Shape, speed: Speed) -> dict[str, flo
     tokens, d_sae = cfg.rows.tokens, cfg.expansion * shape.d_in
     forward = shape.pass_flops(cfg.site.layer + 1) / (speed.best * EFFICIENCY["pass"])
     step = 3 * 2.0 * shape.d_in * d_sae / (speed.best * EFFICIENCY["step"])
-    evaluated = cfg.rows.heldout_tokens * forward + 4 * 160 * cfg.rows.context * shape.full_flops / (
-        speed.float32 * EFFICIENCY["pass"]
-    )
+    evaluated = cfg.rows.heldout_tokens * shape.pass_flops(cfg.site.layer + 1) + 4 * 128 * cfg.rows.context * shape.full_flops
     return {
         "prepare": 2.0 + tokens / 400_000,
         "collect": tokens * forward,
         "train": tokens * cfg.passes * step,
-        "evaluate": 2.0 + evaluated,
+        "evaluate": 2.0 + evaluated / (speed.float32 * EFFICIENCY["visit"]),
         "harvests": sum(sum(harvest_seconds(h, cfg, shape, speed, cached=True).values()) for h in cfg.harvests),
     }
 
@@ -83,7 +81,7 @@ def harvest_seconds(cfg: HarvestConfig, train: TrainConfig, shape: Shape, speed:
     return {
         "scan": tokens * (read + 2.0 * shape.d_in * d_sae / (speed.float32 * EFFICIENCY["encode"])),
         "choose": 1.0 + n_examples / 50_000,
-        "visit": visited * context * forward / (speed.float32 * EFFICIENCY["visit"]) + n_examples / 2_000,
+        "visit": visited * context * forward / (speed.float32 * EFFICIENCY["visit"]) + n_examples / 20_000,
         "features": 1.0 + d_sae * 2.0 * shape.d_model * shape.d_vocab / (speed.float32 * EFFICIENCY["pass"]),
         "write": n_examples / ROWS_PER_SECOND,
     }

@@ -8,7 +8,7 @@ inference  f = preact where preact > theta, else 0: the batch's cut replaced by 
 
 from torch import Tensor
 
-from sae_core.saes.base import SAE
+from sae_core.saes.base import SAE, SparseActs
 
 
 class BatchTopKSAE(SAE):
@@ -17,3 +17,9 @@ class BatchTopKSAE(SAE):
     def activate(self, preacts: Tensor, features: Tensor) -> Tensor:
         """preact where it exceeds the feature's threshold, else 0."""
         return preacts * (preacts > self.threshold[features])
+
+    def encode_sparse(self, z: Tensor) -> SparseActs:
+        """The nonzero activations of z [n, d_in], without the dense product that `activate` would write."""
+        preacts = self.preacts(z)
+        token, feature = (preacts > self.threshold).nonzero(as_tuple=True)
+        return SparseActs(token, feature, preacts[token, feature])
