@@ -323,7 +323,7 @@ class FeatureTable:
             idx=idx,
             n_fired=count,
             density=count / max(self.totals.n_tokens, 1),
-            max_act=float(a["highest"]),
+            max_act=float(a["strongest"]),
             mean_act=float(a["total"]) / max(count, 1),
             top_head=int(a["head_norm"].argmax()),
             top_head_share=float(a["head_norm"].max()),
@@ -406,6 +406,7 @@ def features(
         # Over every firing: w_k . z_k is the sum of head k's DFA over its sources, whatever the pattern.
         "head_dfa": mean.astype(np.float32),
         "head_dfa_std": np.sqrt(np.maximum(selection.heads_squares / n - mean**2, 0)).astype(np.float32),
+        "strongest": _strongest(selection, seen["feature"][top], seen["act"][top]),
         "n_top": np.bincount(seen["feature"][top], minlength=selection.n_features),
         "evidence": families.average(measures, seen["feature"][top], selection.n_features),
         **written,
@@ -417,6 +418,13 @@ def features(
     table = FeatureTable(selection.totals, arrays, texts, _final_ranks(seen), ends)
     table.save(path)
     return table
+
+
+def _strongest(selection: Selection, feature: Ints, act: Floats) -> Floats:
+    """Each feature's strongest activation [F], from the fp32 visit; from the scan where no example survived it."""
+    visited = np.zeros(selection.n_features, dtype=np.float32)
+    np.maximum.at(visited, feature.astype(np.int64), act.astype(np.float32))
+    return np.where(visited > 0, visited, selection.highest).astype(np.float32)
 
 
 def _read(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:

@@ -83,6 +83,7 @@ def test_the_keyboard_reaches_everything(quiet_page: Page, site: str) -> None:
     page.keyboard.press("?")
     expect(page.get_by_role("dialog", name="Keyboard")).to_be_visible()
     page.keyboard.press("Escape")
+    expect(page.get_by_role("dialog", name="Keyboard")).to_be_hidden()
     page.keyboard.press("5")
     expect(page).to_have_url(re.compile("head=5"))
     expect(page.locator(".heads .chosen")).to_have_text(re.compile(r"^\s*5"))
