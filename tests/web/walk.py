@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from playwright.sync_api import ConsoleMessage, Page, Request, expect
 
 SAE = "smollm2-l17"
+expect.set_options(timeout=20_000)  # of what must come in the end; nothing here is about speed
 
 
 def listening(page: Page) -> Iterator[Page]:
