@@ -1,5 +1,6 @@
 """The training loop on a source of z whose dictionary is known, and its promises about interruption."""
 
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,9 @@ def test_the_saved_sae_reads_raw_z_with_k_active_features_and_unit_decoder(rows:
     assert float((sae.encode(kept) > 0).sum(1).float().mean()) == pytest.approx(ACTIVE, abs=0.05)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(sae.cfg.d_sae), atol=1e-5)
     assert sae.cfg.scale == pytest.approx(4.0 / float(kept.norm(dim=1).mean()), rel=1e-4)  # sqrt(16) / mean norm
+    sparse, dense = sae.encode_sparse(kept), sae.encode(kept)
+    assert torch.equal(torch.stack([sparse.token, sparse.feature]), torch.stack(dense.nonzero(as_tuple=True)))
+    assert torch.equal(sparse.value, dense[sparse.token, sparse.feature])
     w, c = sae.affine(torch.tensor([5, 1]))
     assert torch.allclose(kept @ w.T + c, sae.preacts(kept)[:, [5, 1]], atol=1e-4)
 
@@ -166,6 +170,25 @@ def test_too_little_text_is_a_sentence(rows: Any, tmp_path: Path) -> None:
     rows.train = rows.train[:10]
     with pytest.raises(EmptyCorpus, match="less than one batch of 256"):
         next(train(config(), KnownDictionary(), rows, tmp_path))  # type: ignore[arg-type]
+
+
+def test_a_disk_without_room_for_the_pool_is_an_error_before_anything_is_collected(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a SIGBUS in the middle; and once there is room, the run goes on as if nothing had been."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    lens = KnownDictionary()
+    with monkeypatch.context() as patch:
+        patch.setattr("os.posix_fallocate", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            next(train(config(), lens, rows, tmp_path))  # type: ignore[arg-type]
+    assert lens.passes == 0
+    assert not list(tmp_path.glob("pool-*.npy"))
+    _, resumed = run(config(), KnownDictionary(), rows, tmp_path)
+    assert resumed is not None
 
 
 def test_auxk_revives_features_that_died(rows: Any, tmp_path: Path) -> None:
