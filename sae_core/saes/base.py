@@ -13,6 +13,7 @@ all that attribution needs (Kissane et al. 2024, section 3).
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ class SparseActs(NamedTuple):
     """float32 [nnz], > 0."""
 
 
-class SAE(nn.Module):
+class SAE(nn.Module, ABC):
     """A trained SAE, for inference on raw z. Subclasses give `activate`."""
 
     W_enc: Tensor
@@ -60,9 +61,9 @@ class SAE(nn.Module):
         for name in shapes(cfg):
             self.register_buffer(name, tensors[name].to(torch.float32).contiguous())
 
+    @abstractmethod
     def activate(self, preacts: Tensor, features: Tensor) -> Tensor:
         """Activations [..., n] of chosen `features` [n] from their pre-activations [..., n]."""
-        raise NotImplementedError
 
     def preacts(self, z: Tensor) -> Tensor:
         """Pre-activations [..., d_sae] of z [..., d_in]."""
