@@ -15,6 +15,7 @@ tokens have the power: the second copy can only be predicted by induction.
 """
 
 import math
+import time
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING
 
@@ -195,12 +196,12 @@ def evaluate(
     heldout = torch.from_numpy(rows.heldout[:].astype("int64"))
     dead_rows = min(dead_tokens // context, len(rows.train) if activations is None else activations.n_rows)
     total = (len(heldout) + dead_rows + 4 * (min(prose_rows, len(heldout)) + repeated_rows)) * context
-    done = 0
+    done, begun = 0, time.monotonic()
 
     def progress(n_rows: int) -> Progress:
         nonlocal done
         done += n_rows * context
-        return Progress("evaluate", done, total)
+        return Progress("evaluate", done, total, rate=done / max(time.monotonic() - begun, 1e-9))
 
     # ---- reconstruction, on held-out rows; the mean of z for mean ablation on the way ----
     variance, l0, fired = Variance(sae.cfg.d_in), 0, torch.zeros(sae.cfg.d_sae, dtype=torch.bool)
