@@ -1,5 +1,6 @@
 """`headscope`: the command line. Errors are one sentence on stderr and exit code 2. No torch until a command needs it."""
 
+import gc
 import json
 import logging
 import os
@@ -390,6 +391,8 @@ def _uvicorn(web: Any, host: str, port: int, what: str) -> None:
 
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
+    gc.collect()
+    gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
     config = uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=3, server_header=False)
     uvicorn.Server(config).run(sockets=[listening])
 
