@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import sqlalchemy as sa
+
 from sae_core.config import TrainConfig
 from sae_core.errors import DiskFull, HeadscopeError, MissingWorkerExtra
 from server import estimates
@@ -137,15 +139,16 @@ def _hub_cache() -> str:
 
 def _shape(settings: Settings, model: str) -> estimates.Shape:
     """The model's sizes where they are known; else those of SmolLM2-135M."""
+    db = Database(settings.url)
     try:
-        db = Database(settings.url)
         with db.read() as session:
             m = registry.model(session, model)
-        db.close()
         if m.d_model and m.n_layers and m.n_heads and m.d_head and m.d_vocab:
             return estimates.Shape(m.d_model, m.n_layers, m.n_heads, m.d_head, m.d_vocab)
-    except Exception:  # noqa: S110 - no database, no such model: an estimate needs neither
-        pass
+    except (HeadscopeError, sa.exc.SQLAlchemyError):
+        pass  # no database yet, or no such model: an estimate needs neither
+    finally:
+        db.close()
     return estimates.Shape(576, 30, 9, 64, 49152)
 
 
