@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from server.app import create_app
 from server.db import Database
@@ -130,6 +130,17 @@ def test_pages_read_without_javascript(browser: object, site: str) -> None:
     page.get_by_role("link", name="full", exact=True).click()
     expect(page).to_have_url(re.compile("context=full"))
     context.close()
+
+
+def test_a_page_follows_its_events_however_late_the_extension_comes(quiet_page: Page, site: str) -> None:
+    def late(route: Route) -> None:
+        time.sleep(0.5)
+        route.continue_()
+
+    page = quiet_page
+    page.route("**/hx-sse-*", late)
+    with page.expect_request("**/jobs/train-running-1/events"):
+        page.goto(f"{site}/jobs/train-running-1")
 
 
 def test_a_job_is_followed_live_until_it_ends(quiet_page: Page, site: str, served: Settings) -> None:
