@@ -4,12 +4,30 @@ A config is frozen and complete: stored with its job, it says all that is needed
 """
 
 import hashlib
+import itertools
 import json
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from sae_core.errors import UsageError
+
 PassDtype = Literal["auto", "float32", "bfloat16"]
+Arch = Literal["relu", "gated", "topk", "batchtopk", "jumprelu", "matryoshka"]
+TOP_K: tuple[Arch, ...] = ("topk", "batchtopk", "matryoshka")
+BELONGS: dict[str, tuple[Arch, ...]] = {
+    "k_anneal": TOP_K,
+    "aux_k": TOP_K,
+    "aux_coef": TOP_K,
+    "l1": ("relu", "gated"),
+    "l1_warmup": ("relu", "gated"),
+    "l0_coef": ("jumprelu",),
+    "bandwidth": ("jumprelu",),
+    "groups": ("matryoshka",),
+    "resample_steps": ("relu",),
+    "resample_times": ("relu",),
+    "dead_frequency": ("relu",),
+}  # fields that only some architectures read
 
 
 class Config(BaseModel):
@@ -112,32 +130,66 @@ class TrainConfig(Config):
     """Where the SAE reads."""
     rows: RowsConfig = RowsConfig()
     """How the corpus is cut into rows."""
-    arch: Literal["batchtopk"] = "batchtopk"
-    """Architecture of the SAE."""
+    arch: Arch = "batchtopk"
+    """Architecture of the SAE; each has its equations in `sae_core/saes/`."""
     expansion: Annotated[int, Field(ge=1, le=256)] = 8
     """Features per input dimension: d_sae = expansion x d_in."""
     k: Annotated[int, Field(ge=1)] = 32
-    """Mean number of active features per token (the L0 that training holds)."""
+    """Mean number of active features per token (L0): held exactly by the top-k family, aimed at by the others."""
     passes: Annotated[int, Field(ge=1, le=100)] = 1
     """How often each token is trained on."""
     batch: Annotated[int, Field(ge=64)] = 2048
     """Tokens in one step."""
     lr: Annotated[float, Field(gt=0)] = 3e-3
     """Peak learning rate of Adam; right for about 1M tokens (LOG.md), runs of 100M and more want 3e-4."""
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Adam's decay of the mean gradient."""
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    """Adam's decay of the mean squared gradient."""
+    schedule: Literal["linear", "restarts"] = "linear"
+    """`linear`: rise over `warmup`, fall over `decay`. `restarts`: Kissane et al.'s cosine rise from a tenth over 1,000 steps, at the start and after each resampling, then flat."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from 0."""
     decay: Annotated[float, Field(ge=0, le=1)] = 0.3
     """Share of the steps, at the end, over which the rate falls to 0."""
+    scaling: bool = True
+    """Train on s z, where s makes the mean norm sqrt(d_in); folded into the weights at save. Off: raw z, as published."""
+    b_dec_init: Literal["mean", "geometric_median", "zeros"] = "mean"
+    """Where b_dec starts."""
+    tied_init: bool = True
+    """Start W_enc as W_dec transposed; off: both drawn on their own (Kaiming uniform), as published."""
+    active_subspace: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Draw the first decoder in the span of the leading principal directions of z, this share of d_in (arXiv 2508.16929); 0 uses all of it."""
     k_anneal: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of the steps over which k falls from 4k to k."""
+    """Share of the steps over which k falls from 4k to k (top-k family)."""
     aux_k: Annotated[int | None, Field(ge=0)] = None
-    """Dead features that reconstruct the error (AuxK); None takes d_in / 2, 0 turns it off."""
+    """Dead features that reconstruct the error (AuxK, top-k family); None takes d_in / 2, 0 turns it off."""
     aux_coef: Annotated[float, Field(ge=0)] = 1 / 32
-    """Weight of the AuxK loss."""
+    """Weight of the AuxK loss (top-k family)."""
+    l1: Annotated[float | None, Field(ge=0)] = None
+    """Weight of the L1 loss (relu, gated); None lets it find the weight at which k features are active."""
+    l1_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """Share of the steps over which that weight rises from 0 (relu, gated)."""
+    l0_coef: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of (L0 / k - 1)^2 (jumprelu)."""
+    bandwidth: Annotated[float, Field(gt=0)] = 0.5
+    """Width of the window around a threshold through which its gradient passes, in units of scaled z (jumprelu)."""
+    groups: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
+    """Shares of the features in the inner groups, the rest is the last; each prefix of groups reconstructs z on its own (matryoshka)."""
+    resample_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps between resamplings of dead features, as Kissane et al. did (relu); 0 for none."""
+    resample_times: Annotated[int, Field(ge=0)] = 4
+    """How many resamplings at most (relu)."""
+    dead_frequency: Annotated[float, Field(ge=0, lt=1)] = 1e-6
+    """A feature that fires on no more than this share of tokens is resampled (relu)."""
     dead_tokens: Annotated[int | None, Field(ge=1)] = None
     """A feature that has not fired for this many tokens is dead; None takes 5 % of the run, at most 10M."""
-    sink_norm: Annotated[float, Field(gt=1)] = 10.0
-    """Positions whose |z| exceeds this multiple of the median are left out of training and statistics, as is each row's start."""
+    exclude_start: bool = True
+    """Leave each row's start out of training and statistics."""
+    sink_norm: Annotated[float | None, Field(gt=1)] = 10.0
+    """Positions whose |z| exceeds this multiple of the median are left out of training and statistics; None leaves none out."""
+    cache: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = None
+    """Name of an activation cache: made by the first run that names it, read by those after it; None keeps activations for the run only."""
     pool_tokens: Annotated[int, Field(ge=1024)] = 1_048_576
     """Tokens collected to disk and shuffled together before they are trained on."""
     collect_rows: Annotated[int, Field(ge=1)] = 16
@@ -155,13 +207,81 @@ class TrainConfig(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.warmup + self.decay > 1:
+        if self.schedule == "linear" and self.warmup + self.decay > 1:
             raise ValueError("warmup and decay together cover more than the whole run; lower one of them")
         if self.rows.tokens < self.batch:
             raise ValueError(
                 f"{self.rows.tokens} tokens are fewer than one batch of {self.batch}; take more tokens or a smaller batch"
             )
+        if sum(self.groups) >= 1:
+            raise ValueError("groups cover all features or more, and the last group is the rest; lower them")
+        for name, archs in BELONGS.items():
+            if self.arch not in archs and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is read by {' and '.join(archs)} only, and arch is {self.arch}; leave it out")
         return self
+
+    def check_width(self, d_in: int) -> None:
+        """Raise UsageError where the SAE would have fewer features than may be active at once."""
+        if self.k > self.expansion * d_in:
+            raise UsageError(
+                f"k = {self.k} active features of {self.expansion * d_in:,} (expansion {self.expansion} x {d_in}) "
+                "are more than there are; lower k or raise the expansion.",
+                field="k",
+            )
+
+
+STREAM = ("model", "corpus", "rows", "pool_tokens", "collect_rows", "model_dtype", "cache")
+"""Fields of `TrainConfig` that say what activations are read: runs that agree in them can share one stream."""
+
+
+class SweepConfig(Config):
+    """Many training runs on one stream of activations: every combination of what is listed, the rest from `base`."""
+
+    base: TrainConfig
+    """What the runs have in common."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | Literal["all"] = ()
+    """Layers, or `all` of the model's; none: the base's."""
+    archs: tuple[Arch, ...] = ()
+    """Architectures; none: the base's."""
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Values of k; none: the base's."""
+    expansions: tuple[Annotated[int, Field(ge=1, le=256)], ...] = ()
+    """Values of the expansion; none: the base's."""
+    seeds: tuple[int, ...] = ()
+    """Seeds; none: the base's."""
+
+    @model_validator(mode="after")
+    def _runs_are_possible(self) -> Self:
+        self.runs(1)  # a setting that only some of the architectures read is dropped for the others, the rest is checked
+        return self
+
+    def runs(self, n_layers: int) -> tuple[TrainConfig, ...]:
+        """One config per run; layers vary slowest, then architecture, expansion, k, seed."""
+        base, fields = self.base.model_dump(), type(self.base).model_fields
+        layers = range(n_layers) if self.layers == "all" else self.layers or (self.base.site.layer,)
+        found = []
+        for layer, arch, expansion, k, seed in itertools.product(
+            layers,
+            self.archs or (self.base.arch,),
+            self.expansions or (self.base.expansion,),
+            self.ks or (self.base.k,),
+            self.seeds or (self.base.seed,),
+        ):
+            foreign = {name: fields[name].default for name, archs in BELONGS.items() if arch not in archs}
+            changed = {"site": {"layer": layer}, "arch": arch, "expansion": expansion, "k": k, "seed": seed}
+            found.append(TrainConfig.model_validate(base | foreign | changed))
+        return tuple(found)
+
+    def label(self, run: TrainConfig) -> str:
+        """What tells a run from its siblings: `l05-topk-x8-k32`, of the parts that vary; empty where none does."""
+        parts: list[tuple[Any, str]] = [
+            (self.layers, f"l{run.site.layer:02d}"),
+            (self.archs, run.arch),
+            (self.expansions, f"x{run.expansion}"),
+            (self.ks, f"k{run.k}"),
+            (self.seeds, f"s{run.seed}"),
+        ]
+        return "-".join(text for listed, text in parts if listed)
 
 
 class HarvestJob(Config):
@@ -180,14 +300,14 @@ class HarvestJob(Config):
 class SAEConfig(Config):
     """What is saved beside an SAE's weights: all that is needed to use it rightly. The map is on raw z."""
 
-    arch: Literal["batchtopk"]
+    arch: Arch
     """Architecture; names the file in `sae_core/saes/`."""
     d_in: int
     """n_heads x d_head."""
     d_sae: int
     """Number of features."""
     k: int
-    """Mean number of active features that training held."""
+    """Active features per token that training held or aimed at; `topk` keeps just so many at inference too."""
     n_heads: int
     """Query heads concatenated in z, head-major."""
     d_head: int
@@ -203,7 +323,9 @@ class SAEConfig(Config):
     scale: float
     """Factor that training applied to z; already folded into the weights, kept as provenance."""
     max_norm: float | None
-    """Positions with |z| above this are excluded, as in training; None excludes none but row starts."""
+    """Positions with |z| above this are excluded, as in training; None excludes none for their size."""
+    exclude_start: bool = True
+    """Whether row starts are excluded, as in training."""
     context: int
     """Tokens in a training row."""
     train: TrainConfig | None = None
