@@ -34,6 +34,16 @@ def test_batch_top_k_equals_a_full_sort_whatever_the_guess(seed: int, k: int, gu
     assert torch.equal(code.token, code.token.sort().values)
 
 
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 10_000), k=st.sampled_from([1, 2, 5, 40]), d_sae=st.sampled_from([35, 96, 640]))
+def test_top_k_equals_each_rows_full_sort(seed: int, k: int, d_sae: int) -> None:
+    preacts = torch.randn(7, d_sae, generator=torch.Generator().manual_seed(seed)) - 0.5
+    code = sparse.top_k(preacts, k)
+    expected = torch.cat([dense_top_k(row.unsqueeze(0), k) for row in preacts])
+    assert torch.equal(to_dense(code, d_sae), expected)
+    assert torch.equal(code.token, code.token.sort().values)
+
+
 def test_nothing_positive_gives_an_empty_code() -> None:
     code, cut = sparse.batch_top_k(-torch.ones(3, 4), 5)
     assert len(code.value) == 0
