@@ -249,9 +249,15 @@ class SweepConfig(Config):
     """Values of the expansion; none: the base's."""
     seeds: tuple[int, ...] = ()
     """Seeds; none: the base's."""
+    each: dict[Arch, dict[str, Any]] = {}
+    """Settings of single architectures, over the base's: what only one of them reads, or a learning rate of its own."""
 
     @model_validator(mode="after")
     def _runs_are_possible(self) -> Self:
+        for name in ("layers", "archs", "ks", "expansions", "seeds"):
+            listed = getattr(self, name)
+            if listed != "all" and len(set(listed)) < len(listed):
+                raise ValueError(f"{name} lists a value twice; each run must differ from the others")
         self.runs(1)  # a setting that only some of the architectures read is dropped for the others, the rest is checked
         return self
 
@@ -269,7 +275,7 @@ class SweepConfig(Config):
         ):
             foreign = {name: fields[name].default for name, archs in BELONGS.items() if arch not in archs}
             changed = {"site": {"layer": layer}, "arch": arch, "expansion": expansion, "k": k, "seed": seed}
-            found.append(TrainConfig.model_validate(base | foreign | changed))
+            found.append(TrainConfig.model_validate(base | foreign | self.each.get(arch, {}) | changed))
         return tuple(found)
 
     def label(self, run: TrainConfig) -> str:

@@ -1,17 +1,24 @@
-"""Command-line options made from config models: one option per field, helped by the field's own description. No torch."""
+"""Command-line options made from config models: one option per field, helped by the field's own description. No torch.
+
+A list is one option with commas (`--ks 16,32`), a switch has two sides (`--scaling/--no-scaling`), and a field that may
+be None takes the word `none`.
+"""
 
 import inspect
+import re
 import types
-from collections.abc import Callable, Iterable
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import typer
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from sae_core.config import Config
 from sae_core.errors import UsageError
 
 C = TypeVar("C", bound=Config)
+NONE = "none"
 
 
 def options(model: type[Config], *, skip: Iterable[str] = (), prefix: str = "") -> dict[str, inspect.Parameter]:
@@ -21,11 +28,14 @@ def options(model: type[Config], *, skip: Iterable[str] = (), prefix: str = "") 
         if name in skip or _is_config(info.annotation):
             continue
         default = None if info.is_required() else info.get_default(call_default_factory=True)
-        flag = f"--{prefix}{name}".replace("_", "-")
-        shown = "none" if default is None else f"{default:g}" if isinstance(default, float) else str(default)
-        option = typer.Option(flag, help=info.description, show_default=shown)
-        annotation = Annotated[_plain(info.annotation) | None, option]  # type: ignore[valid-type]
         key = f"{prefix}{name}".replace("-", "_")
+        flag = f"--{key}".replace("_", "-")
+        typed = _typed(info.annotation)
+        names = (f"{flag}/--no-{key}".replace("_", "-"),) if typed is bool else (flag,)
+        option = typer.Option(
+            *names, help=info.description, show_default=_written(default), metavar=_metavar(info.annotation, typed)
+        )
+        annotation = Annotated[typed | None, option]  # type: ignore[valid-type]
         found[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
     return found
 
@@ -45,23 +55,43 @@ def takes(*groups: dict[str, inspect.Parameter]) -> Callable[[Callable[..., Any]
 
 
 def given(values: dict[str, Any], model: type[Config], *, prefix: str = "") -> dict[str, Any]:
-    """The fields of `model` among `values` that were set on the command line."""
+    """The fields of `model` among `values` that were set on the command line; the model has not checked them yet."""
     keys = {f"{prefix}{name}".replace("-", "_"): name for name in model.model_fields}
-    return {keys[key]: value for key, value in values.items() if key in keys and value is not None}
+    return {
+        keys[key]: _read(model.model_fields[keys[key]], value)
+        for key, value in values.items()
+        if key in keys and value is not None
+    }
 
 
-def built(model: type[C], values: dict[str, Any]) -> C:
-    """The config, or a sentence that names the option that was wrong."""
+def built(model: type[C], values: dict[str, Any], flags: Mapping[str, str] | None = None) -> C:
+    """The config, or a sentence that names the option that was wrong.
+
+    `flags` says how fields of inner configs are called on the command line, by their dotted path (`rows.seed`) or, for all
+    the fields of one, by the path and a dot (`rows.`); what stands there comes before the field's own name.
+    """
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = "-".join(str(part) for part in first["loc"] if not isinstance(part, int)).replace("_", "-")
-        what = first["msg"].removeprefix("Value error, ")
-        where = (
-            f"--{field} {first['input']}: " if field and not isinstance(first["input"], dict) else f"{field}: " if field else ""
-        )
-        raise UsageError(f"{where}{what}.", field=field or None) from error
+        raise _refusal(model, error, flags or {}) from error
+
+
+def _refusal(model: type[Config], error: ValidationError, flags: Mapping[str, str]) -> UsageError:
+    first = error.errors()[0]
+    inner = first.get("ctx", {}).get("error")
+    if isinstance(inner, ValidationError):  # of a config that this one makes
+        return _refusal(model, inner, flags)
+    what = first["msg"].removeprefix("Value error, ")
+    field = _flag(model, first["loc"], flags)
+    if field:
+        value = "" if isinstance(first["input"], dict) else f" {_written(first['input'])}"
+        return UsageError(f"--{field}{value}: {what}.", field=field)
+    named = _mentioned(model, what, flags)
+    said = ", ".join(f"--{name}" for name in named)
+    return UsageError(f"{what}{f' ({said})' if said else ''}.", field=named[0] if named else None)
+
+
+# ---- types ----
 
 
 def _is_config(annotation: Any) -> bool:
@@ -69,14 +99,112 @@ def _is_config(annotation: Any) -> bool:
 
 
 def _parts(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return []
     inner = get_args(annotation)
     return [part for arg in inner for part in _parts(arg)] if inner else [annotation]
 
 
-def _plain(annotation: Any) -> Any:
-    """The type that the command line reads: limits and None stripped, since the model itself checks them."""
+def _choices(annotation: Any) -> list[Any]:
+    """What a field may be: the arms of its union, limits stripped, since the model itself checks them."""
     if get_origin(annotation) is Annotated:
-        return _plain(get_args(annotation)[0])
+        return _choices(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
-        return _plain(next(arg for arg in get_args(annotation) if arg is not type(None)))
-    return annotation
+        return [choice for arm in get_args(annotation) for choice in _choices(arm)]
+    return [annotation]
+
+
+def _typed(annotation: Any) -> Any:
+    """The type that the command line reads: a number where only numbers can stand, else text that `_read` takes apart."""
+    choices = _choices(annotation)
+    return choices[0] if len(choices) == 1 and choices[0] in (int, float, bool, str) else str
+
+
+def _metavar(annotation: Any, typed: Any) -> str | None:
+    """What the help shows where the value goes; None leaves it to the type."""
+    shown = [_kind(choice) for choice in _choices(annotation)]
+    return None if typed is not str or shown == ["TEXT"] else "|".join(shown)
+
+
+def _kind(choice: Any) -> str:
+    if choice is type(None):
+        return NONE
+    if get_origin(choice) is Literal:
+        return "|".join(map(str, get_args(choice)))
+    if get_origin(choice) is tuple:
+        return f"{_kind(_choices(get_args(choice)[0])[0])},..."
+    return {int: "INTEGER", float: "FLOAT"}.get(choice, "TEXT")
+
+
+# ---- values ----
+
+
+def _read(info: FieldInfo, value: Any) -> Any:
+    """Text as the field's kind of value; what cannot be read stays text, for the model to refuse."""
+    if not isinstance(value, str):
+        return value
+    choices = _choices(info.annotation)
+    if type(None) in choices and value.strip().lower() == NONE:
+        return None
+    words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
+    if value not in words and any(get_origin(choice) is tuple for choice in choices):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return value
+
+
+def _written(value: Any) -> str:
+    """A value as one would type it."""
+    if value is None or value == ():
+        return NONE
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple | list):
+        return ",".join(map(_written, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+# ---- names ----
+
+
+def _flag(model: type[Config], loc: tuple[int | str, ...], flags: Mapping[str, str]) -> str:
+    """The option that a place in a config is set by, without its dashes; empty where the place is the whole config."""
+    path: list[str] = []
+    inner: Any = model
+    for part in loc:  # beside fields, a place holds positions in lists and the arms of unions
+        if isinstance(part, str) and inner is not None and part in inner.model_fields:
+            path.append(part)
+            inner = next((p for p in _parts(inner.model_fields[part].annotation) if _is_config(p)), None)
+        elif isinstance(part, str) and inner is not None and not path:
+            path.append(part)  # a field that the config does not have
+            inner = None
+    return _named(path, flags)
+
+
+def _named(path: list[str], flags: Mapping[str, str]) -> str:
+    dotted = ".".join(path)
+    if dotted in flags:
+        return flags[dotted]
+    above = ".".join(path[:-1]) + "."
+    name = f"{flags[above]}{path[-1]}" if len(path) > 1 and above in flags else "-".join(path)
+    return name.replace("_", "-")
+
+
+def _mentioned(model: type[Config], sentence: str, flags: Mapping[str, str]) -> list[str]:
+    """The options whose fields a sentence about the whole config names, in its order."""
+    places = {
+        _named(path, flags): found.start()
+        for path in _paths(model)
+        if (found := re.search(rf"(?<![\w/]){path[-1]}(?!\w)", sentence))
+    }
+    return sorted(places, key=lambda name: places[name])
+
+
+def _paths(model: type[Config], before: tuple[str, ...] = ()) -> Iterator[list[str]]:
+    for name, info in model.model_fields.items():
+        inner = next((p for p in _parts(info.annotation) if _is_config(p)), None)
+        if get_origin(info.annotation) is dict:
+            continue
+        if inner is None:
+            yield [*before, name]
+        elif name in ("rows", "base"):
+            yield from _paths(inner, (*before, name))

@@ -81,9 +81,11 @@ class SAE(Base):
     metrics: Mapped[dict[str, Any]] = mapped_column(default=dict)  # sae_core.evaluate.Evaluation
     folder: Mapped[str] = mapped_column(sa.Text)  # relative to the data folder
     sha256: Mapped[str] = mapped_column(sa.String(64))
-    job_id: Mapped[str | None] = mapped_column(sa.String(100), unique=True)
+    job_id: Mapped[str | None] = mapped_column(sa.String(100))
+    run: Mapped[int] = mapped_column(default=0)  # which of the job's training runs made it, from 0
     harvest_id: Mapped[int | None] = mapped_column(sa.ForeignKey("harvest.id", use_alter=True))  # the published one
     created_at: Mapped[datetime] = mapped_column(default=now)
+    __table_args__ = (sa.UniqueConstraint("job_id", "run"),)
 
 
 class Harvest(Base):
@@ -217,9 +219,9 @@ class Job(Base):
 
     __tablename__ = "job"
     id: Mapped[str] = mapped_column(sa.String(100), primary_key=True)  # also the DBOS workflow id
-    kind: Mapped[str] = mapped_column(sa.String(20))  # train, harvest
+    kind: Mapped[str] = mapped_column(sa.String(20))  # train, sweep, harvest
     title: Mapped[str] = mapped_column(sa.String(300))
-    config: Mapped[dict[str, Any]]  # TrainConfig or HarvestJob
+    config: Mapped[dict[str, Any]]  # TrainConfig, SweepConfig or HarvestJob
     parent_id: Mapped[str | None] = mapped_column(sa.ForeignKey("job.id"))
     status: Mapped[str] = mapped_column(sa.String(20), default="queued", index=True)  # queued, running, done, failed, cancelled
     attempt: Mapped[int] = mapped_column(default=0)  # raised when a worker takes the job up; a write checks it
@@ -242,6 +244,7 @@ class JobPoint(Base):
 
     __tablename__ = "job_point"
     job_id: Mapped[str] = mapped_column(sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    run: Mapped[int] = mapped_column(primary_key=True, default=0)  # of a sweep's runs, from 0
     step: Mapped[int] = mapped_column(primary_key=True)
     values: Mapped[dict[str, Any]]  # loss, fvu, l0, dead, rate
 

@@ -89,10 +89,11 @@ def upgrade() -> None:
     op.create_table(
         "job_point",
         sa.Column("job_id", sa.String(length=100), nullable=False),
+        sa.Column("run", sa.Integer(), nullable=False),
         sa.Column("step", sa.Integer(), nullable=False),
         sa.Column("values", sa.JSON().with_variant(postgresql.JSONB(astext_type=sa.Text()), "postgresql"), nullable=False),
         sa.ForeignKeyConstraint(["job_id"], ["job.id"], name=op.f("fk_job_point_job_id_job"), ondelete="CASCADE"),
-        sa.PrimaryKeyConstraint("job_id", "step", name=op.f("pk_job_point")),
+        sa.PrimaryKeyConstraint("job_id", "run", "step", name=op.f("pk_job_point")),
     )
     op.create_table(
         "sae",
@@ -111,12 +112,13 @@ def upgrade() -> None:
         sa.Column("folder", sa.Text(), nullable=False),
         sa.Column("sha256", sa.String(length=64), nullable=False),
         sa.Column("job_id", sa.String(length=100), nullable=True),
+        sa.Column("run", sa.Integer(), nullable=False),
         sa.Column("harvest_id", sa.Integer(), nullable=True),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.ForeignKeyConstraint(["harvest_id"], ["harvest.id"], name=op.f("fk_sae_harvest_id_harvest"), use_alter=True),
         sa.ForeignKeyConstraint(["model_id"], ["model.id"], name=op.f("fk_sae_model_id_model")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_sae")),
-        sa.UniqueConstraint("job_id", name=op.f("uq_sae_job_id")),
+        sa.UniqueConstraint("job_id", "run", name=op.f("uq_sae_job_id_run")),
         sa.UniqueConstraint("name", name=op.f("uq_sae_name")),
     )
     op.create_table(
