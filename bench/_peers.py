@@ -36,6 +36,6 @@ def peer_python(name: str, requirements: Sequence[str]) -> Path:
         torch = [wanted for wanted in requirements if wanted.startswith("torch==")]
         # torch is named again beside the others: a pin that pip must keep.
         for part in ([torch] if torch else []) + [list(requirements)]:
-            subprocess.run([python, "-m", "pip", "install", "--quiet", *part], check=True, stdout=sys.stderr)
+            subprocess.run([python, "-m", "pip", "install", "-qq", *part], check=True, stdout=sys.stderr)
         made_of.write_text(json.dumps(list(requirements)))
     return python
