@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -97,6 +97,17 @@ class AttentionRead(NamedTuple):
     """[b, n_heads, dest, src]; 0 where src > dest."""
 
 
+Replace = Callable[[Tensor], Tensor]
+"""What to put in a tensor's place: gets it, gives one of the same shape."""
+
+
+class Out(NamedTuple):
+    """A replacement of an attention block's output (z W_O + b_O, before any norm after it) rather than of its z."""
+
+    replace: Replace
+    """[b, pos, d_model] in and out."""
+
+
 class _Stop(Exception):
     """Raised in a hook once all that was asked for has been seen, so that the rest is not computed."""
 
@@ -133,6 +144,8 @@ class Lens:
         found, logits = self._check_pass(batch, name)
         self.info = self._checked_info(found, name, fingerprint)
         self._fast: Any = fast if fast is not None and self._agrees(fast, batch, found, logits) else None
+        self._block_paths = [paths.get(id(getattr(block, "original_component", None)), "") for block in self._bridge.blocks]
+        self._resumes = self._fast is not None and self._agrees_resumed(batch)
 
     @property
     def fast(self) -> bool:
@@ -209,19 +222,34 @@ class Lens:
             _run(self._model, tokens)
         return AttentionRead(found[layer]["hook_z"].flatten(2), found[layer]["hook_v"], found[layer]["hook_pattern"])
 
-    def token_losses(self, tokens: Tensor, layer: int | None = None, replace: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def token_losses(self, tokens: Tensor, layer: int | None = None, replace: Replace | Out | None = None) -> Tensor:
         """Cross-entropy of each next token: [b, pos - 1] in nats, fp32.
 
         With `layer` and `replace`, that layer's z [b, pos, d_in] is replaced by `replace(z)` on the way: zeros, a mean,
-        or an SAE's reconstruction. Rows may be split over several passes, so `replace` must treat rows on their own.
+        or an SAE's reconstruction; with `Out(replace)` its attention output is. Rows may be split over several passes, so
+        `replace` must treat rows on their own.
         """
         if (layer is None) != (replace is None):
             raise ValueError("layer and replace belong together")
-        if layer is not None:
-            self.check_layer(layer)
+        return self.losses_with(tokens, 0 if layer is None else layer, [replace])[0]
+
+    def losses_with(self, tokens: Tensor, layer: int, replacements: Sequence[Replace | Out | None]) -> list[Tensor]:
+        """`token_losses` with each of several replacements at one layer, or with none (None): [b, pos - 1] each, in order.
+
+        What lies before the layer is computed once for all of them where the model allows it, which is checked when the
+        model is loaded: then n replacements at layer l of L cost little more than 1 + (n - 1) (L - l) / L passes.
+        """
+        self.check_layer(layer)
         tokens = self._checked_tokens(tokens)
+        if not replacements:
+            return []
         rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.info.d_vocab))
-        return torch.cat([self._losses(part, layer, replace) for part in torch.split(tokens, rows)])
+        parts = []
+        for part in torch.split(tokens, rows):
+            # Closed at once when something fails, since it holds hooks.
+            with self._lock, torch.no_grad(), contextlib.closing(self._logits(part, layer, replacements)) as passes:
+                parts.append([_next_token_losses(logits, part) for logits in passes])
+        return [torch.cat(losses) for losses in zip(*parts, strict=True)]
 
     # Weights
 
@@ -308,39 +336,71 @@ class Lens:
                 stack.callback(module.register_forward_pre_hook(functools.partial(keep, layer=layer)).remove)
             yield found
 
-    def _losses(self, tokens: Tensor, layer: int | None, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
-        logits = self._logits(tokens, layer, replace)[:, :-1]
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-        return losses.view(tokens.shape[0], -1)
+    def _logits(self, tokens: Tensor, layer: int, replacements: Sequence[Replace | Out | None]) -> Generator[Tensor]:
+        """Logits with each replacement; made one at a time, since one is large."""
+        if not self._fast_reads(tokens.shape[1]):
+            for replacement in replacements:
+                with self._bridge_patch(layer, replacement):
+                    yield _run(self._model, tokens)
+        elif self._resumes and len(replacements) > 1:
+            yield from self._resumed(tokens, layer, replacements)
+        else:
+            for replacement in replacements:
+                with self._fast_patch(layer, replacement):
+                    yield _run(self._fast, tokens)
 
-    def _logits(self, tokens: Tensor, layer: int | None, replace: Callable[[Tensor], Tensor] | None) -> Tensor:
-        with self._lock, torch.no_grad():
-            if self._fast_reads(tokens.shape[1]):
-                patch = self._fast_patch(layer, replace) if layer is not None and replace else contextlib.nullcontext()
-                model = self._fast
-            else:
-                patch = self._bridge_patch(layer, replace) if layer is not None and replace else contextlib.nullcontext()
-                model = self._model
-            with patch:
-                return _run(model, tokens)
+    def _resumed(self, tokens: Tensor, layer: int, replacements: Sequence[Replace | Out | None]) -> Iterator[Tensor]:
+        """Logits with each replacement, from the fast handle; blocks before `layer` work in the first pass only.
+
+        What enters block `layer` is kept. In later passes it is put there again, and the blocks before give back what
+        they get. What a model does around its blocks (embedding, positions, masks) runs each time, being cheap.
+        """
+        blocks = [self._fast.get_submodule(path) for path in self._block_paths[: layer + 1]]
+        entered: list[Tensor] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            entered[:] = entered or [args[0]]
+            return (entered[0], *args[1:])
+
+        with contextlib.ExitStack() as stack:
+            stack.callback(blocks[layer].register_forward_pre_hook(enter).remove)
+            for replacement in replacements:
+                if entered:
+                    for block in blocks[:layer]:
+                        block.forward = _give_back
+                        stack.callback(block.__dict__.pop, "forward", None)
+                with self._fast_patch(layer, replacement):
+                    yield _run(self._fast, tokens)
 
     @contextlib.contextmanager
-    def _fast_patch(self, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        def swap(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            return (replace(args[0]).to(args[0].dtype), *args[1:])
+    def _fast_patch(self, layer: int, replacement: Replace | Out | None) -> Iterator[None]:
+        def swap_z(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return (_replaced(replacement, args[0]), *args[1:])
 
-        handle = self._fast.get_submodule(self._o_paths[layer]).register_forward_pre_hook(swap)
+        def swap_out(_: nn.Module, __: tuple[Tensor, ...], out: Tensor) -> Tensor:
+            return _replaced(replacement, out)
+
+        if replacement is None:
+            yield
+            return
+        projection = self._fast.get_submodule(self._o_paths[layer])
+        at_out = isinstance(replacement, Out)
+        hook = projection.register_forward_hook(swap_out) if at_out else projection.register_forward_pre_hook(swap_z)
         try:
             yield
         finally:
-            handle.remove()
+            hook.remove()
 
     @contextlib.contextmanager
-    def _bridge_patch(self, layer: int, replace: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def _bridge_patch(self, layer: int, replacement: Replace | Out | None) -> Iterator[None]:
         def swap(value: Tensor, *, hook: Any) -> Tensor:  # noqa: ARG001 - TransformerLens passes it
-            return replace(value.flatten(2)).to(value.dtype).view_as(value)
+            return _replaced(replacement, value.flatten(2)).view_as(value)
 
-        with self._bridge.hooks(fwd_hooks=[(f"blocks.{layer}.attn.hook_z", swap)]):
+        if replacement is None:
+            yield
+            return
+        name = "hook_out" if isinstance(replacement, Out) else "hook_z"
+        with self._bridge.hooks(fwd_hooks=[(f"blocks.{layer}.attn.{name}", swap)]):
             yield
 
     def _half(self, dtype: torch.dtype) -> Any:
@@ -440,6 +500,15 @@ class Lens:
             return False  # the bridge serves; a handle that cannot run is only a lost speed-up
         gaps = [_gap(quick[layer], got["hook_z"].flatten(2)) for layer, got in found.items()]
         return all(gap <= 1e-3 for gap in [*gaps, _gap(quick_logits, logits)])
+
+    def _agrees_resumed(self, batch: Tensor) -> bool:
+        """Whether a pass taken up at a block gives what the whole pass gives; not so where blocks pass more than a stream."""
+        try:
+            with self._lock, torch.no_grad():
+                whole, resumed = self._resumed(batch, len(self._block_paths) // 2, [None, None])
+        except Exception:
+            return False  # whole passes serve as well, only slower
+        return _gap(resumed, whole) <= 1e-6
 
 
 def load_lens(source: ModelSource, *, name: str, device: str = "cpu", cache: Path) -> Lens:
@@ -668,6 +737,25 @@ def _run(model: Any, tokens: Tensor) -> Tensor:
     """Logits, [b, pos, d_vocab]. No attention mask is given: rows have no padding, and a pad token's id may be a real token."""
     logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits
+
+
+def _next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+    """[b, pos, d_vocab] and [b, pos] -> [b, pos - 1]. The last position predicts nothing we know: ignoring it there is
+    cheaper than cutting it off the logits, which would copy them."""
+    targets = nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=-100)
+    return losses.view(tokens.shape)[:, :-1]
+
+
+def _replaced(replacement: Replace | Out | None, value: Tensor) -> Tensor:
+    """What stands in place of `value`, in its dtype and shape."""
+    replace = replacement.replace if isinstance(replacement, Out) else replacement
+    return value if replace is None else replace(value).to(value.dtype).view_as(value)
+
+
+def _give_back(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    """A block that does nothing."""
+    return hidden
 
 
 def _gap(found: Tensor, expected: Tensor) -> float:

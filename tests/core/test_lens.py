@@ -17,7 +17,7 @@ from torch import Tensor
 from sae_core import lens as lens_module
 from sae_core.config import ModelSource
 from sae_core.errors import LayerOutOfRange, UnknownModel, UnreadableModel, UnsupportedModel, UsageError
-from sae_core.lens import Lens, load_lens, resolve_dtype
+from sae_core.lens import Lens, Out, load_lens, resolve_dtype
 from tests.core.tiny_models import D_VOCAB, END, KINDS, SOFT_CAP, WINDOW, save_gguf, save_tiny, tiny_model, tiny_tokenizer
 
 TinyLens = Callable[[str], Lens]
@@ -259,6 +259,94 @@ def test_losses_do_not_depend_on_how_rows_are_split(tiny_lens: TinyLens, kind: s
     assert torch.allclose(lens.token_losses(rows(5), 1, torch.zeros_like), whole, atol=1e-5)
 
 
+def swaps() -> list[Callable[[Tensor], Tensor] | Out | None]:
+    return [None, torch.zeros_like, lambda z: 0.5 * z.flip(-1) + 1, Out(torch.ones_like), Out(lambda out: out.flip(1) - 0.5)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layer", [0, 2, 3])
+def test_losses_of_several_replacements_are_those_of_one_at_a_time(tiny_lens: TinyLens, kind: str, layer: int) -> None:
+    lens = tiny_lens(kind)
+    together = lens.losses_with(rows(), layer, swaps())
+    alone = [lens.token_losses(rows(), layer, swap) if swap else lens.token_losses(rows()) for swap in swaps()]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, alone, strict=True))
+    assert min((a - b).abs().max() for i, a in enumerate(together) for b in together[:i]) > 1e-2  # each is another one
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_with_a_replaced_output_are_those_of_a_model_whose_output_is_replaced(tiny_lens: TinyLens, kind: str) -> None:
+    lens, model = tiny_lens(kind), tiny_model(kind)
+
+    def swap(out: Tensor) -> Tensor:
+        return 0.5 * out.flip(-1) + 1
+
+    # The projection is the last thing that these models' attention does, dropout aside.
+    output_projections(model)[2].register_forward_hook(lambda _, __, out: swap(out))
+    with torch.no_grad():
+        logits = model(input_ids=rows()).logits
+    expected = -logits[:, :-1].log_softmax(-1).gather(-1, rows()[:, 1:, None])[..., 0]
+    assert torch.allclose(lens.losses_with(rows(), 2, [Out(swap)])[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_blocks_before_the_replacement_work_once(tiny_lens: TinyLens, kind: str) -> None:
+    lens, runs = tiny_lens(kind), [0, 0]
+    blocks = [lens._fast.get_submodule(path) for path in lens._block_paths]
+
+    def count(which: int) -> Callable[..., None]:
+        def add(*_: Any) -> None:
+            runs[which] += 1
+
+        return add
+
+    projections = output_projections(lens._fast)
+    hooks = [projections[i].register_forward_hook(count(which)) for which, i in enumerate((1, 2))]
+    try:
+        lens.losses_with(rows(), 2, swaps())
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert runs == [1, len(swaps())]
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+def test_model_whose_blocks_pass_more_than_a_stream_is_run_whole_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = lens_module._fast_handle
+
+    def crossing(*args: Any) -> Any:
+        handle, first = make(*args), []
+        layers = handle.model.layers
+        layers[0].self_attn.register_forward_hook(lambda *seen: first.append(seen[2][0]))
+        # Block 3 adds what block 0's attention gave in this very pass, which a pass that skips block 0 lacks.
+        layers[3].register_forward_pre_hook(lambda _, given: (given[0] + first.pop(), *given[1:]))
+        return handle
+
+    monkeypatch.setattr(lens_module, "_fast_handle", crossing)
+    monkeypatch.setattr(Lens, "_agrees", lambda *_: True)
+    lens = load(save_tiny("llama", tmp_path / "model"))
+    assert lens.fast
+    assert not lens._resumes
+
+
+def test_replacement_that_fails_leaves_no_hook_behind(tiny_lens: TinyLens) -> None:
+    lens = tiny_lens("llama")
+    before = lens.token_losses(rows())
+
+    def fail(_: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    for broken in (fail, Out(fail)):
+        with pytest.raises(ZeroDivisionError):
+            lens.losses_with(rows(), 2, [None, broken, None])
+        assert lens.token_losses(rows()).equal(before)
+
+
+def test_no_replacements_give_nothing(tiny_lens: TinyLens) -> None:
+    assert tiny_lens("llama").losses_with(rows(), 1, []) == []
+
+
 def test_losses_want_layer_and_replacement_together(tiny_lens: TinyLens) -> None:
     with pytest.raises(ValueError, match="belong together"):
         tiny_lens("llama").token_losses(rows(), 1)
@@ -336,6 +424,7 @@ def test_layer_out_of_range_is_a_sentence(tiny_lens: TinyLens, layer: int) -> No
         lambda: lens.read_z(rows(), [0, layer]),
         lambda: lens.read_attention(rows(), layer),
         lambda: lens.token_losses(rows(), layer, torch.zeros_like),
+        lambda: lens.losses_with(rows(), layer, [None]),
         lambda: lens.logit_weights(torch.zeros(1, lens.info.d_in), layer),
     ):
         with pytest.raises(LayerOutOfRange, match=rf"llama has 4 layers.*no layer {layer}; choose one from 0 to 3\."):
