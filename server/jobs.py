@@ -7,13 +7,15 @@ crash between the two loses nothing. Enqueueing an id that exists changes nothin
 
 import logging
 import re
+from collections.abc import Sequence
 from functools import cached_property
 
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from dbos import error as dbos_error
+from sqlalchemy.orm import Session
 
-from sae_core.config import HarvestJob, TrainConfig
+from sae_core.config import HarvestJob, SweepConfig, TrainConfig
 from sae_core.errors import DatabaseTooOld, LayerOutOfRange
 from server.db import Database
 from server.settings import Settings
@@ -24,8 +26,10 @@ from server.store.jobs import JobRecord
 APP = "headscope"
 VERSION = "1"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
 QUEUE = "gpu"
-PRIORITY = {"harvest": 1, "train": 2}  # what a person waits for comes before new work
+PRIORITY = {"harvest": 1, "train": 2, "sweep": 3}  # what a person waits for comes before new work
 NAME_LENGTH = 60
+SWEEP_NAME_LENGTH = 36  # what tells a run from its siblings is added to it, and both must fit a harvest's id
+MANY_LAYERS = 200  # more than any model has, while it is not known how many this one has
 
 
 class Jobs:
@@ -39,19 +43,36 @@ class Jobs:
         with self._db.write() as session:
             model = registry.model(session, cfg.model)
             registry.corpus(session, cfg.corpus)
-            if model.n_layers is not None and cfg.site.layer >= model.n_layers:
-                raise LayerOutOfRange(
-                    f"{cfg.model} has layers 0 to {model.n_layers - 1}; there is no layer {cfg.site.layer}.", field="layer"
-                )
+            check_shape(model, (cfg,))
             base = slug(name) if name else default_name(cfg)
-            taken = store.ids_like(session, f"train-{base}-")
-            names = registry.sae_names(session)
+            taken, names = store.ids_like(session, f"train-{base}-"), names_taken(session)
             n = next(
                 n for n in range(1, 10**6) if f"train-{base}-{n}" not in taken and sae_name(f"train-{base}-{n}") not in names
             )
             job_id = f"train-{base}-{n}"
             title = f"Train {sae_name(job_id)} on {cfg.model}, layer {cfg.site.layer}"
             store.create(session, job_id, "train", title, cfg.model_dump(mode="json"))
+        self.release()
+        return job_id
+
+    def enqueue_sweep(self, cfg: SweepConfig, *, name: str | None = None) -> str:
+        """Queue many training runs on one stream of activations and give the job's id. `name` is the sweep's; its SAEs are
+        called by it and by what tells each from the others."""
+        with self._db.write() as session:
+            model = registry.model(session, cfg.base.model)
+            registry.corpus(session, cfg.base.corpus)
+            check_shape(model, runs := cfg.runs(model.n_layers or MANY_LAYERS))
+            base = (slug(name) if name else default_sweep_name(cfg))[:SWEEP_NAME_LENGTH].rstrip("-._")
+            taken, names = store.ids_like(session, f"sweep-{base}-"), names_taken(session)
+            n = next(
+                n
+                for n in range(1, 10**6)
+                if (job_id := f"sweep-{base}-{n}") not in taken and names.isdisjoint(run_names(job_id, cfg, runs))
+            )
+            job_id = f"sweep-{base}-{n}"
+            known = cfg.layers != "all" or model.n_layers is not None
+            title = f"Sweep {sweep_name(job_id)}: {f'{len(runs)} SAEs' if known else 'SAEs'} on {cfg.base.model}, {_layers(cfg)}"
+            store.create(session, job_id, "sweep", title, cfg.model_dump(mode="json"))
         self.release()
         return job_id
 
@@ -160,10 +181,59 @@ def default_name(cfg: TrainConfig) -> str:
     return f"{slug(cfg.model)[:36]}-l{cfg.site.layer}-{cfg.hash()[:6]}"
 
 
+def default_sweep_name(cfg: SweepConfig) -> str:
+    """The same for a sweep."""
+    return f"{slug(cfg.base.model)[:24].rstrip('-._')}-{cfg.hash()[:6]}"
+
+
 def sae_name(train_id: str) -> str:
     """The name of the SAE that a training job makes: `train-x-1` makes `x`, `train-x-2` makes `x-2`."""
-    base, n = train_id.removeprefix("train-").rsplit("-", 1)
+    return _numbered(train_id.removeprefix("train-"))
+
+
+def sweep_name(sweep_id: str) -> str:
+    """The name of a sweep, with which the names of its SAEs begin: `sweep-x-1` is `x`, `sweep-x-2` is `x-2`."""
+    return _numbered(sweep_id.removeprefix("sweep-"))
+
+
+def run_names(sweep_id: str, cfg: SweepConfig, runs: Sequence[TrainConfig]) -> list[str]:
+    """The names of the SAEs that a sweep's runs make, in their order."""
+    return ["-".join(filter(None, (sweep_name(sweep_id), cfg.label(run)))) for run in runs]
+
+
+def names_taken(session: Session) -> set[str]:
+    """Names of the SAEs that are there, and of those that open jobs will make."""
+    names = registry.sae_names(session)
+    for job in store.of_status(session, store.OPEN):
+        if job.kind == "train":
+            names.add(sae_name(job.id))
+        elif job.kind == "sweep":
+            cfg = SweepConfig.model_validate(job.config)
+            names.update(run_names(job.id, cfg, cfg.runs(registry.model(session, cfg.base.model).n_layers or MANY_LAYERS)))
+    return names
+
+
+def check_shape(model: registry.ModelRecord, runs: Sequence[TrainConfig]) -> None:
+    """Refuse, as far as the model is known, a layer that it lacks and an SAE with fewer features than may be active."""
+    for run in runs:
+        if model.n_layers is not None and run.site.layer >= model.n_layers:
+            raise LayerOutOfRange(
+                f"{model.name} has layers 0 to {model.n_layers - 1}; there is no layer {run.site.layer}.", field="layer"
+            )
+        if model.n_heads is not None and model.d_head is not None:
+            run.check_width(model.n_heads * model.d_head)
+
+
+def _numbered(name: str) -> str:
+    base, n = name.rsplit("-", 1)
     return base if n == "1" else f"{base}-{n}"
+
+
+def _layers(cfg: SweepConfig) -> str:
+    if cfg.layers == "all":
+        return "all layers"
+    listed = cfg.layers or (cfg.base.site.layer,)
+    return f"layer{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}"
 
 
 def harvest_id(cfg: HarvestJob) -> str:

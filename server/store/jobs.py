@@ -148,22 +148,22 @@ def ids_like(session: Session, prefix: str) -> set[str]:
 
 
 def ready(session: Session) -> list[JobRecord]:
-    """Queued jobs that may start: no older job of the same parent is still open, since harvests replace each other in order."""
+    """Queued jobs that may start: no older job of the same parent and SAE is open, since harvests replace each other in order."""
     open_jobs = of_status(session, OPEN)
-    first = {job.parent_id: job.id for job in reversed(open_jobs) if job.parent_id}
-    return [job for job in open_jobs if job.status == QUEUED and first.get(job.parent_id or "", job.id) == job.id]
+    first = {_line(job): job.id for job in reversed(open_jobs) if job.parent_id}
+    return [job for job in open_jobs if job.status == QUEUED and first.get(_line(job), job.id) == job.id]
 
 
-def points(session: Session, job_id: str, *, after: int = -1) -> list[tuple[int, dict[str, float]]]:
-    """The job's curves: (step, values by name), from the step after `after`."""
-    query = sa.select(JobPoint).where(JobPoint.job_id == job_id, JobPoint.step > after).order_by(JobPoint.step)
-    return [(point.step, point.values) for point in session.scalars(query)]
+def points(session: Session, job_id: str, *, run: int = 0, after: int = -1) -> list[tuple[int, dict[str, float]]]:
+    """The curves of the job's training run `run`: (step, values by name), from the step after `after`."""
+    mine = (JobPoint.job_id == job_id, JobPoint.run == run, JobPoint.step > after)
+    return [(point.step, point.values) for point in session.scalars(sa.select(JobPoint).where(*mine).order_by(JobPoint.step))]
 
 
 def last_point(session: Session, job_id: str) -> dict[str, float]:
-    """The newest values of the job's curves; empty without any."""
-    query = sa.select(JobPoint.values).where(JobPoint.job_id == job_id).order_by(JobPoint.step.desc()).limit(1)
-    return session.scalar(query) or {}
+    """The newest values of the job's curves, of the run that is furthest; empty without any."""
+    newest = sa.select(JobPoint.values).where(JobPoint.job_id == job_id).order_by(JobPoint.step.desc(), JobPoint.run.desc())
+    return session.scalar(newest.limit(1)) or {}
 
 
 def log_lines(session: Session, job_id: str, *, after: int = 0, limit: int = 500) -> list[LogLine]:
@@ -220,12 +220,12 @@ def report(session: Session, job_id: str, attempt: int, progress: Progress, seco
     job.rate, job.seconds_left, job.updated_at = progress.rate, seconds_left, now()
 
 
-def add_points(session: Session, job_id: str, attempt: int, new: Sequence[tuple[int, dict[str, float]]]) -> None:
-    """Store points of the curves. A resumed run says some steps again, with the same values: they replace the old ones."""
+def add_points(session: Session, job_id: str, attempt: int, new: Sequence[tuple[int, dict[str, float]]], *, run: int = 0) -> None:
+    """Store points of a run's curves. A resumed run says some steps again, with the same values: they replace the old ones."""
     check(session, job_id, attempt)
     steps = [step for step, _ in new]
-    session.execute(sa.delete(JobPoint).where(JobPoint.job_id == job_id, JobPoint.step.in_(steps)))
-    session.add_all(JobPoint(job_id=job_id, step=step, values=values) for step, values in dict(new).items())
+    session.execute(sa.delete(JobPoint).where(JobPoint.job_id == job_id, JobPoint.run == run, JobPoint.step.in_(steps)))
+    session.add_all(JobPoint(job_id=job_id, run=run, step=step, values=values) for step, values in dict(new).items())
 
 
 def say(session: Session, job_id: str, attempt: int, text: str) -> None:
@@ -280,6 +280,11 @@ def silent_workers(session: Session, seconds: float) -> list[str]:
 
 
 _AGE = (Job.created_at, Job.id)
+
+
+def _line(job: JobRecord) -> tuple[str | None, str | None]:
+    """Jobs of one line wait for each other: those that follow one job and concern one SAE."""
+    return job.parent_id, job.config.get("sae")
 
 
 def _locked(session: Session, job_id: str) -> Job:

@@ -186,11 +186,12 @@ def upsert_sae(
     metrics: dict[str, Any],
     folder: str,
     sha256: str,
+    run: int = 0,
 ) -> int:
-    """The SAE row that the job made, inserted once however often the job says it; returns its id."""
-    row = session.scalar(sa.select(SAE).where(SAE.job_id == job_id))
+    """The SAE row that the job's training run `run` made, inserted once however often the job says it; returns its id."""
+    row = session.scalar(sa.select(SAE).where(SAE.job_id == job_id, SAE.run == run))
     if row is None:
-        row = SAE(job_id=job_id)
+        row = SAE(job_id=job_id, run=run)
         session.add(row)
     row.name, row.model_id, row.folder, row.sha256, row.metrics = name, model_id, folder, sha256, metrics
     row.layer, row.hook, row.arch, row.k = config.site.layer, config.site.hook, config.arch, config.k

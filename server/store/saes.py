@@ -59,6 +59,7 @@ class Door:
     config: dict[str, Any]
     metrics: dict[str, Any]
     job_id: str | None
+    run: int
     created_at: datetime
 
 
@@ -130,7 +131,7 @@ def find_sae(session: Session, name: str) -> Door:
     if found is None:
         raise NotFound(_unknown(name, session.scalars(sa.select(SAE.name).order_by(SAE.name).limit(6)).all()), field="sae")
     row, model, harvest, corpus = found
-    return Door(row.id, sae_ref(row, model, harvest, corpus), row.config, row.metrics, row.job_id, row.created_at)
+    return Door(row.id, sae_ref(row, model, harvest, corpus), row.config, row.metrics, row.job_id, row.run, row.created_at)
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
@@ -165,7 +166,7 @@ def sae_overview(session: Session, door: Door) -> SaeOverview:
         job_id=door.job_id,
         config=door.config,
         metrics=door.metrics,
-        curve=_curve(session, door.job_id),
+        curve=_curve(session, door.job_id, door.run),
         density=tuple(Bin(DENSITY_EDGES[i], DENSITY_EDGES[i + 1], n) for i, n in enumerate(counts)) if harvest else (),
         led_by_head=tuple(Count(head, led[head]) for head in range(door.sae.n_heads)) if harvest else (),
         families=tuple(Count(name, n) for name, n in sorted(families.items(), key=lambda item: -item[1]) if n),
@@ -194,11 +195,11 @@ def _feature_groups(session: Session, harvest_id: int) -> Sequence[sa.Row[Any]]:
     ).all()
 
 
-def _curve(session: Session, job_id: str | None) -> tuple[CurvePoint, ...]:
+def _curve(session: Session, job_id: str | None, run: int) -> tuple[CurvePoint, ...]:
     if job_id is None:
         return ()
-    rows = session.execute(sa.select(JobPoint.step, JobPoint.values).where(JobPoint.job_id == job_id).order_by(JobPoint.step))
-    return tuple(CurvePoint(step, values) for step, values in rows)
+    mine = sa.select(JobPoint.step, JobPoint.values).where(JobPoint.job_id == job_id, JobPoint.run == run)
+    return tuple(CurvePoint(step, values) for step, values in session.execute(mine.order_by(JobPoint.step)))
 
 
 def _running_harvest(session: Session, sae_id: int) -> HarvestRun | None:
