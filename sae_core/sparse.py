@@ -1,12 +1,18 @@
 """The training step's sparse arithmetic: exact top-k over a batch, sparse decode, and its backward by hand.
 
 A dense step costs 10 d F multiply-adds per token, this one 2 d F + 8 k d: only the encoder product touches every feature
-(reference: 2.2 and 2.4 of the trainer survey cited in LOG.md). Everything here works on sparse codes in *token order*:
+(reference: 2.2 and 2.4 of the trainer survey cited in LOG.md). Even that product is never there as a whole: `Preacts`
+makes it a few rows at a time, which the selection reads while they are in the cache. Everything after it works on sparse
+codes in *token order*:
 
     token   int64 [nnz], non-decreasing     feature int64 [nnz]     value float32 [nnz]
+
+Where the product is made in bfloat16, bfloat16 only chooses: the values that were chosen are computed again in float32, a
+dot product each, so that loss and gradients are those of float32 with this choice.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +20,13 @@ from torch import Tensor
 from torch.nn import functional
 
 GROUP = 64  # features whose maximum is taken first when the largest entries are sought
+SUBGROUP = 8  # the same again within the groups that were found
+PART_BYTES = {"cpu": 2**25, "cuda": 2**30}  # of pre-activations at a time; on a CPU, what its last cache can hold
+MARGIN = 0.9  # of the last batch's cut: entries below it are not looked at
+POOL = 3  # times the entries sought: when so many were found, all but the largest are dropped
+DENSE_AUX = 8  # AuxK over fewer than this many dead features for each one kept is cheaper dense
+ROWS = 2048  # rows of a parameter at a time, so that several passes over them stay in the cache
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32, torch.float64: torch.int64}
 
 
 class Code(NamedTuple):
@@ -36,65 +49,166 @@ class Gradients(NamedTuple):
     b_dec: Tensor
 
 
-def batch_top_k(preacts: Tensor, count: int, guess: float = 0.0) -> tuple[Code, float]:
+class Preacts:
+    """x W_enc + b_enc [n, d_sae] of x [n, d_in] with b_dec already subtracted; made in parts, each time it is asked for."""
+
+    def __init__(self, x: Tensor, W_enc_t: Tensor, b_enc: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        self.x, self.W_enc_t, self.b_enc, self.dtype = x, W_enc_t, b_enc, dtype
+        self.shape, self.device = (len(x), len(W_enc_t)), x.device
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def parts(self) -> Iterator[Tensor]:
+        """The pre-activations of consecutive tokens, in `dtype`; a part is overwritten when the next is asked for."""
+        x, weights, bias = self.x.to(self.dtype), self.W_enc_t.to(self.dtype).T, self.b_enc.to(self.dtype)
+        rows = _rows(self.shape[1], self.dtype, self.device)
+        buffer = torch.empty(min(rows, len(x)), self.shape[1], dtype=self.dtype, device=self.device)
+        for part in torch.split(x, rows):
+            yield torch.addmm(bias, part, weights, out=buffer[: len(part)])
+
+    def of(self, features: Tensor) -> Tensor:
+        """float32 [n, m]: those of some features [m], the product in `dtype`."""
+        weights = self.W_enc_t[features].to(self.dtype).T
+        return torch.addmm(self.b_enc[features].to(self.dtype), self.x.to(self.dtype), weights).float()
+
+    def exactly(self, code: Code) -> Code:
+        """The code with float32 values; entries that are not positive in float32 are dropped."""
+        if self.dtype == torch.float32:
+            return code
+        value = _dots(code, self.x, self.W_enc_t) + self.b_enc[code.feature]
+        kept = value > 0
+        if not kept.all():
+            return Code(code.token[kept], code.feature[kept], value[kept], code.n)
+        return code._replace(value=value)
+
+
+def _rows(d_sae: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many tokens' pre-activations are looked at together."""
+    fit = PART_BYTES.get(device.type, PART_BYTES["cuda"]) // (d_sae * dtype.itemsize)
+    return max(64, fit // 64 * 64)
+
+
+def _parts(preacts: Tensor | Preacts) -> Iterator[Tensor]:
+    if isinstance(preacts, Preacts):
+        return preacts.parts()
+    return iter(torch.split(preacts, _rows(preacts.shape[1], preacts.dtype, preacts.device)))
+
+
+# ---- selection ----
+#
+# It works on the floats' bits read as integers of the same width: among positive floats the order is the same, negative
+# ones are negative integers, and a CPU finds the maxima of integers two to six times faster (bfloat16: it has no other
+# instructions for them).
+
+
+def _above(part: Tensor, low: float) -> tuple[Tensor, Tensor]:
+    """Flat indices, ascending, and float32 values of the entries of part [rows, d_sae] that are greater than `low` >= 0.
+
+    Only groups whose maximum is greater can hold one; their maxima cost one fast pass over the part.
+    """
+    bits = part.reshape(-1).view(BITS[part.dtype])
+    bound = int(torch.tensor(low, dtype=part.dtype).view(bits.dtype))
+    group = math.gcd(part.shape[1], GROUP)
+    groups = bits.view(-1, group)
+    hit = (groups.amax(1) > bound).nonzero().squeeze(1)
+    inside = (groups.index_select(0, hit) > bound).view(-1).nonzero().squeeze(1)
+    index = hit[inside // group] * group + inside % group
+    return index, part.reshape(-1)[index].float()
+
+
+def _largest(index: Tensor, value: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest values and their indices, in the order they came in."""
+    if len(index) <= count:
+        return index, value
+    kept = value.topk(count, sorted=False).indices.sort().values
+    return index[kept], value[kept]
+
+
+def batch_top_k(preacts: Tensor | Preacts, count: int, guess: float = 0.0) -> tuple[Code, float]:
     """The `count` largest positive entries of preacts [n, d_sae], exactly, and the smallest value kept.
 
-    `guess` (the last batch's cut) makes it fast: if at least `count` entries exceed a little less than it, no other entry
-    can be among the largest, so only those few are sorted; otherwise all positive entries are.
+    One pass keeps a pool of the entries above a bound. The bound begins a little below `guess` (the last batch's cut) and
+    rises to the smallest of the `count` largest found so far whenever the pool grows: nothing below that can be among the
+    `count` largest of all. Should fewer than `count` exceed the first bound, it was too high: again from 0.
     """
     n, d_sae = preacts.shape
-    flat = preacts.reshape(-1)
-    for low in (0.8 * guess, 0.0):
-        index = (flat > low).nonzero().squeeze(1)
-        if len(index) >= count or low == 0.0:
+    for first in (MARGIN * guess, 0.0):
+        low, begun = first, 0
+        index = torch.zeros(0, dtype=torch.int64, device=preacts.device)
+        value = torch.zeros(0, device=preacts.device)
+        indices, values, found = [index], [value], 0
+        for part in _parts(preacts):
+            more, their = _above(part, low)
+            indices.append(more.add_(begun * d_sae))
+            values.append(their)
+            begun, found = begun + len(part), found + len(more)
+            if found > POOL * count > 0:
+                index, value = _largest(torch.cat(indices), torch.cat(values), count)
+                indices, values, found, low = [index], [value], count, float(value.min())
+        if found >= count or first == 0.0:
             break
-    value = flat[index].float()
-    if len(index) > count:
-        # sorted=False leaves the order to the implementation; sorting the positions restores token order.
-        kept = value.topk(count, sorted=False).indices.sort().values
-        index, value = index[kept], value[kept]
+    index, value = _largest(torch.cat(indices), torch.cat(values), count)
     cut = float(value.min()) if len(value) else 0.0
-    return Code(index // d_sae, index % d_sae, value, n), cut
+    code = Code(index // d_sae, index % d_sae, value, n)
+    return preacts.exactly(code) if isinstance(preacts, Preacts) else code, cut
 
 
-def top_k(preacts: Tensor, k: int) -> Code:
-    """The `k` largest positive entries of each row of preacts [n, d_sae], exactly; fewer where fewer are positive.
-
-    In two stages: a row's k largest entries lie in the k groups of neighbouring features with the largest maxima (any
-    other group's maximum, so all of it, is at most the smallest of these k maxima), and only these are searched.
-    """
+def top_k(preacts: Tensor | Preacts, k: int) -> Code:
+    """The `k` largest positive entries of each row of preacts [n, d_sae], exactly; fewer where fewer are positive."""
     n, d_sae = preacts.shape
-    k = min(k, d_sae)
-    group = math.gcd(d_sae, GROUP)
-    if d_sae // group <= 2 * k or group == 1:  # nothing to gain
-        value, feature = preacts.topk(k, dim=1, sorted=False)
-    else:
-        groups = preacts.reshape(-1, group)
-        best = groups.amax(1).view(n, -1).topk(k, dim=1, sorted=False).indices
-        row = torch.arange(n, device=preacts.device).unsqueeze(1) * (d_sae // group)
-        near = groups.index_select(0, (best + row).flatten()).view(n, -1)
-        value, inside = near.topk(k, dim=1, sorted=False)
-        feature = best.gather(1, inside // group) * group + inside % group
-    token, column = (value > 0).nonzero(as_tuple=True)
-    return Code(token, feature[token, column], value[token, column].float(), n)
+    tokens, features, values, begun = [], [], [], 0
+    for part in _parts(preacts):
+        bits, feature = _row_top_k(part.contiguous().view(BITS[part.dtype]), min(k, d_sae))
+        token, column = (bits > 0).nonzero(as_tuple=True)
+        tokens.append(token.add_(begun))
+        features.append(feature[token - begun, column])
+        values.append(bits.view(part.dtype)[token - begun, column].float())
+        begun += len(part)
+    code = Code(torch.cat(tokens), torch.cat(features), torch.cat(values), n)
+    return preacts.exactly(code) if isinstance(preacts, Preacts) else code
+
+
+def _row_top_k(bits: Tensor, k: int, group: int = GROUP) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of bits [rows, width], in no order, and their columns.
+
+    They lie in the k groups of neighbours with the largest maxima: every other group's maximum, so all of it, is at most
+    the smallest of these k maxima. Those groups are searched in the same way by smaller groups.
+    """
+    rows, width = bits.shape
+    group = math.gcd(width, group)
+    if group == 1 or width // group <= 2 * k:  # too few groups to leave many out
+        return bits.topk(k, dim=1, sorted=False)
+    groups = bits.view(-1, group)
+    best = groups.amax(1).view(rows, -1).topk(k, dim=1, sorted=False).indices
+    first = torch.arange(rows, device=bits.device).unsqueeze(1) * (width // group)
+    near = groups.index_select(0, (best + first).flatten()).view(rows, -1)
+    value, column = _row_top_k(near, k, SUBGROUP) if group > SUBGROUP else near.topk(k, dim=1, sorted=False)
+    return value, best.gather(1, column // group) * group + column % group
+
+
+# ---- decode, and backward ----
+
+
+def _offsets(code: Code) -> Tensor:
+    """Where each token's entries begin."""
+    return torch.searchsorted(code.token, torch.arange(code.n, device=code.token.device))
 
 
 def decode(code: Code, W_dec: Tensor) -> Tensor:
     """Sum of value x W_dec[feature] per token: [n, d_in], without b_dec."""
-    offsets = torch.searchsorted(code.token, torch.arange(code.n, device=W_dec.device))
-    return functional.embedding_bag(code.feature, W_dec, offsets, mode="sum", per_sample_weights=code.value)
+    return functional.embedding_bag(code.feature, W_dec, _offsets(code), mode="sum", per_sample_weights=code.value)
 
 
-def _value_gradients(code: Code, grad_out: Tensor, W_dec: Tensor) -> Tensor:
-    """u [nnz] = grad_out[token] . W_dec[feature].
+def _dots(code: Code, rows: Tensor, weights: Tensor) -> Tensor:
+    """rows[token] . weights[feature] for each entry: [nnz].
 
-    `embedding_bag`'s own backward for its weights is just that product, without the two gathered [nnz, d_in] matrices
-    that writing it out would make (25 times slower on a CPU, LOG.md).
+    It is what `embedding_bag` computes as the gradient of its values, without the two gathered [nnz, d_in] matrices that
+    writing it out would make (25 times slower on a CPU, LOG.md); called directly, it saves autograd's forward.
     """
-    with torch.enable_grad():
-        value = code.value.detach().requires_grad_()
-        (u,) = torch.autograd.grad(decode(code._replace(value=value), W_dec), value, grad_out)
-    return u
+    backward = torch.ops.aten._embedding_bag_per_sample_weights_backward
+    found: Tensor = backward(rows.contiguous(), weights, code.feature, _offsets(code), code.token, 0)
+    return found
 
 
 def backward(code: Code, grad_out: Tensor, x: Tensor, W_enc_t: Tensor, W_dec: Tensor, b_dec: Tensor) -> Gradients:
@@ -105,10 +219,10 @@ def backward(code: Code, grad_out: Tensor, x: Tensor, W_enc_t: Tensor, W_dec: Te
         dW_dec = f^T g,  dW_enc^T = u^T (x - b_dec),  db_enc = sum u,  db_dec = sum g - db_enc W_enc^T
     f^T and u^T are the code sorted by feature: bags of tokens, one bag per feature.
     """
-    u = _value_gradients(code, grad_out, W_dec)
-    order = code.feature.argsort(stable=True)
+    u = _dots(code, grad_out, W_dec)
+    ordered, order = code.feature.sort(stable=True)
     tokens = code.token[order]
-    starts = torch.searchsorted(code.feature[order], torch.arange(len(W_dec), device=u.device))
+    starts = torch.searchsorted(ordered, torch.arange(len(W_dec), device=u.device))
 
     def transposed_times(values: Tensor, dense: Tensor) -> Tensor:
         return functional.embedding_bag(tokens, dense, starts, mode="sum", per_sample_weights=values[order])
@@ -123,24 +237,60 @@ def backward(code: Code, grad_out: Tensor, x: Tensor, W_enc_t: Tensor, W_dec: Te
 
 
 def auxiliary(
-    preacts: Tensor, dead: Tensor, k: int, error: Tensor, x: Tensor, W_enc_t: Tensor, W_dec: Tensor, b_dec: Tensor
+    preacts: Tensor | Preacts,
+    dead: Tensor,
+    k: int,
+    error: Tensor,
+    x: Tensor,
+    W_enc_t: Tensor,
+    W_dec: Tensor,
+    b_dec: Tensor,
+    into: Gradients | None = None,
+    weight: float | Tensor = 1.0,
 ) -> tuple[Tensor, Gradients]:
     """AuxK (Gao et al. 2024, 2406.04093): the k most active `dead` features [m] of each token reconstruct its error.
 
-    error [n, d_in] is x - x_hat, held fixed. Returns the loss, sum |error - e_hat|^2 / sum |error|^2, and its gradients
-    (zero outside the dead features). There is no b_dec in e_hat: the error has none.
+    error [n, d_in] is x - x_hat, held fixed. Returns the loss, sum |error - e_hat|^2 / sum |error|^2, and `weight` times
+    its gradients, added to `into` in place where that is given (they are zero outside the dead features). There is no
+    b_dec in e_hat: the error has none.
     """
-    values, which = preacts[:, dead].float().topk(min(k, len(dead)), dim=1)
-    values = values.relu()
-    code = torch.zeros(len(preacts), len(dead), device=x.device).scatter_(1, which, values)
-    decoder = W_dec[dead]
-    residual = code @ decoder - error
+    W_enc_dead, decoder = W_enc_t[dead], W_dec[dead]
+    code = top_k(preacts.of(dead) if isinstance(preacts, Preacts) else preacts[:, dead].float(), k)
+    few = len(dead) <= DENSE_AUX * k
+    dense = torch.zeros(code.n, len(dead), device=x.device) if few else None
+    if dense is not None:
+        dense[code.token, code.feature] = code.value
+    residual = (decode(code, decoder) if dense is None else dense @ decoder) - error
     power = error.square().sum().clamp_min(1e-12)
-    g = residual * (2.0 / power)
-    u = (g @ decoder.T) * (code > 0)
-    grads = Gradients(*(torch.zeros_like(p) for p in (W_enc_t, preacts.new_zeros(len(W_dec), dtype=torch.float32), W_dec, b_dec)))
-    grads.W_dec[dead] = code.T @ g
-    grads.W_enc_t[dead] = u.T @ (x - b_dec)
-    grads.b_enc[dead] = u.sum(0)
-    grads.b_dec.copy_(-(u.sum(0) @ W_enc_t[dead]))
-    return residual.square().sum() / power, grads
+    g = residual * (2.0 * weight / power)
+    if dense is None:
+        found = backward(code, g, x, W_enc_dead, decoder, b_dec)
+        found = found._replace(b_dec=found.b_dec - g.sum(0))
+    else:
+        u = (g @ decoder.T) * (dense > 0)
+        found = Gradients(u.T @ (x - b_dec), u.sum(0), dense.T @ g, -(u.sum(0) @ W_enc_dead))
+    if into is None:
+        into = Gradients(
+            torch.zeros_like(W_enc_t), W_enc_t.new_zeros(len(W_enc_t)), torch.zeros_like(W_dec), torch.zeros_like(b_dec)
+        )
+    for total, part in zip(into[:3], found[:3], strict=True):
+        total.index_add_(0, dead, part)
+    into.b_dec.add_(found.b_dec)
+    return residual.square().sum() / power, into
+
+
+# ---- around the optimizer ----
+
+
+def on_the_sphere(gradient: Tensor, W_dec: Tensor) -> Tensor:
+    """The decoder's gradient [d_sae, d_in] without its part along each unit row (Bricken et al. 2023), in place."""
+    for part, rows in zip(torch.split(gradient, ROWS), torch.split(W_dec, ROWS), strict=True):
+        part.addcmul_((part * rows).sum(1, keepdim=True), rows, value=-1)
+    return gradient
+
+
+def normalise(W_dec: Tensor) -> Tensor:
+    """Make the rows of W_dec [d_sae, d_in] unit, in place."""
+    for rows in torch.split(W_dec, ROWS):
+        rows.div_(rows.norm(dim=1, keepdim=True))
+    return W_dec
