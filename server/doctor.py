@@ -2,6 +2,7 @@
 
 import importlib.util
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,16 +74,35 @@ def machine_facts(settings: Settings, *, probe: bool) -> dict[str, Any]:
     return facts
 
 
+def sweep_needs(runs: Sequence[TrainConfig], shape: estimates.Shape, speed: estimates.Speed) -> Need:
+    """The same of many runs on one stream: a pool for each layer, and for each run its parameters and checkpoints; of these
+    one run's are in memory at a time."""
+    each = [needs(run, shape, speed) for run in runs]
+    layers = {run.site.layer for run in runs}
+    shared = _pool_bytes(runs[0], shape, speed) + _row_bytes(runs[0])
+    own = sum(need.disk - shared for need in each)
+    disk = own + len(layers) * _pool_bytes(runs[0], shape, speed) + _row_bytes(runs[0])
+    return Need(estimates.sweep_seconds(runs, shape, speed), disk, max(need.memory for need in each))
+
+
 def needs(cfg: TrainConfig, shape: estimates.Shape, speed: estimates.Speed) -> Need:
     """Time, disk and memory of a training run with its harvests."""
     d_in, d_sae = shape.d_in, cfg.expansion * shape.d_in
-    pools = min(cfg.pool_tokens, cfg.rows.tokens) * d_in * (2 if speed.bfloat16 > 1.5 * speed.float32 else 4)
+    pools = _pool_bytes(cfg, shape, speed)
     parameters = 2 * d_in * d_sae * 4
     checkpoints = 3 * 3 * parameters  # values and two moments; two kept, one being written
-    rows = 4 * (cfg.rows.tokens + cfg.rows.heldout_tokens)
+    rows = _row_bytes(cfg)
     # parameters, gradients and moments; pre-activations of a batch in three places; one pool in the page cache
     memory = 4 * parameters + 3 * 4 * cfg.batch * d_sae + min(cfg.pool_tokens, cfg.rows.tokens) * d_in * 2
     return Need(estimates.train_seconds(cfg, shape, speed), pools + checkpoints + rows + 2 * parameters, memory)
+
+
+def _pool_bytes(cfg: TrainConfig, shape: estimates.Shape, speed: estimates.Speed) -> float:
+    return min(cfg.pool_tokens, cfg.rows.tokens) * shape.d_in * (2 if speed.bfloat16 > 1.5 * speed.float32 else 4)
+
+
+def _row_bytes(cfg: TrainConfig) -> float:
+    return 4 * (cfg.rows.tokens + cfg.rows.heldout_tokens)
 
 
 def need_room(data: Path, need: float) -> None:

@@ -6,7 +6,7 @@ estimate: within a factor of two or so before the start, better with every batch
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sae_core.config import HarvestConfig, TrainConfig
@@ -69,6 +69,13 @@ def train_seconds(cfg: TrainConfig, shape: Shape, speed: Speed) -> dict[str, flo
         "evaluate": 2.0 + evaluated / (speed.float32 * EFFICIENCY["visit"]),
         "harvests": sum(sum(harvest_seconds(h, cfg, shape, speed, cached=True).values()) for h in cfg.harvests),
     }
+
+
+def sweep_seconds(runs: Sequence[TrainConfig], shape: Shape, speed: Speed) -> dict[str, float]:
+    """Seconds of each phase of many runs on one stream: one model pass, as deep as the deepest layer, and every run's steps."""
+    each = [train_seconds(run, shape, speed) for run in runs]
+    total = {name: sum(one[name] for one in each) for name in each[0]}
+    return total | {name: max(one[name] for one in each) for name in ("prepare", "collect")}
 
 
 def harvest_seconds(cfg: HarvestConfig, train: TrainConfig, shape: Shape, speed: Speed, *, cached: bool) -> dict[str, float]:
