@@ -106,7 +106,7 @@ def test_pattern_shifted_by_one_breaks_identity(tiny_case: Callable[[str], Case]
     assert gap.max() > 0.1
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3", "mistral"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "gemma3", "qwen2", "qwen3", "mistral"])
 def test_heads_paired_with_the_wrong_values_break_identity(tiny_case: Callable[[str], Case], kind: str) -> None:
     found = tiny_case(kind)
     swapped = found._replace(v=found.v.flip(1))
@@ -114,7 +114,7 @@ def test_heads_paired_with_the_wrong_values_break_identity(tiny_case: Callable[[
     assert swapped.gap().median() > 100 * TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "pythia"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "qwen3", "pythia"])
 def test_value_bias_is_inside_the_sources(tiny_lens: TinyLens, kind: str) -> None:
     # A pattern row sums to 1, so the same vector added to every v moves z by exactly that vector: the bias cannot be lost.
     pattern = tiny_lens(kind).read_attention(torch.arange(POS)[None], LAYER).pattern

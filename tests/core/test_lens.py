@@ -74,6 +74,32 @@ def test_attention_shapes_follow_info(tiny_lens: TinyLens, kind: str) -> None:
     assert not pattern.triu(1).any()
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_pattern_times_v_is_transformers_z(tiny_lens: TinyLens, kind: str) -> None:
+    lens, expected = tiny_lens(kind), own_z(kind, rows())
+    group = lens.info.n_heads // lens.info.n_kv_heads
+    for layer in range(lens.info.n_layers):
+        _, v, pattern = lens.read_attention(rows(), layer)
+        for head in range(lens.info.n_heads):
+            found = pattern[:, head] @ v[:, :, head // group]
+            own = expected[layer][..., head * lens.info.d_head : (head + 1) * lens.info.d_head]
+            assert close(found, own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_z_through_w_o_and_b_o_is_what_transformers_attention_gives(tiny_lens: TinyLens, kind: str) -> None:
+    lens, model, expected = tiny_lens(kind), tiny_model(kind), []
+    for module in output_projections(model):
+        module.register_forward_hook(lambda _, __, out: expected.append(out))
+    with torch.no_grad():
+        model(input_ids=rows())
+    for layer, z in lens.read_z(rows(), range(lens.info.n_layers)).items():
+        b_O = lens.b_O(layer)
+        assert (b_O is not None) == (kind in ("gpt2", "pythia", "llama", "qwen3"))
+        found = z @ lens.W_O(layer).flatten(0, 1)
+        assert close(found if b_O is None else found + b_O, expected[layer])
+
+
 def test_scores_reach_past_gemmas_soft_cap(tiny_lens: TinyLens) -> None:
     lens = tiny_lens("gemma2")
     scores: list[Tensor] = []
@@ -86,7 +112,10 @@ def test_scores_reach_past_gemmas_soft_cap(tiny_lens: TinyLens) -> None:
     assert visible.abs().max() <= SOFT_CAP
 
 
-@pytest.mark.parametrize(("kind", "sliding"), [("gemma2", [True, False, True, False]), ("mistral", [True] * 4)])
+@pytest.mark.parametrize(
+    ("kind", "sliding"),
+    [("gemma2", [True, False, True, False]), ("gemma3", [True, True, False, True]), ("mistral", [True] * 4)],
+)
 def test_window_cuts_what_lies_before_it(tiny_lens: TinyLens, kind: str, sliding: list[bool]) -> None:
     lens = tiny_lens(kind)
     too_far = torch.ones(POS, POS).tril(-WINDOW).bool()
@@ -381,6 +410,8 @@ TAILS = {
     "gpt2": _gpt2_tail,
     "llama": _llama_tail,
     "gemma2": _gemma_tail,
+    "gemma3": _gemma_tail,
+    "qwen2": _llama_tail,
     "qwen3": _llama_tail,
     "pythia": _pythia_tail,
     "mistral": _llama_tail,

@@ -17,6 +17,7 @@ WINDOW = 6
 SOFT_CAP = 1.0
 END = "<|endoftext|>"
 MERGES = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("c", "a"), ("ca", "t"), ("Ċ", "Ċ")]
+STORED_LESS_ONE = ("gemma2", "gemma3")  # kinds whose norms multiply by 1 + weight
 D_VOCAB = 280  # a few more than the tokenizer has: real models pad theirs
 
 _llama_like: dict[str, Any] = {
@@ -35,6 +36,13 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     "gemma2": lambda: transformers.Gemma2Config(
         **_llama_like, sliding_window=WINDOW, attn_logit_softcapping=SOFT_CAP, query_pre_attn_scalar=16
     ),
+    "gemma3": lambda: transformers.Gemma3TextConfig(
+        **_llama_like,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=16,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+    ),
+    "qwen2": lambda: transformers.Qwen2Config(**{k: v for k, v in _llama_like.items() if k != "head_dim"}),
     "qwen3": lambda: transformers.Qwen3Config(**_llama_like, attention_bias=True),
     "pythia": lambda: transformers.GPTNeoXConfig(
         num_hidden_layers=4,
@@ -61,7 +69,7 @@ def tiny_model(kind: str, seed: int = 0) -> Any:
     for path, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator) * 0.3
         is_gain = parameter.ndim == 1 and path.endswith("weight")
-        parameter.data = noise + (1 if is_gain and kind != "gemma2" else 0)
+        parameter.data = noise + (1 if is_gain and kind not in STORED_LESS_ONE else 0)
     return model
 
 
