@@ -23,7 +23,7 @@ def names() -> list[str]:
     return sorted(name.replace("_", "-") for name in modules if not name.startswith("_"))
 
 
-def load(name: str) -> tuple[str, Callable[[], dict[str, Any]]]:
+def load(name: str) -> tuple[str, Callable[..., dict[str, Any]]]:
     """What a benchmark says it measures, and its `run`."""
     module = importlib.import_module(f"bench.{name.replace('-', '_')}")
     return (module.__doc__ or "").strip().partition("\n")[0], module.run

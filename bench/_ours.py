@@ -18,6 +18,7 @@ def main() -> None:
 
     `seconds` runs from text to the saved SAE: tokenising, model passes, steps, checkpoint, calibration, saving. The
     model is loaded before it. `phases` splits it by what was reported to be going on; the rest is `end`.
+    `cpu` is the processors' time.
     """
     given = json.loads(sys.argv[1])
     folder, context, batch = Path(given["folder"]), given["context"], given["batch"]
@@ -37,7 +38,7 @@ def main() -> None:
     )
     lens = _smollm2.lens()
     before = peak_memory()
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), time.process_time()
     rows = _smollm2.rows(lens, cfg.rows, folder / "rows")
     phases = {"prepare": time.perf_counter() - begun, "collect": 0.0, "train": 0.0}
     tokens, mark = 0, time.perf_counter()
@@ -52,12 +53,14 @@ def main() -> None:
         phases[report.phase] = phases.get(report.phase, 0.0) + now - mark
         tokens, mark = (report.done if report.phase == "train" else tokens), now
     seconds = time.perf_counter() - begun
+    used = time.process_time() - used
     phases["end"] = time.perf_counter() - mark
     saved = next((folder / "run").rglob("sae.safetensors"))
     print(
         json.dumps(
             {
                 "seconds": seconds,
+                "cpu": used,
                 "tokens": tokens,
                 "d_sae": sae.cfg.d_sae,
                 "phases": phases,

@@ -104,9 +104,9 @@ def main() -> None:
         cfg, override_dataset=Dataset.from_dict({"tokens": rows.tolist()}), override_model=model
     )
     before = peak_memory()
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), time.process_time()
     runner.run()
-    seconds = time.perf_counter() - begun
+    seconds, used = time.perf_counter() - begun, time.process_time() - used
     peak = peak_memory()
 
     with torch.no_grad():
@@ -117,6 +117,7 @@ def main() -> None:
         np.savez(folder / "sample.npz", z=z.numpy(), rebuilt=sae.decode(sae.encode(z)).numpy())
     said = {
         "seconds": seconds,
+        "cpu": used,
         "tokens": tokens,
         "peak": peak,
         "before": before,
