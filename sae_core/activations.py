@@ -1,14 +1,23 @@
-"""Rows of tokens to z on disk: collected once in pools, then shuffled, trained on more than once, and swept by a harvest.
+"""Rows of tokens to z on disk: collected once in pools, then shuffled, trained on by one or many SAEs, swept by a harvest.
 
-A pool is one `.npy` file [rows, context, d_in] beside a small JSON that counts the rows that are in it for good. A run
-that was killed goes on after the last row counted; since each model pass has the same rows in the same batch shape, the
-file ends up the same, bit for bit, as in an undisturbed run on the same machine.
+    <store>/about.json                 what these activations are, as a fingerprint's parts
+    <store>/layer-05/pool-0000.npy     z [rows, context, d_in] of the training rows `first .. first + rows`
+    <store>/layer-05/pool-0000.json    how many of these rows are in it for good
+
+A store belongs to one run, or is a cache with a name that many runs read. Rows are shuffled over documents before they are
+cut into pools, so each pool is a fair sample of the corpus, and its tokens are drawn in random order: a shuffled shard.
+
+One model pass fills the pools of all layers asked for. A run that was killed goes on after the last row counted; since each
+pass has the same rows in the same batch shape, the files end up the same, bit for bit, as in an undisturbed run on the same
+machine.
 """
 
+import fcntl
 import json
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +26,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sae_core.config import TrainConfig
+from sae_core.corpus import Rows
+from sae_core.errors import CacheBusy, CacheMismatch, Diverged
 from sae_core.progress import Progress
 
 if TYPE_CHECKING:
@@ -30,7 +42,7 @@ STORED: dict[torch.dtype, np.dtype[Any]] = {
 
 
 class Pool:
-    """z of the training rows `first .. first + n`, on disk."""
+    """One layer's z of the training rows `first .. first + n`, on disk."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -38,7 +50,7 @@ class Pool:
 
     @property
     def state(self) -> dict[str, int]:
-        """`first`, `rows`, `done`, `layer`; empty before the pool is begun."""
+        """`first`, `rows`, `done`; empty before the pool is begun."""
         return json.loads(self.count_path.read_text()) if self.count_path.exists() else {}
 
     @property
@@ -47,37 +59,22 @@ class Pool:
         state = self.state
         return bool(state) and state["done"] == state["rows"] and self.path.exists()
 
-    def _count(self, state: dict[str, int]) -> None:
+    def count(self, state: dict[str, int]) -> None:
+        """Say how many rows are in it for good."""
         aside = self.count_path.with_suffix(".aside")
         aside.write_text(json.dumps(state))
         aside.rename(self.count_path)
 
-    def collect(
-        self, lens: "Lens", rows: NDArray[np.int32], first: int, layer: int, dtype: torch.dtype, batch_rows: int
-    ) -> Generator[Progress, None, None]:
-        """Fill the pool with z of `rows` [n, context] at `layer`; yields progress in tokens after every model pass."""
-        n, context = rows.shape
-        shape = (n, context, lens.info.n_heads * lens.info.d_head)
+    def begin(self, first: int, shape: tuple[int, int, int], dtype: torch.dtype) -> int:
+        """Make the file, unless it is there; how many rows are in it."""
         state = self.state
         if not state or not self.path.exists():
-            state = {"first": first, "rows": n, "done": 0, "layer": layer}
+            state = {"first": first, "rows": shape[0], "done": 0}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             np.lib.format.open_memmap(self.path, "w+", STORED[dtype], shape).flush()
             _reserve(self.path)
-            self._count(state)
-        file = np.lib.format.open_memmap(self.path, "r+")
-        begun, start = time.monotonic(), state["done"]
-        for low in range(start, n, batch_rows):
-            high = min(low + batch_rows, n)
-            tokens = torch.from_numpy(rows[low:high].astype(np.int64)).to(lens.device)
-            z = lens.read_z(tokens, [layer], dtype)[layer].cpu()
-            file[low:high] = z.view(torch.uint16).numpy() if dtype == torch.bfloat16 else z.numpy()
-            if high == n or high - state["done"] >= FLUSH_ROWS:
-                file.flush()
-                state["done"] = high
-                self._count(state)
-            rate = (high - start) * context / max(time.monotonic() - begun, 1e-9)
-            yield Progress("collect", (first + high) * context, (first + n) * context, rate=rate)
+            self.count(state)
+        return state["done"]
 
     def tensor(self) -> Tensor:
         """The whole pool [rows, context, d_in], memory-mapped, in the precision it was collected in."""
@@ -102,6 +99,115 @@ def _reserve(path: Path) -> None:
                 raise
 
 
+class Store:
+    """The pools of a run, or of a named cache: `pool(layer, index)`, filled by `collect`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def pool(self, layer: int, index: int) -> Pool:
+        """One layer's pool, which may not be there yet."""
+        return Pool(self.folder / f"layer-{layer:02d}" / f"pool-{index:04d}.npy")
+
+    def claim(self, about: dict[str, Any]) -> None:
+        """Say what these activations are, or check that it is what was said before.
+
+        Raises CacheMismatch naming each part that differs: mixed activations would train an SAE on nothing that exists.
+        """
+        path = self.folder / "about.json"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            aside = path.with_suffix(".aside")
+            aside.write_text(json.dumps(about, indent=1))
+            aside.rename(path)
+            return
+        found = json.loads(path.read_text())
+        differing = [name for name in about if found.get(name) != about[name]]
+        if differing:
+            parts = "; ".join(f"{name} is {found.get(name)} there and {about[name]} here" for name in differing)
+            raise CacheMismatch(
+                f"The activation cache {self.folder.name} holds other activations: {parts}. "
+                "Choose another name, or delete that folder.",
+                field="cache",
+            )
+
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Held while rows are written; CacheBusy if another process does."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise CacheBusy(
+                    f"Another run is filling the activation cache {self.folder.name} now; wait for it, or choose another name.",
+                    field="cache",
+                ) from error
+            yield
+
+    def collect(
+        self,
+        lens: "Lens",
+        rows: NDArray[np.int32],
+        first: int,
+        layers: Sequence[int],
+        index: int,
+        dtype: torch.dtype,
+        batch_rows: int,
+    ) -> Generator[Progress, None, None]:
+        """Fill pool `index` of every layer that lacks rows of `rows` [n, context], by one model pass for all of them;
+        yields progress in tokens after every pass. Raises Diverged where the model gives values that are not finite."""
+        n, context = rows.shape
+        lacking = [layer for layer in layers if not self.pool(layer, index).complete]
+        if not lacking:
+            return
+        with self.filling():
+            pools = {layer: self.pool(layer, index) for layer in lacking}
+            shape = (n, context, lens.info.n_heads * lens.info.d_head)
+            start = counted = min(pool.begin(first, shape, dtype) for pool in pools.values())
+            files = {layer: np.lib.format.open_memmap(pool.path, "r+") for layer, pool in pools.items()}
+            begun = time.monotonic()
+            for low in range(start, n, batch_rows):
+                high = min(low + batch_rows, n)
+                tokens = torch.from_numpy(rows[low:high].astype(np.int64)).to(lens.device)
+                for layer, z in lens.read_z(tokens, lacking, dtype).items():
+                    if not torch.isfinite(z).all():
+                        raise Diverged(_not_finite(layer, first, low, z))
+                    here = z.cpu()
+                    files[layer][low:high] = here.view(torch.uint16).numpy() if dtype == torch.bfloat16 else here.numpy()
+                if high == n or high - counted >= FLUSH_ROWS:
+                    for layer, pool in pools.items():
+                        files[layer].flush()
+                        pool.count({"first": first, "rows": n, "done": high})
+                    counted = high
+                rate = (high - start) * context / max(time.monotonic() - begun, 1e-9)
+                yield Progress("collect", (first + high) * context, (first + n) * context, rate=rate)
+
+
+def _not_finite(layer: int, first: int, low: int, z: Tensor) -> str:
+    row, position = (int(i[0]) for i in (~torch.isfinite(z).all(-1)).nonzero(as_tuple=True))
+    return (
+        f"The model gives values that are not finite at blocks.{layer}.attn.hook_z, training row {first + low + row}, "
+        f"position {position}; read it in float32 (--model-dtype float32), or look at that text."
+    )
+
+
+def about(lens: "Lens", rows: Rows, cfg: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """What a store's activations are: two that agree in all of this hold the same numbers for the same row and layer."""
+    return {
+        "model": lens.info.fingerprint,
+        "processing": lens.info.processing,
+        "site": "hook_z, heads concatenated",
+        "dtype": str(dtype).removeprefix("torch."),
+        "tokenizer": lens.tokenizer_fingerprint,
+        "rows": rows.fingerprint,
+        "context": rows.context,
+        "row_start": rows.row_start,
+        "pool_tokens": cfg.pool_tokens,
+        "collect_rows": cfg.collect_rows,
+    }
+
+
 class Activations:
     """The pools that a training run left, as one range of training rows, for a harvest that sweeps the same rows."""
 
@@ -109,10 +215,10 @@ class Activations:
         self._pools = [(pool.state["first"], pool.tensor()) for pool in pools]
 
     @classmethod
-    def open(cls, folder: Path) -> "Activations | None":
-        """What is complete and contiguous from row 0 in a training run's folder; None if nothing is."""
+    def open(cls, store: Path, layer: int) -> "Activations | None":
+        """What a store holds of a layer, complete and contiguous from row 0; None if nothing is."""
         pools: list[Pool] = []
-        for path in sorted(folder.glob("pool-*.npy")):
+        for path in sorted((store / f"layer-{layer:02d}").glob("pool-*.npy")):
             pool = Pool(path)
             if not pool.complete or pool.state["first"] != sum(p.state["rows"] for p in pools):
                 break

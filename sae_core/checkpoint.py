@@ -25,12 +25,18 @@ class Checkpoint(NamedTuple):
 
 
 def save(folder: Path, checkpoint: Checkpoint) -> None:
-    """Write `checkpoint` under `folder` and drop all but the newest few."""
+    """Write `checkpoint` under `folder` and drop all but the newest few. Where it cannot be written whole, such as on a
+    full disk, the error is raised and what was saved before stays."""
+    for old in folder.glob("aside-*"):
+        shutil.rmtree(old, ignore_errors=True)
     aside = folder / f"aside-{os.getpid()}"
-    shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, aside / "state.safetensors")
-    (aside / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.facts))
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in checkpoint.tensors.items()}, aside / "state.safetensors")
+        (aside / "state.json").write_text(json.dumps({"step": checkpoint.step} | checkpoint.facts))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     final = folder / f"step-{checkpoint.step:08d}"
     shutil.rmtree(final, ignore_errors=True)
     aside.rename(final)
@@ -43,12 +49,21 @@ def steps(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
-def newest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that can be read; None if there is none."""
+def newest_step(folder: Path) -> int:
+    """Steps done at the newest checkpoint, by its name; 0 without one."""
+    found = steps(folder)
+    return int(found[0].name.removeprefix("step-")) if found else 0
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that can be read, None if there is none, and a sentence for each that cannot be: it is
+    removed, so that the run counts on from the one that is used."""
+    notes: list[str] = []
     for path in steps(folder):
         try:
             facts = json.loads((path / "state.json").read_text())
-            return Checkpoint(facts.pop("step"), load_file(path / "state.safetensors"), facts)
-        except (OSError, ValueError, KeyError, SafetensorError):
-            continue  # a torn write of a power cut: the one before it is whole
-    return None
+            return Checkpoint(facts.pop("step"), load_file(path / "state.safetensors"), facts), notes
+        except (OSError, ValueError, KeyError, SafetensorError) as error:  # a torn write of a power cut
+            notes.append(f"The checkpoint {path} cannot be read ({error}); going on from the one before it.")
+            shutil.rmtree(path, ignore_errors=True)
+    return None, notes

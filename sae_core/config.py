@@ -147,7 +147,8 @@ class TrainConfig(Config):
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """Adam's decay of the mean squared gradient."""
     schedule: Literal["linear", "restarts"] = "linear"
-    """`linear`: rise over `warmup`, fall over `decay`. `restarts`: Kissane et al.'s cosine rise from a tenth over 1,000 steps, at the start and after each resampling, then flat."""
+    """`linear`: rise over `warmup`, fall over `decay`. `restarts`, as published: a cosine rise from a tenth of the rate over
+    1,000 steps, at the start and after each resampling, then flat."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Share of the steps over which the rate rises from 0."""
     decay: Annotated[float, Field(ge=0, le=1)] = 0.3
@@ -159,7 +160,8 @@ class TrainConfig(Config):
     tied_init: bool = True
     """Start W_enc as W_dec transposed; off: both drawn on their own (Kaiming uniform), as published."""
     active_subspace: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Draw the first decoder in the span of the leading principal directions of z, this share of d_in (arXiv 2508.16929); 0 uses all of it."""
+    """Draw the first decoder in the span of the leading principal directions of z, this share of d_in (arXiv 2508.16929);
+    0 uses all of it."""
     k_anneal: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps over which k falls from 4k to k (top-k family)."""
     aux_k: Annotated[int | None, Field(ge=0)] = None
@@ -175,7 +177,8 @@ class TrainConfig(Config):
     bandwidth: Annotated[float, Field(gt=0)] = 0.5
     """Width of the window around a threshold through which its gradient passes, in units of scaled z (jumprelu)."""
     groups: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (1 / 32, 1 / 16, 1 / 8, 1 / 4)
-    """Shares of the features in the inner groups, the rest is the last; each prefix of groups reconstructs z on its own (matryoshka)."""
+    """Shares of the features in the inner groups, the rest is the last; each prefix of groups reconstructs z by itself
+    (matryoshka)."""
     resample_steps: Annotated[int, Field(ge=0)] = 0
     """Steps between resamplings of dead features, as Kissane et al. did (relu); 0 for none."""
     resample_times: Annotated[int, Field(ge=0)] = 4
@@ -189,7 +192,8 @@ class TrainConfig(Config):
     sink_norm: Annotated[float | None, Field(gt=1)] = 10.0
     """Positions whose |z| exceeds this multiple of the median are left out of training and statistics; None leaves none out."""
     cache: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = None
-    """Name of an activation cache: made by the first run that names it, read by those after it; None keeps activations for the run only."""
+    """Name of an activation cache: made by the first run that names it, read by those after it; None keeps activations for
+    the run only."""
     pool_tokens: Annotated[int, Field(ge=1024)] = 1_048_576
     """Tokens collected to disk and shuffled together before they are trained on."""
     collect_rows: Annotated[int, Field(ge=1)] = 16

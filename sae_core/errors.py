@@ -11,6 +11,7 @@ HeadscopeError
 │   ├── UnreadableCorpus
 │   ├── UnreadableSAE
 │   ├── SAEMismatch
+│   ├── CacheMismatch
 │   └── WrongChecksum
 ├── MachineError       the machine does not allow it now
 │   ├── DataFolderNotWritable
@@ -22,7 +23,9 @@ HeadscopeError
 │   ├── DatabaseAway
 │   ├── EngineAway
 │   ├── DownloadFailed
+│   ├── CacheBusy
 │   └── MissingWorkerExtra
+├── Diverged                a training run, or the model it reads, gave values that are not numbers
 ├── JobError
 │   ├── UnknownJob
 │   ├── Cancelled           a person cancelled the job; not a fault
@@ -94,6 +97,10 @@ class SAEMismatch(UsageError):
     """The SAE does not fit the model it is used with."""
 
 
+class CacheMismatch(UsageError):
+    """The activation cache of that name holds other activations than those asked for."""
+
+
 class WrongChecksum(UsageError):
     """A downloaded file is not the one that was expected."""
 
@@ -140,8 +147,18 @@ class DownloadFailed(MachineError):
     """A package could not be fetched."""
 
 
+class CacheBusy(MachineError):
+    """Another run is filling the activation cache."""
+
+
 class MissingWorkerExtra(MachineError):
     """torch or transformer_lens is not installed here."""
+
+
+class Diverged(HeadscopeError):
+    """Training, or the model it reads, gave values that are not finite; the last good checkpoint is kept."""
+
+    status = 500
 
 
 class JobError(HeadscopeError):

@@ -190,9 +190,10 @@ def _attribute(
     identity which is checked."""
     _, bias = sae.affine(feature)
     preact = (z[dest] * w).sum(1) + bias
-    act = sae.activate(preact, feature)
+    least = sae.least(z)  # [pos, 1], or None
+    act = sae.activate(preact, feature, None if least is None else least[dest, 0])
     act = torch.where(excluded[dest], 0.0, act)
-    acts = sae.activate(z @ w.T + bias, feature).masked_fill(excluded[:, None], 0.0).T
+    acts = sae.activate(z @ w.T + bias, feature, least).masked_fill(excluded[:, None], 0.0).T
     by_head = w.view(len(w), sae.cfg.n_heads, sae.cfg.d_head)
     dfa = attribution.dfa(v, pattern[:, dest].transpose(0, 1), by_head)
     return _Attributed(acts, act, preact, bias, dfa)

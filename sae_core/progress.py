@@ -21,6 +21,10 @@ class Progress:
     """What to plot at `step`, by name: `loss`, `fvu`, `l0`, `dead`, `threshold`."""
     step: int | None = None
     """The training step that `values` belong to; None where there is no curve."""
+    run: int | None = None
+    """Which of several training runs on one stream this belongs to, counted from 0; None where there is but one."""
+    note: str | None = None
+    """Something that a person should read in the job's log."""
 
     @property
     def seconds_left(self) -> float | None:

@@ -1,40 +1,50 @@
 """The training loop, told top to bottom: collect, scale, step, checkpoint, calibrate, fold, save.
 
-    x      = s z                          s makes the mean |x| equal sqrt(d_in)
-    loss   = sum |x - x_hat|^2 / sum |x - mean|^2  +  aux_coef x AuxK          per batch
-    update = Adam on W_enc, b_enc, W_dec, b_dec; the decoder's gradient loses its part along each unit row before the
-             step, and rows are made unit again after it (Bricken et al. 2023)
+    x = s z          s makes the mean |x| equal sqrt(d_in), unless scaling is off
 
-At the end the threshold is calibrated on training tokens so that k features fire per token on average, and s is
-folded into b_enc, b_dec and the threshold: the saved SAE reads raw z.
+What a step does is in `trainer.py`, what a loss is in `saes/`. One stream of activations can feed many SAEs: of other
+layers, architectures, sizes. A model pass then reads all layers asked for, and the runs train on each pool one after the
+other, so that one SAE's parameters and moments are in memory at a time.
+
+At the end a threshold that the batch decided in training is calibrated on training tokens, so that k features fire per
+token on average, and s is folded into b_enc, b_dec and the thresholds: the saved SAE reads raw z.
+
+    <folder>/run.json                     the precisions that `auto` meant when the run began
+    <folder>/activations/                 z on disk (`activations.py`), unless a named cache holds it
+    <folder>/runs/000/scaling.json        s and the norm limit
+                     /checkpoints/        to go on from
+                     /metrics.jsonl       one line per point of the curves
+                     /sae/                the result
 """
 
 import json
 import math
 import time
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
-from sae_core import checkpoint, sparse
-from sae_core.activations import Pool
-from sae_core.checkpoint import Checkpoint
-from sae_core.config import SAEConfig, TrainConfig
+from sae_core import checkpoint
+from sae_core.activations import Store, about
+from sae_core.config import STREAM, SAEConfig, TrainConfig
 from sae_core.corpus import Rows
-from sae_core.errors import EmptyCorpus
+from sae_core.errors import Diverged, EmptyCorpus, UsageError
 from sae_core.progress import Progress
-from sae_core.saes import ARCHITECTURES, SAE, save_sae
-from sae_core.sparse import Gradients
+from sae_core.ranks import ALONE, Ranks
+from sae_core.saes import ARCHITECTURES, SAE, load_sae, save_sae
+from sae_core.trainer import Stats, Trainer
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
 
 CALIBRATION_TOKENS = 131_072
+SAMPLE_TOKENS = 65_536  # that the start of an SAE is computed from
 REPORT_STEPS = 4  # steps between points of the curves
+ACTIVATIONS = "activations"  # name of a run's own store, beside its runs
 
 
 class Scaling(NamedTuple):
@@ -42,195 +52,298 @@ class Scaling(NamedTuple):
 
     scale: float
     """s: x = s z has mean norm sqrt(d_in)."""
-    max_norm: float
+    max_norm: float | None
     """|z| beyond which a position is excluded."""
 
 
-class Stats(NamedTuple):
-    """One step's figures."""
-
-    fvu: float
-    aux: float
-    l0: float
-    cut: float
-
-
-class Trainer:
-    """Parameters, optimizer and counters of a run; `step` is the whole update."""
-
-    def __init__(self, cfg: TrainConfig, d_in: int, device: torch.device, step_dtype: torch.dtype) -> None:
-        self.cfg, self.d_in, self.d_sae, self.step_dtype = cfg, d_in, cfg.expansion * d_in, step_dtype
-        generator = torch.Generator().manual_seed(cfg.seed)
-        W_dec = torch.randn(self.d_sae, d_in, generator=generator)
-        W_dec /= W_dec.norm(dim=1, keepdim=True)
-        self.W_dec = W_dec.to(device)
-        self.W_enc_t = self.W_dec.clone()
-        self.b_enc = torch.zeros(self.d_sae, device=device)
-        self.b_dec = torch.zeros(d_in, device=device)
-        self.parameters = {"W_enc_t": self.W_enc_t, "b_enc": self.b_enc, "W_dec": self.W_dec, "b_dec": self.b_dec}
-        self.optimizer = torch.optim.Adam(self.parameters.values(), lr=cfg.lr, betas=(0.9, 0.999), fused=True)
-        self.silent = torch.zeros(self.d_sae, dtype=torch.int64, device=device)  # tokens since each feature last fired
-        self.cut = 0.0  # smallest value kept in the last batch
-        self.steps_done = 0
-
-    def step(self, x: Tensor, mean: Tensor, lr: float, k: float, dead_tokens: int) -> Stats:
-        """One update on x [n, d_in] (scaled z) with `k` active features per token on average."""
-        cfg, n = self.cfg, len(x)
-
-        # forward
-        centred = x - self.b_dec
-        preacts = centred.to(self.step_dtype) @ self.W_enc_t.to(self.step_dtype).T + self.b_enc.to(self.step_dtype)
-        code, self.cut = sparse.batch_top_k(preacts, int(n * k), self.cut)
-        residual = sparse.decode(code, self.W_dec) + self.b_dec - x
-        power = (x - mean).square().sum()
-        fvu = residual.square().sum() / power
-
-        # backward
-        grads = sparse.backward(code, residual * (2.0 / power), x, self.W_enc_t, self.W_dec, self.b_dec)
-        aux = 0.0
-        dead = (self.silent >= dead_tokens).nonzero().squeeze(1)
-        aux_k = cfg.aux_k if cfg.aux_k is not None else self.d_in // 2
-        if aux_k and cfg.aux_coef and len(dead):
-            loss, extra = sparse.auxiliary(preacts, dead, aux_k, -residual, x, self.W_enc_t, self.W_dec, self.b_dec)
-            grads = Gradients(*(g.add_(e, alpha=cfg.aux_coef) for g, e in zip(grads, extra, strict=True)))
-            aux = float(loss)
-
-        # update; the decoder's rows move on the unit sphere
-        grads.W_dec.sub_((grads.W_dec * self.W_dec).sum(1, keepdim=True) * self.W_dec)
-        for name, parameter in self.parameters.items():
-            parameter.grad = getattr(grads, name)
-        self.optimizer.param_groups[0]["lr"] = lr
-        self.optimizer.step()
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
-
-        self.silent += n
-        self.silent[code.feature] = 0
-        self.steps_done += 1
-        return Stats(float(fvu), aux, len(code.value) / n, self.cut)
-
-    def state(self) -> Checkpoint:
-        """Everything, to go on from here."""
-        tensors = dict(self.parameters) | {"silent": self.silent}
-        for name, parameter in self.parameters.items():
-            for key in ("exp_avg", "exp_avg_sq"):
-                if self.optimizer.state[parameter]:
-                    tensors[f"{name}.{key}"] = self.optimizer.state[parameter][key]
-        return Checkpoint(self.steps_done, tensors, {"cut": self.cut})
-
-    def load(self, saved: Checkpoint) -> None:
-        """Go on from `saved`."""
-        for name, parameter in self.parameters.items():
-            parameter.copy_(saved.tensors[name])
-            if f"{name}.exp_avg" in saved.tensors:
-                moments = {key: saved.tensors[f"{name}.{key}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")}
-                self.optimizer.state[parameter] = {"step": torch.tensor(float(saved.step))} | moments
-        self.silent.copy_(saved.tensors["silent"])
-        self.cut, self.steps_done = saved.facts["cut"], saved.step
-
-
-def train(cfg: TrainConfig, lens: "Lens", rows: Rows, folder: Path) -> Generator[Progress, None, SAE]:
+def train(
+    cfg: TrainConfig, lens: "Lens", rows: Rows, folder: Path, caches: Path | None = None, ranks: Ranks = ALONE
+) -> Generator[Progress, None, SAE]:
     """Train one SAE on z of `rows` at `cfg.site`; yields after every model pass and every step, returns the saved SAE.
 
     Everything it needs to go on is in `folder`: called again after any interruption it ends with the same weights, bit
-    for bit on the CPU. Closing the generator writes a checkpoint first. The SAE is in `folder/sae`.
+    for bit on the CPU. Closing the generator writes a checkpoint first. Named caches are folders in `caches`.
     """
-    from sae_core.lens import resolve_dtype
-
-    # ---- what is fixed for the run ----
-    layer, device = cfg.site.layer, lens.device
-    lens.check_layer(layer)
-    d_in = lens.info.n_heads * lens.info.d_head
-    facts = folder / "run.json"
-    if not facts.exists():  # a resumed run keeps the precisions it began with, whatever a new probe would say
-        folder.mkdir(parents=True, exist_ok=True)
-        chosen = {name: str(resolve_dtype(getattr(cfg, name), device)) for name in ("model_dtype", "step_dtype")}
-        facts.write_text(json.dumps(chosen))
-    model_dtype, step_dtype = (getattr(torch, name.removeprefix("torch.")) for name in json.loads(facts.read_text()).values())
-
-    context = rows.context
-    n_rows = min(cfg.rows.tokens // context, len(rows.train))
-    pool_rows = min(max(cfg.pool_tokens // context, 1), n_rows)
-    steps_per_pool = [
-        cfg.passes * (min(pool_rows, n_rows - first) * (context - 1) // cfg.batch) for first in range(0, n_rows, pool_rows)
-    ]
-    total = sum(steps_per_pool)
-    if total == 0:
-        raise EmptyCorpus(
-            f"The corpus gives {n_rows * context} tokens, less than one batch of {cfg.batch}; add text or lower the batch.",
-            field="corpus",
-        )
-    dead_tokens = cfg.dead_tokens or min(10_000_000, max(total * cfg.batch // 20, 8 * cfg.batch))
-
-    # ---- where we are ----
-    trainer = Trainer(cfg, d_in, device, step_dtype)
-    saved = checkpoint.newest(folder / "checkpoints")
-    if saved:
-        trainer.load(saved)
-
-    # ---- pool by pool: collect, then train on it `passes` times in a fresh order each time ----
-    scaling: Scaling | None = None
-    clock: deque[float] = deque([time.monotonic()], maxlen=16)
-    first_step = 0
-    for index, first in enumerate(range(0, n_rows, pool_rows)):
-        last_step = first_step + steps_per_pool[index]
-        pool = Pool(folder / f"pool-{index:04d}.npy")
-        final = index == len(steps_per_pool) - 1
-        if trainer.steps_done >= last_step and index > 0 and not final:
-            first_step = last_step
-            continue
-        if not pool.complete:
-            part = rows.train[first : min(first + pool_rows, n_rows)]
-            for report in pool.collect(lens, part, first, layer, model_dtype, cfg.collect_rows):
-                yield Progress(report.phase, report.done, n_rows * context, rate=report.rate)
-        z = pool.tensor()
-        scaling = scaling or _scaling(folder / "scaling.json", z, cfg.sink_norm)
-        valid = _valid(z, scaling.max_norm)
-        flat, mean = z.view(-1, d_in), _mean(z.view(-1, d_in), valid) * scaling.scale
-        if trainer.steps_done == 0:
-            trainer.b_dec.copy_(mean)
-
-        per_pass = steps_per_pool[index] // cfg.passes
-        order: tuple[int, Tensor] | None = None
-        try:
-            for step in range(max(first_step, trainer.steps_done), last_step):
-                which, at = divmod(step - first_step, per_pass)
-                if order is None or order[0] != which:
-                    generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + index) * 1_009 + which)
-                    order = (which, valid[torch.randperm(len(valid), generator=generator)])
-                picked = torch.arange(at * cfg.batch, (at + 1) * cfg.batch) % len(valid)
-                x = flat[order[1][picked]].to(device).float() * scaling.scale
-
-                stats = trainer.step(x, mean, _lr(cfg, step, total), _k(cfg, step, total), dead_tokens)
-
-                clock.append(time.monotonic())
-                values = {}
-                if step % REPORT_STEPS == 0 or step == total - 1:
-                    dead = float((trainer.silent >= dead_tokens).float().mean())
-                    values = {"loss": stats.fvu + cfg.aux_coef * stats.aux, "fvu": stats.fvu, "l0": stats.l0, "dead": dead}
-                if trainer.steps_done % cfg.checkpoint_steps == 0 or trainer.steps_done == total:
-                    checkpoint.save(folder / "checkpoints", trainer.state())
-                rate = (len(clock) - 1) * cfg.batch / max(clock[-1] - clock[0], 1e-9)
-                yield Progress("train", (step + 1) * cfg.batch, total * cfg.batch, rate=rate, values=values, step=step + 1)
-        except GeneratorExit:
-            checkpoint.save(folder / "checkpoints", trainer.state())
-            raise
-        first_step = last_step
-        if not final:
-            pool.delete()
-
-    # ---- calibrate, fold, save ----
-    assert scaling is not None  # total > 0, so the last pool was opened
-    theta = _calibrate(trainer, flat, valid, scaling.scale, cfg.k)
-    sae = _fold(trainer, theta, scaling, cfg, lens)
-    save_sae(sae, folder / "sae")
+    (sae,) = yield from train_many([cfg], lens, rows, folder, caches, ranks)
     return sae
 
 
-def _lr(cfg: TrainConfig, step: int, total: int) -> float:
-    """Linear rise over the first `warmup` of the steps, flat, linear fall to 0 over the last `decay` of them."""
-    rise = (step + 1) / max(cfg.warmup * total, 1.0)
-    fall = (total - step) / max(cfg.decay * total, 1.0)
-    return cfg.lr * min(1.0, rise, fall)
+def train_many(
+    cfgs: Sequence[TrainConfig], lens: "Lens", rows: Rows, folder: Path, caches: Path | None = None, ranks: Ranks = ALONE
+) -> Generator[Progress, None, list[SAE]]:
+    """`train` for several SAEs on one stream of activations: the configs must agree in what is read (`STREAM`).
+
+    Progress in `train` counts the tokens of all runs together and says whose values it brings.
+    """
+    # ---- what is fixed for the run: refused here, if at all, before anything is read ----
+    for name in STREAM:
+        if len({repr(getattr(cfg, name)) for cfg in cfgs}) > 1:
+            raise UsageError(f"Runs on one stream of activations must agree in {name}.", field=name)
+    for cfg in cfgs:
+        lens.check_layer(cfg.site.layer)
+        cfg.check_width(lens.info.n_heads * lens.info.d_head)
+    stream = _Stream(cfgs[0], lens, rows, folder, caches)
+    dtypes = _dtypes(cfgs, lens, folder / "run.json", stream)
+    runs = [_Run(cfg, i, lens, stream, folder, dtypes[i + 1], ranks) for i, cfg in enumerate(cfgs)]
+    if ranks.rank == 0:
+        stream.store.claim(about(lens, rows, cfgs[0], dtypes[0]))
+
+    # ---- pool by pool: collect for every layer, then train each SAE on it ----
+    for index in range(len(stream.starts)):
+        waiting = [run for run in runs if run.needs(index)]
+        layers = sorted({run.cfg.site.layer for run in waiting})
+        if ranks.rank == 0:
+            yield from stream.collect(index, layers, dtypes[0])
+        ranks.wait()
+        for layer in layers:
+            read = _Read(stream.store.pool(layer, index).tensor())
+            for run in waiting:
+                if run.cfg.site.layer == layer:
+                    for report in run.train_on(read, index):
+                        yield _of_all(report, runs, run)
+        ranks.wait()
+        if ranks.rank == 0 and index < len(stream.starts) - 1 and stream.own:
+            for layer in layers:
+                stream.store.pool(layer, index).delete()
+    return [load_sae(made_by(folder, run.index), lens.device) for run in runs]
+
+
+def made_by(folder: Path, index: int) -> Path:
+    """Where the SAE of a run's number `index` is saved."""
+    return folder / "runs" / f"{index:03d}" / "sae"
+
+
+def activations_of(cfg: TrainConfig, folder: Path, caches: Path | None) -> Path:
+    """Where a run in `folder` keeps the activations it reads."""
+    return folder / ACTIVATIONS if cfg.cache is None else (caches or folder.parent) / cfg.cache
+
+
+class _Stream:
+    """The activations that all runs read, pool by pool."""
+
+    def __init__(self, cfg: TrainConfig, lens: "Lens", rows: Rows, folder: Path, caches: Path | None) -> None:
+        self.cfg, self.lens, self.rows, self.own = cfg, lens, rows, cfg.cache is None
+        self.store = Store(activations_of(cfg, folder, caches))
+        self.n_rows = min(cfg.rows.tokens // rows.context, len(rows.train))
+        self.pool_rows = min(max(cfg.pool_tokens // rows.context, 1), max(self.n_rows, 1))
+        self.starts = range(0, self.n_rows, self.pool_rows)
+
+    def rows_in(self, index: int) -> int:
+        """Rows in a pool."""
+        return min(self.pool_rows, self.n_rows - self.starts[index])
+
+    def collect(self, index: int, layers: Sequence[int], dtype: torch.dtype) -> Iterator[Progress]:
+        """Fill a pool for the layers that lack it."""
+        first = self.starts[index]
+        part = self.rows.train[first : first + self.rows_in(index)]
+        total = self.n_rows * self.rows.context
+        for report in self.store.collect(self.lens, part, first, layers, index, dtype, self.cfg.collect_rows):
+            yield Progress(report.phase, report.done, total, rate=report.rate)
+
+
+def _dtypes(cfgs: Sequence[TrainConfig], lens: "Lens", path: Path, stream: _Stream) -> list[torch.dtype]:
+    """Precision of the model pass, then of each run's step. A resumed run keeps those it began with, whatever a new probe
+    would say, and a run that reads a cache takes the cache's."""
+    from sae_core.lens import resolve_dtype
+
+    if not path.exists():
+        chosen = [resolve_dtype(cfgs[0].model_dtype, lens.device), *(resolve_dtype(c.step_dtype, lens.device) for c in cfgs)]
+        names = [str(dtype).removeprefix("torch.") for dtype in chosen]
+        held = stream.store.folder / "about.json"
+        if cfgs[0].model_dtype == "auto" and held.exists():
+            names[0] = json.loads(held.read_text())["dtype"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".aside")
+        aside.write_text(json.dumps(names))
+        aside.rename(path)
+    return [getattr(torch, name) for name in json.loads(path.read_text())]
+
+
+class _Read:
+    """A pool of one layer's z, and which of its positions are trained on."""
+
+    def __init__(self, z: Tensor) -> None:
+        self.z, self.flat = z, z.view(-1, z.shape[-1])
+        self._found: dict[tuple[float | None, bool], tuple[Tensor, Tensor]] = {}
+
+    def positions(self, max_norm: float | None, exclude_start: bool) -> tuple[Tensor, Tensor]:
+        """int64: flat indices of the positions to train on, and the mean z over them (fp64 sums), float32 [d_in]."""
+        key = (max_norm, exclude_start)
+        if key not in self._found:
+            limit = math.inf if max_norm is None else max_norm
+            keep = torch.cat([part.float().norm(dim=-1) <= limit for part in torch.split(self.z, 512)])
+            keep[:, 0] &= not exclude_start
+            valid = keep.view(-1).nonzero().squeeze(1)
+            sums = torch.stack([self.flat[part].double().sum(0) for part in torch.split(valid, 65_536)])
+            self._found[key] = valid, (sums.sum(0) / len(valid)).float()
+        return self._found[key]
+
+
+class _Run:
+    """One SAE of a stream: its place in the schedule and its folder."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        index: int,
+        lens: "Lens",
+        stream: _Stream,
+        folder: Path,
+        step_dtype: torch.dtype,
+        ranks: Ranks,
+    ) -> None:
+        self.cfg, self.index, self.lens, self.ranks, self.step_dtype = cfg, index, lens, ranks, step_dtype
+        self.folder = folder / "runs" / f"{index:03d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        in_row = stream.rows.context - int(cfg.exclude_start)
+        per_pool = [cfg.passes * (stream.rows_in(i) * in_row // cfg.batch) for i in range(len(stream.starts))]
+        self.bounds = [sum(per_pool[:i]) for i in range(len(per_pool) + 1)]
+        self.total = self.bounds[-1]
+        if self.total == 0:
+            raise EmptyCorpus(
+                f"The corpus gives {stream.n_rows * stream.rows.context} tokens, less than one batch of {cfg.batch}; "
+                "add text or lower the batch.",
+                field="corpus",
+            )
+        self.dead_tokens = cfg.dead_tokens or min(10_000_000, max(self.total * cfg.batch // 20, 8 * cfg.batch))
+        saved, self._notes = checkpoint.newest(self.folder / "checkpoints")  # drops what cannot be read
+        self.steps_done = saved.step if saved else 0
+        self.done = (self.folder / "sae" / "cfg.json").exists()
+
+    def needs(self, pool: int) -> bool:
+        """Whether there are steps to do on a pool; the last one calibrates too, the first one scales."""
+        if self.done:
+            return False
+        first = pool == 0 and not (self.folder / "scaling.json").exists()
+        return first or self.steps_done < self.bounds[pool + 1] or pool == len(self.bounds) - 2
+
+    def train_on(self, read: _Read, pool: int) -> Iterator[Progress]:
+        """The steps of one pool, from wherever they were left; after the last pool's the SAE is saved."""
+        cfg, lens, d_in = self.cfg, self.lens, read.flat.shape[-1]
+        scaling = _scaling(self.folder / "scaling.json", read.z, cfg)
+        valid, mean_z = read.positions(scaling.max_norm, cfg.exclude_start)
+        mean = mean_z.to(lens.device) * scaling.scale
+
+        def x_at(positions: Tensor) -> Tensor:
+            return read.flat[positions].to(lens.device).float() * scaling.scale
+
+        def draw(n: int, seed: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            return x_at(valid[torch.randint(len(valid), (n,), generator=generator)])
+
+        trainer = Trainer(cfg, d_in, lens.device, self.step_dtype, self.ranks)
+        saved, _ = checkpoint.newest(self.folder / "checkpoints")
+        while self._notes:
+            yield self._report(note=self._notes.pop(0))
+        if saved:
+            trainer.load(saved)
+        else:
+            sample = valid[:: max(len(valid) // SAMPLE_TOKENS, 1)][:SAMPLE_TOKENS]
+            trainer.recipe.begin(x_at(sample), mean)
+        curve = _Curve(self.folder / "metrics.jsonl", trainer.steps_done)
+
+        # ---- the steps: `passes` times over the pool, in a fresh order each time ----
+        start, end = self.bounds[pool], self.bounds[pool + 1]
+        per_pass = max((end - start) // cfg.passes, 1)
+        order: tuple[int, Tensor] | None = None
+        clock: deque[float] = deque([time.monotonic()], maxlen=16)
+        try:
+            for step in range(max(start, trainer.steps_done), end):
+                which, at = divmod(step - start, per_pass)
+                if order is None or order[0] != which:
+                    generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + pool) * 1_009 + which)
+                    order = (which, valid[torch.randperm(len(valid), generator=generator)])
+                picked = torch.arange(at * cfg.batch, (at + 1) * cfg.batch) % len(valid)
+                x = x_at(order[1][picked[self.ranks.part(cfg.batch)]])
+
+                k, l1 = _k(cfg, step, self.total), _l1(cfg, step, self.total)
+                rate = trainer.rate(step, self.total)
+                stats = trainer.step(x, mean, rate, k, self.dead_tokens, l1=l1, tokens=cfg.batch)
+                revived = trainer.count_firings(cfg.batch, draw)
+
+                self.steps_done = trainer.steps_done
+                clock.append(time.monotonic())
+                values = {}
+                if step % REPORT_STEPS == 0 or step == self.total - 1:
+                    values = self._values(stats, trainer)
+                    curve.add(step + 1, values | {"lr": rate, "k": k})
+                if trainer.steps_done % cfg.checkpoint_steps == 0 or trainer.steps_done == end:
+                    self._save(trainer)
+                speed = (len(clock) - 1) * cfg.batch / max(clock[-1] - clock[0], 1e-9)
+                said = f"Step {step + 1}: pointed {revived} dead features elsewhere." if revived else None
+                yield self._report(speed, values, said)
+        except GeneratorExit:
+            self._save(trainer)
+            raise
+
+        # ---- the end: calibrate, fold, save ----
+        if pool == len(self.bounds) - 2 and self.ranks.rank == 0:
+            tensors = trainer.recipe.tensors()
+            if trainer.recipe.calibrated:
+                tensors["threshold"] = torch.full_like(tensors["threshold"], _calibrate(tensors, x_at, valid, cfg.k))
+            save_sae(_fold(tensors, scaling, cfg, lens), self.folder / "sae")
+            self.done = True
+
+    def _values(self, stats: Stats, trainer: Trainer) -> dict[str, float]:
+        """The step's figures as numbers; raises Diverged where they are none."""
+        values = {name: float(value) for name, value in stats.values.items()}
+        if not math.isfinite(values["loss"]):
+            self._diverged(f"gave a loss of {values['loss']}")
+        return values | {"dead": float((trainer.silent >= self.dead_tokens).float().mean())}
+
+    def _save(self, trainer: Trainer) -> None:
+        """A checkpoint; never one of parameters that are no numbers."""
+        if not trainer.finite():
+            self._diverged("made parameters that are not finite")
+        if self.ranks.rank == 0:
+            checkpoint.save(self.folder / "checkpoints", trainer.state())
+
+    def _diverged(self, what: str) -> None:
+        kept = checkpoint.newest_step(self.folder / "checkpoints")
+        last = (
+            f"The last good checkpoint is step {kept}, in {self.folder / 'checkpoints'}" if kept else "No checkpoint was kept yet"
+        )
+        raise Diverged(
+            f"Training on {self.cfg.site.hook} {what} at step {self.steps_done}. {last}; lower lr, or train with "
+            "step_dtype float32."
+        )
+
+    def _report(self, rate: float = 0.0, values: dict[str, float] | None = None, note: str | None = None) -> Progress:
+        batch = self.cfg.batch
+        return Progress(
+            "train",
+            self.steps_done * batch,
+            self.total * batch,
+            rate=rate,
+            values=values or {},
+            step=self.steps_done if values else None,
+            note=note,
+        )
+
+
+def _of_all(report: Progress, runs: Sequence[_Run], run: _Run) -> Progress:
+    """A run's report as a report of all runs."""
+    if len(runs) == 1:
+        return report
+    done = sum(r.steps_done * r.cfg.batch for r in runs)
+    total = sum(r.total * r.cfg.batch for r in runs)
+    return Progress("train", done, total, "tokens", report.rate, report.values, report.step, run.index, report.note)
+
+
+class _Curve:
+    """`metrics.jsonl`: a line of figures per point. Lines after the step that a run goes on from are dropped."""
+
+    def __init__(self, path: Path, steps_done: int) -> None:
+        self._path = path
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= steps_done]
+            path.write_text("".join(f"{line}\n" for line in kept))
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """One line."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step} | values) + "\n")
 
 
 def _k(cfg: TrainConfig, step: int, total: int) -> float:
@@ -239,54 +352,53 @@ def _k(cfg: TrainConfig, step: int, total: int) -> float:
     return cfg.k * (1.0 + 3.0 * max(0.0, left))
 
 
-def _valid(z: Tensor, max_norm: float) -> Tensor:
-    """int64: flat indices of the positions to train on: no row starts, none beyond `max_norm`."""
-    keep = torch.cat([(part.float().norm(dim=-1) <= max_norm) for part in torch.split(z, 512)])
-    keep[:, 0] = False
-    return keep.view(-1).nonzero().squeeze(1)
+def _l1(cfg: TrainConfig, step: int, total: int) -> float:
+    """The penalty's share of its weight: from 0 to 1 over the first `l1_warmup` of the steps."""
+    return min(1.0, (step + 1) / max(cfg.l1_warmup * total, 1.0))
 
 
-def _mean(flat: Tensor, valid: Tensor) -> Tensor:
-    """Mean z over the valid positions (fp64 sums), as float32 [d_in]."""
-    sums = torch.stack([flat[part].double().sum(0) for part in torch.split(valid, 65_536)])
-    return (sums.sum(0) / len(valid)).float()
-
-
-def _scaling(path: Path, z: Tensor, sink_norm: float) -> Scaling:
+def _scaling(path: Path, z: Tensor, cfg: TrainConfig) -> Scaling:
     """Scale and norm limit, measured on the first pool once and kept on disk."""
     if not path.exists():
-        norms = torch.cat([part[:, 1:].float().norm(dim=-1).flatten() for part in torch.split(z, 512)])
-        max_norm = sink_norm * float(norms.median())
-        scale = math.sqrt(z.shape[-1]) / float(norms[norms <= max_norm].mean())
-        path.write_text(json.dumps({"scale": scale, "max_norm": max_norm}))
+        first = int(cfg.exclude_start)
+        norms = torch.cat([part[:, first:].float().norm(dim=-1).flatten() for part in torch.split(z, 512)])
+        max_norm = None if cfg.sink_norm is None else cfg.sink_norm * float(norms.median())
+        kept = norms if max_norm is None else norms[norms <= max_norm]
+        scale = math.sqrt(z.shape[-1]) / float(kept.mean()) if cfg.scaling else 1.0
+        aside = path.with_suffix(".aside")
+        aside.write_text(json.dumps({"scale": scale, "max_norm": max_norm}))
+        aside.rename(path)
     return Scaling(**json.loads(path.read_text()))
 
 
-def _calibrate(trainer: Trainer, flat: Tensor, valid: Tensor, scale: float, k: int) -> float:
-    """The threshold on x at which k features fire per token, on average over a fixed sample of training tokens."""
+def _calibrate(tensors: dict[str, Tensor], x_at: Callable[[Tensor], Tensor], valid: Tensor, k: int) -> float:
+    """The threshold on x at which k features fire per token, on average over a fixed sample of training tokens.
+
+    Found from the sample's largest entries alone: a bound below the answer from its first part cuts off the rest.
+    """
     sample = valid[:: max(len(valid) // CALIBRATION_TOKENS, 1)][:CALIBRATION_TOKENS]
-    weights, bias = trainer.W_enc_t.T.contiguous(), trainer.b_enc - trainer.b_dec @ trainer.W_enc_t.T
-    candidates, low = [], 0.5 * trainer.cut
+    bias = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
+    candidates: list[Tensor] = []
+    low = 0.0
     for part in torch.split(sample, 8192):
-        preacts = flat[part].to(bias.device).float() * scale @ weights + bias
+        preacts = x_at(part) @ tensors["W_enc"] + bias
+        if not candidates:
+            flat = preacts.flatten()
+            count = min(4 * k * len(part), len(flat) - 1)  # four times as many as wanted: surely below the answer
+            low = max(float(flat.kthvalue(len(flat) - count).values), 0.0)
         candidates.append(preacts[preacts > low])
     values, wanted = torch.cat(candidates), len(sample) * k
     return float(values.kthvalue(len(values) - wanted).values) if len(values) > wanted else low
 
 
-def _fold(trainer: Trainer, theta: float, scaling: Scaling, cfg: TrainConfig, lens: "Lens") -> SAE:
+def _fold(tensors: dict[str, Tensor], scaling: Scaling, cfg: TrainConfig, lens: "Lens") -> SAE:
     """The SAE on raw z: pre-activations, b_dec and thresholds divided by s, so that features are in units of z."""
     s, info = scaling.scale, lens.info
-    tensors = {
-        "W_enc": trainer.W_enc_t.T,
-        "b_enc": trainer.b_enc / s,
-        "W_dec": trainer.W_dec,
-        "b_dec": trainer.b_dec / s,
-        "threshold": torch.full((trainer.d_sae,), theta / s),
-    }
+    folded = tensors | {name: tensors[name] / s for name in ("b_enc", "b_dec", "threshold")}
+    d_in, d_sae = tensors["W_enc"].shape
     saved = SAEConfig(
-        arch=cfg.arch, d_in=trainer.d_in, d_sae=trainer.d_sae, k=cfg.k, n_heads=info.n_heads, d_head=info.d_head,
+        arch=cfg.arch, d_in=d_in, d_sae=d_sae, k=cfg.k, n_heads=info.n_heads, d_head=info.d_head,
         site=cfg.site, model=info.name, model_fingerprint=info.fingerprint, processing=info.processing,
-        scale=s, max_norm=scaling.max_norm, context=cfg.rows.context, train=cfg,
+        scale=s, max_norm=scaling.max_norm, exclude_start=cfg.exclude_start, context=cfg.rows.context, train=cfg,
     )  # fmt: skip
-    return ARCHITECTURES[cfg.arch](saved, tensors).to(lens.device)
+    return ARCHITECTURES[cfg.arch](saved, folded).to(lens.device)

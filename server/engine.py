@@ -129,7 +129,7 @@ def answer(lens: Lens, sae: SAE, tokens: list[int], question: LiveQuestion) -> L
     w, bias = sae.affine(feature)
     z, excluded = read.z[0], sae.excluded(read.z)[0]
     preacts = z @ w[0] + bias[0]  # [pos]
-    acts = sae.activate(preacts[:, None], feature)[:, 0].masked_fill(excluded, 0.0)
+    acts = sae.activate(preacts[:, None], feature, sae.least(z))[:, 0].masked_fill(excluded, 0.0)
     dest = question.dest
     if dest is None:
         dest = int(preacts.masked_fill(excluded, -torch.inf).argmax()) if not excluded.all() else len(tokens) - 1

@@ -7,7 +7,8 @@ What happens to a training job, top to bottom:
     publish    move the SAE to <data>/saes/<name>, write its row
     follow     queue the config's harvests; each replaces the one before
 
-and to a harvest: scan (a step per shard), choose, visit (a step per part), features, write (a step per part), publish.
+A sweep trains many SAEs in one such step, then evaluates and publishes one after the other. And what happens to a
+harvest: scan (a step per shard), choose, visit (a step per part), features, write (a step per part), publish.
 
 Steps run at least once, their effects appear once: every write checks in its own transaction that this attempt still owns
 the job (`Fenced` otherwise), files are written aside and renamed, rows are found by job id. A worker's name is a slot with
@@ -37,14 +38,14 @@ from sqlalchemy.orm import Session
 from sae_core import harvest as sweep
 from sae_core import machine
 from sae_core.activations import Activations
-from sae_core.config import HarvestJob, TrainConfig
+from sae_core.config import HarvestJob, SweepConfig, TrainConfig
 from sae_core.corpus import Rows, prepare_rows
 from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SAEMismatch, SlotTaken
 from sae_core.evaluate import evaluate
 from sae_core.lens import Lens, load_lens
 from sae_core.progress import Progress
 from sae_core.saes import SAE, load_sae
-from sae_core.train import train
+from sae_core.train import activations_of, made_by, train, train_many
 from server import doctor, estimates, jobs
 from server.db import Database
 from server.downloads import sha256_of
@@ -52,6 +53,7 @@ from server.settings import Settings
 from server.store import harvests, registry
 from server.store import jobs as store
 from server.store.jobs import JobRecord
+from server.store.sweeps import run_names
 
 log = logging.getLogger("headscope.worker")
 R = TypeVar("R")
@@ -96,7 +98,7 @@ class Run:
         self._phase: str | None = None
         self._said: set[str] = set()
         self._stored = 0.0
-        self._points: dict[int, dict[str, float]] = {}
+        self._points: dict[int, dict[int, dict[str, float]]] = {}  # by training run, by step
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -160,8 +162,11 @@ class Run:
 
     def report(self, progress: Progress) -> None:
         """Store progress, at most every few seconds but always when a phase begins."""
+        if progress.note:
+            self.say(progress.note)
         if progress.values and progress.step is not None:
-            self._points[progress.step] = dict(progress.values) | {"rate": progress.rate}
+            of_run = self._points.setdefault(progress.run or 0, {})
+            of_run[progress.step] = dict(progress.values) | {"rate": progress.rate}
         left, begins = self.clock.at(progress), progress.phase != self._phase
         if not begins and time.monotonic() - self._stored < REPORT_SECONDS:
             return
@@ -176,7 +181,8 @@ class Run:
     def _flush(self) -> None:
         if self._points:
             with self.worker.db.write() as session:
-                store.add_points(session, self.id, self.attempt, list(self._points.items()))
+                for index, points in self._points.items():
+                    store.add_points(session, self.id, self.attempt, list(points.items()), run=index)
             self._points.clear()
 
     def finish(self) -> None:
@@ -225,11 +231,10 @@ def no_room(settings: Settings) -> DiskFull:
 def train_job(run: Run) -> None:
     """A training run, from text to an SAE in the store and its harvests in the queue."""
     cfg, name = TrainConfig.model_validate(run.job.config), jobs.sae_name(run.id)
-    home = run.worker.settings.data / "saes" / name
 
     run.step("train", lambda: _train(run, cfg))
     metrics = run.step("evaluate", lambda: _evaluate(run, cfg))
-    run.step("publish", lambda: _publish_sae(run, cfg, name, home, metrics))
+    run.step("publish", lambda: _publish_sae(run, cfg, name, metrics))
     run.step("follow", lambda: _follow(run, cfg, name))
 
 
@@ -240,22 +245,24 @@ def _train(run: Run, cfg: TrainConfig) -> None:
     need = doctor.needs(cfg, _shape(lens), run.worker.speed).disk
     doctor.need_room(run.worker.settings.data, need - _size(run.folder))
     rows = _rows(run, lens, cfg.corpus, cfg)
-    run.follow(train(cfg, lens, rows, run.folder))
+    run.follow(train(cfg, lens, rows, run.folder, caches(run.worker.settings.data)))
 
 
-def _evaluate(run: Run, cfg: TrainConfig) -> dict[str, Any]:
+def _evaluate(run: Run, cfg: TrainConfig, index: int = 0, of: int = 1) -> dict[str, Any]:
     lens = _lens(run, cfg.model)
     expected = estimates.train_seconds(cfg, _shape(lens), run.worker.speed)
     if not run.clock.expected:
-        run.clock = estimates.Clock({name: expected[name] for name in ("evaluate", "harvests")})
+        run.clock = estimates.Clock({name: of * expected[name] for name in ("evaluate", "harvests")})
     rows = _rows(run, lens, cfg.corpus, cfg)
-    sae = load_sae(run.folder / "sae", lens.device)
-    found = run.follow(evaluate(lens, sae, rows, Activations.open(run.folder)))
+    sae = load_sae(made_by(run.folder, index), lens.device)
+    store = activations_of(cfg, run.folder, caches(run.worker.settings.data))
+    reports = evaluate(lens, sae, rows, Activations.open(store, cfg.site.layer))
+    found = run.follow(_among(reports, index, of))
     return found.model_dump(mode="json")
 
 
-def _publish_sae(run: Run, cfg: TrainConfig, name: str, home: Path, metrics: dict[str, Any]) -> None:
-    made = run.folder / "sae"
+def _publish_sae(run: Run, cfg: TrainConfig, name: str, metrics: dict[str, Any], index: int = 0) -> None:
+    home, made = run.worker.settings.data / "saes" / name, made_by(run.folder, index)
     home.parent.mkdir(parents=True, exist_ok=True)
     if made.exists():  # else it was moved before a crash
         shutil.rmtree(home, ignore_errors=True)
@@ -265,6 +272,7 @@ def _publish_sae(run: Run, cfg: TrainConfig, name: str, home: Path, metrics: dic
         registry.upsert_sae(
             session,
             job_id=run.id,
+            run=index,
             name=name,
             model_id=registry.model(session, cfg.model).id,
             config=sae.cfg,
@@ -282,6 +290,38 @@ def _follow(run: Run, cfg: TrainConfig, name: str) -> None:
         seconds = estimates.harvest_seconds(config, cfg, model, run.worker.speed, cached=True) if model else {}
         run.worker.jobs.enqueue_harvest(job, parent=run.id, seconds_left=sum(seconds.values()) or None)
     shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- sweep job
+
+
+def sweep_job(run: Run) -> None:
+    """Many training runs on one stream of activations: all are trained, then each is evaluated and published."""
+    cfg = SweepConfig.model_validate(run.job.config)
+    runs = cfg.runs(run.step("train", lambda: _train_sweep(run, cfg)))
+    names = run_names(run.id, cfg, runs)
+    for index, (one, name) in enumerate(zip(runs, names, strict=True)):
+        metrics = run.step(f"evaluate {index}", partial(_evaluate, run, one, index, len(runs)))
+        run.step(f"publish {index}", partial(_publish_sae, run, one, name, metrics, index))
+    for index, (one, name) in enumerate(zip(runs, names, strict=True)):
+        run.step(f"follow {index}", partial(_follow, run, one, name))
+    shutil.rmtree(run.folder / "runs", ignore_errors=True)
+
+
+def _train_sweep(run: Run, cfg: SweepConfig) -> int:
+    """Train every run; how many layers the model has, which says what the runs are."""
+    lens = _lens(run, cfg.base.model)
+    runs, shape, speed = cfg.runs(lens.info.n_layers), _shape(lens), run.worker.speed
+    for one in runs:
+        lens.check_layer(one.site.layer)
+        one.check_width(lens.info.d_in)
+    run.clock = estimates.Clock(estimates.sweep_seconds(runs, shape, speed))
+    need = doctor.sweep_needs(runs, shape, speed).disk
+    doctor.need_room(run.worker.settings.data, need - _size(run.folder))
+    rows = _rows(run, lens, cfg.base.corpus, cfg.base)
+    run.say(f"{len(runs)} SAEs are trained on one stream of activations.")
+    run.follow(train_many(runs, lens, rows, run.folder, caches(run.worker.settings.data)))
+    return lens.info.n_layers
 
 
 # ----------------------------------------------------------------------------------------------------------- harvest job
@@ -328,7 +368,9 @@ class _Hands:
         train = self.record.config.train
         parent = worker.settings.data / "jobs" / (self.record.job_id or "none")
         same_rows = train is not None and train.corpus == cfg.corpus and train.rows == cfg.rows
-        self.activations = Activations.open(parent) if same_rows else None
+        self.activations = None
+        if train is not None and same_rows:
+            self.activations = Activations.open(activations_of(train, parent, caches(worker.settings.data)), train.site.layer)
         if train is not None:
             expected = estimates.harvest_seconds(
                 cfg.harvest, train, _shape(self.lens), worker.speed, cached=self.activations is not None
@@ -414,6 +456,17 @@ def _within(reports: Generator[Progress, None, R], before: int, total: int) -> G
         yield replace(report, done=before + report.done, total=total)
 
 
+def _among(reports: Generator[Progress, None, R], index: int, of: int) -> Generator[Progress, None, R]:
+    """The reports of one of so many equal parts as reports of the whole."""
+    while True:
+        try:
+            report = next(reports)
+        except StopIteration as end:
+            value: R = end.value
+            return value
+        yield replace(report, done=index * report.total + report.done, total=of * report.total)
+
+
 # ------------------------------------------------------------------------------------------------------ what both need
 
 
@@ -437,6 +490,11 @@ def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob) -> R
             folder=run.worker.settings.data / "rows",
         )
     )
+
+
+def caches(data: Path) -> Path:
+    """Where activation caches that have a name are."""
+    return data / "activations"
 
 
 def _size(folder: Path) -> int:
@@ -645,6 +703,13 @@ def train_workflow(job_id: str) -> str:
     """DBOS's entry to `train_job`."""
     assert _worker is not None
     return _worker.work(job_id, train_job)
+
+
+@DBOS.workflow(name="sweep", max_recovery_attempts=None)
+def sweep_workflow(job_id: str) -> str:
+    """DBOS's entry to `sweep_job`."""
+    assert _worker is not None
+    return _worker.work(job_id, sweep_job)
 
 
 @DBOS.workflow(name="harvest", max_recovery_attempts=None)

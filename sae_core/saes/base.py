@@ -4,16 +4,16 @@ Equations (z [..., d_in] is the concatenated head outputs before W_O; nothing is
 scale s is folded in at save):
 
     preact = (z - b_dec) W_enc + b_enc          [..., d_sae]
-    f      = activate(preact)                   the architecture's rule
+    f      = preact where preact > threshold, else 0        (topk: where it is among the token's k largest as well)
     z_hat  = f W_dec + b_dec                    [..., d_in], rows of W_dec have unit norm
 
-so for one feature, preact_f = w_f . z + c_f with w_f = W_enc[:, f] and c_f = b_enc[f] - w_f . b_dec. That affine map is
+Every architecture comes down to these five tensors: they differ in how they are trained and in what their thresholds are.
+For one feature, preact_f = w_f . z + c_f with w_f = W_enc[:, f] and c_f = b_enc[f] - w_f . b_dec. That affine map is
 all that attribution needs (Kissane et al. 2024, section 3).
 """
 
 import hashlib
 import json
-from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,8 +41,8 @@ class SparseActs(NamedTuple):
     """float32 [nnz], > 0."""
 
 
-class SAE(nn.Module, ABC):
-    """A trained SAE, for inference on raw z. Subclasses give `activate`."""
+class SAE(nn.Module):
+    """A trained SAE, for inference on raw z."""
 
     W_enc: Tensor
     """[d_in, d_sae]"""
@@ -61,9 +61,16 @@ class SAE(nn.Module, ABC):
         for name in shapes(cfg):
             self.register_buffer(name, tensors[name].to(torch.float32).contiguous())
 
-    @abstractmethod
-    def activate(self, preacts: Tensor, features: Tensor) -> Tensor:
-        """Activations [..., n] of chosen `features` [n] from their pre-activations [..., n]."""
+    def least(self, z: Tensor, preacts: Tensor | None = None) -> Tensor | None:  # noqa: ARG002 - `topk` reads them
+        """What a pre-activation must exceed besides its feature's threshold: [..., 1] for z [..., d_in] (and its
+        pre-activations [..., d_sae], where they are known). None where a feature is on or off whatever the others do,
+        which is everywhere but in `topk`."""
+        return None
+
+    def activate(self, preacts: Tensor, features: Tensor, least: Tensor | None = None) -> Tensor:
+        """Activations [..., n] of chosen `features` [n] from their pre-activations [..., n] and their tokens' `least`."""
+        floor = self.threshold[features]
+        return preacts * (preacts > (floor if least is None else torch.maximum(floor, least)))
 
     def preacts(self, z: Tensor) -> Tensor:
         """Pre-activations [..., d_sae] of z [..., d_in]."""
@@ -71,13 +78,16 @@ class SAE(nn.Module, ABC):
 
     def encode(self, z: Tensor) -> Tensor:
         """Activations [..., d_sae] of z [..., d_in], dense."""
-        return self.activate(self.preacts(z), torch.arange(self.cfg.d_sae, device=z.device))
+        preacts = self.preacts(z)
+        return self.activate(preacts, torch.arange(self.cfg.d_sae, device=z.device), self.least(z, preacts))
 
     def encode_sparse(self, z: Tensor) -> SparseActs:
-        """The nonzero activations of z [n, d_in]."""
-        acts = self.encode(z)
-        token, feature = acts.nonzero(as_tuple=True)
-        return SparseActs(token, feature, acts[token, feature])
+        """The nonzero activations of z [n, d_in], without the dense product that `activate` would write."""
+        preacts = self.preacts(z)
+        least = self.least(z, preacts)
+        on = preacts > (self.threshold if least is None else torch.maximum(self.threshold, least))
+        token, feature = on.nonzero(as_tuple=True)
+        return SparseActs(token, feature, preacts[token, feature])
 
     def decode(self, f: Tensor) -> Tensor:
         """Reconstruction [..., d_in] of activations [..., d_sae]."""
@@ -95,10 +105,11 @@ class SAE(nn.Module, ABC):
     def excluded(self, z: Tensor) -> Tensor:
         """bool [batch, pos]: positions of rows z [batch, pos, d_in] that are no destinations (they stay sources).
 
-        Each row's start, and positions whose |z| is beyond what training saw (attention sinks and their like).
+        Each row's start, and positions whose |z| is beyond what training saw (attention sinks and their like), where
+        training left them out.
         """
         mask = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
-        mask[:, 0] = True
+        mask[:, 0] = self.cfg.exclude_start
         return mask if self.cfg.max_norm is None else mask | (z.float().norm(dim=-1) > self.cfg.max_norm)
 
 
@@ -132,7 +143,8 @@ def load_sae(folder: Path, device: str | torch.device = "cpu") -> SAE:
 
     try:
         cfg = SAEConfig.model_validate_json((folder / CONFIG).read_text())
-        tensors = load_file(folder / WEIGHTS)
+        # cloned: `load_file` maps the file, and a mapped file that somebody cuts short takes the process down
+        tensors = {name: tensor.clone() for name, tensor in load_file(folder / WEIGHTS).items()}
     except FileNotFoundError as error:
         raise UnreadableSAE(f"{error.filename} is missing; an SAE is a folder with {CONFIG} and {WEIGHTS}.") from error
     except ValidationError as error:

@@ -2,24 +2,44 @@
 
 training   preact = (x - b_dec) W_enc + b_enc,  x = s z
            f = preact where it is among the n k largest positive ones of the batch, else 0
+           loss as in `topk.py`
 inference  f = preact where preact > theta, else 0: the batch's cut replaced by its calibrated value, so that
            a token's activations do not depend on its neighbours in the batch
 """
 
+import torch
 from torch import Tensor
 
-from sae_core.saes.base import SAE, SparseActs
+from sae_core import sparse
+from sae_core.config import TrainConfig
+from sae_core.ranks import Ranks
+from sae_core.saes.base import SAE
+from sae_core.saes.recipe import batch_size
+from sae_core.saes.topk import TopKRecipe
+from sae_core.sparse import Code
 
 
 class BatchTopKSAE(SAE):
     """A BatchTopK SAE with its threshold for inference."""
 
-    def activate(self, preacts: Tensor, features: Tensor) -> Tensor:
-        """preact where it exceeds the feature's threshold, else 0."""
-        return preacts * (preacts > self.threshold[features])
 
-    def encode_sparse(self, z: Tensor) -> SparseActs:
-        """The nonzero activations of z [n, d_in], without the dense product that `activate` would write."""
-        preacts = self.preacts(z)
-        token, feature = (preacts > self.threshold).nonzero(as_tuple=True)
-        return SparseActs(token, feature, preacts[token, feature])
+class BatchTopKRecipe(TopKRecipe):
+    """Training with a cut that the whole batch shares."""
+
+    calibrated = True
+
+    def __init__(self, cfg: TrainConfig, d_in: int, device: torch.device, step_dtype: torch.dtype) -> None:
+        super().__init__(cfg, d_in, device, step_dtype)
+        self.facts["cut"] = 0.0  # smallest value kept in the last batch
+
+    def select(self, preacts: Tensor, k: float, ranks: Ranks) -> Code:
+        """The largest n k of the batch, over all ranks."""
+        count = int(batch_size(preacts, ranks) * k)
+        code, cut = sparse.batch_top_k(preacts, count, self.facts["cut"])
+        if ranks.size > 1:  # each rank has its own largest `count`, the batch's are among them
+            values = ranks.gather(code.value)
+            cut = float(values.kthvalue(len(values) - count + 1).values) if len(values) > count else float(values.min())
+            kept = code.value >= cut
+            code = Code(code.token[kept], code.feature[kept], code.value[kept], code.n)
+        self.facts["cut"] = cut
+        return code

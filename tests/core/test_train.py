@@ -26,6 +26,7 @@ class KnownDictionary:
     """Stands where a Lens would: z of a token is a fixed sparse sum of known unit atoms; position 3 is a sink."""
 
     info = SimpleNamespace(n_heads=2, d_head=8, name="known", fingerprint="f", processing={"folded": False})
+    tokenizer_fingerprint = "t"
     device = torch.device("cpu")
 
     def __init__(self, vocab: int = 4000) -> None:
@@ -37,19 +38,19 @@ class KnownDictionary:
         self.passes = 0
 
     def check_layer(self, layer: int) -> None:
-        assert layer == 0
+        assert layer in (0, 1)
 
     def read_z(self, tokens: Tensor, layers: Sequence[int], dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:
         self.passes += 1
         z = self.table[tokens].clone()
         z[:, 3] *= 1000  # an attention sink
-        return {layers[0]: z.to(dtype)}
+        return {layer: (z * (1 + layer)).to(dtype) for layer in layers}
 
 
 @pytest.fixture
 def rows() -> Any:
     tokens = np.random.default_rng(0).integers(0, 4000, (600, CONTEXT)).astype(np.int32)
-    return SimpleNamespace(train=tokens, heldout=tokens[:8], context=CONTEXT)
+    return SimpleNamespace(train=tokens, heldout=tokens[:8], context=CONTEXT, row_start=0, fingerprint="r")
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -130,9 +131,9 @@ def test_a_run_killed_between_checkpoints_ends_with_the_same_weights(rows: Any, 
     generator = train(config(), KnownDictionary(), rows, tmp_path / "killed")  # type: ignore[arg-type]
     for _ in range(12 + 25):
         next(generator)
-    kept = sorted((tmp_path / "killed/checkpoints").iterdir())
+    kept = sorted((tmp_path / "killed/runs/000/checkpoints").iterdir())
     generator.close()  # writes one more checkpoint, which a kill would not have written
-    (newest,) = set((tmp_path / "killed/checkpoints").iterdir()) - set(kept)
+    (newest,) = set((tmp_path / "killed/runs/000/checkpoints").iterdir()) - set(kept)
     (newest / "state.safetensors").write_bytes(b"torn")
     _, resumed = run(config(), KnownDictionary(), rows, tmp_path / "killed")
     assert same(whole, resumed)
@@ -159,7 +160,7 @@ def test_a_finished_run_called_again_gives_the_same_sae_without_a_model_pass(row
 def test_the_harvest_finds_the_collected_rows(rows: Any, tmp_path: Path) -> None:
     lens = KnownDictionary()
     run(config(), lens, rows, tmp_path)
-    activations = Activations.open(tmp_path)
+    activations = Activations.open(tmp_path / "activations", 0)
     assert activations is not None
     assert activations.n_rows == 600
     wanted = lens.read_z(torch.from_numpy(rows.train[95:230].astype(np.int64)), [0])[0]
@@ -186,7 +187,7 @@ def test_a_disk_without_room_for_the_pool_is_an_error_before_anything_is_collect
         with pytest.raises(OSError, match="No space left"):
             next(train(config(), lens, rows, tmp_path))  # type: ignore[arg-type]
     assert lens.passes == 0
-    assert not list(tmp_path.glob("pool-*.npy"))
+    assert not list(tmp_path.rglob("pool-*.npy"))
     _, resumed = run(config(), KnownDictionary(), rows, tmp_path)
     assert resumed is not None
 
@@ -200,11 +201,11 @@ def test_auxk_revives_features_that_died(rows: Any, tmp_path: Path) -> None:
         for _ in range(14):
             next(generator)
         generator.close()
-        saved = checkpoint.newest(tmp_path / name / "checkpoints")
+        saved, _ = checkpoint.newest(tmp_path / name / "runs/000/checkpoints")
         assert saved is not None
         saved.tensors["b_enc"][4:] = -2.0
         saved.tensors["silent"][4:] = 10**6
-        checkpoint.save(tmp_path / name / "checkpoints", saved)
+        checkpoint.save(tmp_path / name / "runs/000/checkpoints", saved)
         _, sae = run(cfg, KnownDictionary(), rows, tmp_path / name)
         assert sae is not None
         z = KnownDictionary().table
@@ -215,18 +216,18 @@ def test_auxk_revives_features_that_died(rows: Any, tmp_path: Path) -> None:
 def test_save_and_load_give_the_same_sae_and_damage_is_named(rows: Any, tmp_path: Path) -> None:
     _, sae = run(config(), KnownDictionary(), rows, tmp_path)
     assert sae is not None
-    assert same(sae, load_sae(tmp_path / "sae"))
+    assert same(sae, load_sae(tmp_path / "runs/000/sae"))
     with pytest.raises(UnreadableSAE, match=r"cfg\.json is missing"):
         load_sae(tmp_path / "nothing")
-    weights = tmp_path / "sae/sae.safetensors"
+    weights = tmp_path / "runs/000/sae/sae.safetensors"
     good = weights.read_bytes()
     weights.write_bytes(good[:100])
     with pytest.raises(UnreadableSAE, match="cannot be read"):
-        load_sae(tmp_path / "sae")
+        load_sae(tmp_path / "runs/000/sae")
     sae.W_dec[0, 0] = torch.nan
-    save_sae(sae, tmp_path / "sae")
+    save_sae(sae, tmp_path / "runs/000/sae")
     with pytest.raises(UnreadableSAE, match=r"W_dec .* not finite"):
-        load_sae(tmp_path / "sae")
-    (tmp_path / "sae/cfg.json").write_text("{}")
+        load_sae(tmp_path / "runs/000/sae")
+    (tmp_path / "runs/000/sae/cfg.json").write_text("{}")
     with pytest.raises(UnreadableSAE, match="not an SAE's config"):
-        load_sae(tmp_path / "sae")
+        load_sae(tmp_path / "runs/000/sae")
