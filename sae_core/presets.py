@@ -55,17 +55,4 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dead_frequency": dead,
     }
     for layer, (expansion, l1, dead) in GPT2.items()
-} | {
-    "kissane-gelu2l-l1": PUBLISHED
-    | {
-        "model": "NeelNanda/GELU_2L512W_C4_Code",
-        "corpus": "hf:NeelNanda/c4-code-20k",
-        "site": {"layer": 1},
-        "rows": {"tokens": 2_000_000_000},
-        "lr": 1e-3,
-        "expansion": 32,
-        "l1": 2.0,
-        "dead_frequency": 1e-7,
-        "resample_steps": 50_000,
-    },
 }
