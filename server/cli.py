@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, get_args
 
 import sqlalchemy as sa
 import typer
@@ -18,7 +18,18 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from sae_core.config import CorpusSource, HarvestConfig, HarvestJob, ModelSource, RowsConfig, Site, TrainConfig
+from sae_core.config import (
+    BELONGS,
+    Arch,
+    CorpusSource,
+    HarvestConfig,
+    HarvestJob,
+    ModelSource,
+    RowsConfig,
+    Site,
+    SweepConfig,
+    TrainConfig,
+)
 from sae_core.errors import (
     DatabaseAway,
     DataFolderNotWritable,
@@ -30,13 +41,14 @@ from sae_core.errors import (
     UnknownModel,
     UsageError,
 )
+from sae_core.presets import PRESETS
 from server import doctor as doctors
 from server import estimates, jobs, terminal, up
 from server.db import Database, sqlite_path
 from server.jobs import Jobs, slug
 from server.options import built, given, options, takes
 from server.settings import Settings
-from server.store import registry
+from server.store import registry, sweeps
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
@@ -130,35 +142,54 @@ def engine(data: Data = None, device: Device = None) -> None:
 # ------------------------------------------------------------------------------------------------------------------ jobs
 
 
-@app.command(
-    epilog="Examples: [bold]headscope train --model gpt2 --layer 5 --corpus hf:NeelNanda/pile-10k[/bold]; "
-    "[bold]headscope train --model ./llama.gguf --layer 9 --corpus ./texts --tokens 2000000 --expansion 16[/bold]"
-)
-@takes(
+OF_TRAIN = (
     options(RowsConfig, skip=("seed",)),
     {"rows_seed": options(RowsConfig, prefix="rows-")["rows_seed"]},
     options(TrainConfig, skip=("model", "corpus", "site", "rows", "harvests")),
     options(HarvestConfig, skip=("tokens",), prefix="harvest-"),
 )
+FLAGS = {"rows.": "", "rows.seed": "rows-seed", "site.": "", "harvests.": "harvest-", "base.": ""}
+"""How fields of inner configs are called on the command line."""
+
+Text = Annotated[str, typer.Option("--corpus", help="A registered name, a file or folder of text, or hf:<data set>.")]
+LanguageModel = Annotated[str, typer.Option("--model", help="A registered name, a hub name, a local folder or a .gguf file.")]
+Layers = Annotated[
+    str | None,
+    typer.Option("--layers", metavar="<int>,...|all", help="Several layers, an SAE each; one model pass reads them all."),
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", help="Published settings, such as kissane-gpt2-l5; options given here win.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A JSON file of a whole config; options given here win.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
+Watch = Annotated[bool, typer.Option("--watch", help="With a worker running: stay and show progress.")]
+HarvestTokens = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--harvest-tokens",
+        help="Tokens of a harvest after training; repeat it for several, each replaces the former; 0 for none.",
+    ),
+]
+
+
+@app.command(
+    epilog="Examples: [bold]headscope train --model gpt2 --layer 5 --corpus hf:NeelNanda/pile-10k[/bold]; "
+    "[bold]headscope train --model ./llama.gguf --layers 0,9,17 --corpus ./texts --tokens 2000000 --expansion 16[/bold]"
+)
+@takes(*OF_TRAIN)
 def train(
-    model: Annotated[str, typer.Option("--model", help="A registered name, a hub name, a local folder or a .gguf file.")] = "",
+    model: LanguageModel = "",
     layer: Annotated[int | None, typer.Option("--layer", help="Layer whose attention output is read, from 0.")] = None,
-    corpus: Annotated[str, typer.Option("--corpus", help="A registered name, a file or folder of text, or hf:<data set>.")] = "",
+    layers: Layers = None,
+    corpus: Text = "",
     name: Annotated[
         str | None, typer.Option("--name", help="Name of the SAE.", show_default="made of model, layer and config")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="A JSON file of a whole config; options given here win.")
-    ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")] = None,
-    harvest_tokens: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--harvest-tokens",
-            help="Tokens of a harvest after training; repeat it for several, each replaces the former; 0 for none.",
-        ),
-    ] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="With a worker running: stay and show progress.")] = False,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    revision: Revision = None,
+    harvest_tokens: HarvestTokens = None,
+    watch: Watch = False,
     data: Data = None,
     device: Device = None,
     **values: Any,
@@ -167,32 +198,53 @@ def train(
 
     With a worker running the job is queued for it; without one it runs here, and can be gone on with after Ctrl-C.
     """
-    settings = _settings(data=data, device=device)
-    raw = _config_file(config)
-    raw |= given(values, TrainConfig)
-    raw["rows"] = raw.get("rows", {}) | given({**values, "seed": values["rows_seed"]}, RowsConfig)
+    if layer is not None and layers is not None:
+        raise UsageError("--layer names one layer and --layers several; give one of them.", field="layers")
+    raw = _training(values, preset, config, harvest_tokens, model, corpus)
     if layer is not None:
         raw["site"] = {"layer": layer}
-    _harvests(raw, harvest_tokens, given(values, HarvestConfig, prefix="harvest-"))
-    wanted = (model or raw.get("model", ""), corpus or raw.get("corpus", ""))
-    if not wanted[0] or "site" not in raw or not wanted[1]:
-        raise UsageError("Say what to train on: --model, --layer and --corpus; `headscope train --help` has examples.")
-    built(TrainConfig, raw | {"model": "checked-later", "corpus": "checked-later"})
+    listed = given({"layers": layers}, SweepConfig)
+    _train(_settings(data=data, device=device), raw, listed, name=name, revision=revision, watch=watch)
 
-    with _opened(settings) as (settings, db):
-        _give_token(settings)
-        chosen_model, chosen_corpus = _find_model(db, wanted[0], revision), _find_corpus(db, wanted[1])
-        raw |= {"model": chosen_model.name, "corpus": chosen_corpus.name}
-        cfg = built(TrainConfig, raw)
-        queue = Jobs(settings, db)
-        if queue.worker_alive():
-            _register(db, chosen_model, chosen_corpus)
-            job_id = queue.enqueue_train(cfg, name=name)
-            _say(f"Queued {job_id}.")
-            if watch:
-                _end(db, _watch_here(db, job_id))
-            return
-        _train_here(settings, db, cfg, name, chosen_model, chosen_corpus)
+
+@app.command(
+    epilog="Example: [bold]headscope sweep --model gpt2 --corpus ./texts --layers 5,9 --archs relu,topk,batchtopk "
+    "--ks 16,32,64 --expansions 8,16[/bold]"
+)
+@takes(options(SweepConfig, skip=("base", "layers", "each")), *OF_TRAIN)
+def sweep(
+    model: LanguageModel = "",
+    layer: Annotated[int | None, typer.Option("--layer", help="The only layer; --layers names several.")] = None,
+    layers: Layers = None,
+    corpus: Text = "",
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--name", help="Name of the sweep, with which its SAEs' names begin.", show_default="made of model and config"
+        ),
+    ] = None,
+    preset: Preset = None,
+    config: ConfigFile = None,
+    revision: Revision = None,
+    harvest_tokens: HarvestTokens = None,
+    watch: Watch = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Train many SAEs on one stream of activations, every combination of what is listed, and compare them.
+
+    Each becomes an SAE of its own, evaluated; none is harvested unless --harvest-tokens asks for it.
+    """
+    if layer is not None and layers is not None:
+        raise UsageError("--layer names one layer and --layers several; give one of them.", field="layers")
+    raw = _training(values, preset, config, harvest_tokens or [0], model, corpus)
+    if layer is not None:
+        raw["site"] = {"layer": layer}
+    listed = given({**values, "layers": layers}, SweepConfig)
+    if not listed:
+        raise UsageError("Say what to vary: --layers, --archs, --ks, --expansions or --seeds; `headscope train` makes one SAE.")
+    _train(_settings(data=data, device=device), raw, listed, name=name, revision=revision, watch=watch)
 
 
 @app.command(epilog="Example: [bold]headscope harvest --sae gpt2-l5-1a2b3c --tokens 4000000[/bold]")
@@ -476,12 +528,65 @@ def _register(db: Database, model: _Found[ModelSource], corpus: _Found[CorpusSou
         registry.add_corpus(session, corpus.name, corpus.source)
 
 
+def _training(
+    values: dict[str, Any],
+    preset: str | None,
+    config: Path | None,
+    harvest_tokens: list[int] | None,
+    model: str,
+    corpus: str,
+) -> dict[str, Any]:
+    """The fields of a training config: of the preset, over them those of the config file, over them those of the options."""
+    chosen = _config_file(config) | given(values, TrainConfig)
+    raw = _preset(preset, chosen.get("arch")) | chosen
+    raw["rows"] = raw.get("rows", {}) | given({**values, "seed": values["rows_seed"]}, RowsConfig)
+    raw |= {key: value for key, value in (("model", model), ("corpus", corpus)) if value}
+    _harvests(raw, harvest_tokens, given(values, HarvestConfig, prefix="harvest-"))
+    return raw
+
+
+def _preset(name: str | None, arch: str | None) -> dict[str, Any]:
+    """A preset's fields; those that another architecture, asked for beside it, does not read are left out."""
+    if name is None:
+        return {}
+    if name not in PRESETS:
+        raise UsageError(f"There is no preset {name}; there are {', '.join(PRESETS)}.", field="preset")
+    fields = PRESETS[name]
+    return {key: value for key, value in fields.items() if arch is None or arch in BELONGS.get(key, (arch,))}
+
+
 def _harvests(raw: dict[str, Any], tokens: list[int] | None, shared: dict[str, Any]) -> None:
     """Put the harvests that the options ask for into the config."""
     if tokens is not None:
         raw["harvests"] = [{"tokens": n} for n in tokens if n]
     if shared:
         raw["harvests"] = [dict(one) | shared for one in raw.get("harvests", [{}])]
+
+
+def _config(raw: dict[str, Any], listed: dict[str, Any]) -> TrainConfig | SweepConfig:
+    """The config of one run or, where something is `listed`, of many.
+
+    What only some architectures read goes to these, when several are asked for: the others would refuse it.
+    """
+    if not listed:
+        return built(TrainConfig, raw, FLAGS)
+    archs = listed.get("archs", ())
+    each: dict[str, dict[str, Any]] = {}
+    if archs:
+        special = {name: raw[name] for name in BELONGS if name in raw}
+        for name in special:
+            if not set(BELONGS[name]) & set(archs):
+                flag = name.replace("_", "-")
+                raise UsageError(
+                    f"--{flag} is read by {' and '.join(BELONGS[name])} only, and --archs names none of them; leave it out.",
+                    field=flag,
+                )
+        own = {arch: {name: value for name, value in special.items() if arch in BELONGS[name]} for arch in archs}
+        each = {arch: fields for arch, fields in own.items() if fields}
+        raw = {name: value for name, value in raw.items() if name not in special}
+        raw["arch"] = next((arch for arch in archs if arch in get_args(Arch)), TrainConfig.model_fields["arch"].default)
+    base = built(TrainConfig, {"site": {"layer": 0}} | raw, FLAGS)
+    return built(SweepConfig, {"base": base, "each": each, **listed}, FLAGS)
 
 
 def _config_file(path: Path | None) -> dict[str, Any]:
@@ -496,27 +601,75 @@ def _config_file(path: Path | None) -> dict[str, Any]:
     return read
 
 
-# ---- running a job in this process ----
+# ---- training, here or in a worker ----
+
+
+def _train(
+    settings: Settings, raw: dict[str, Any], listed: dict[str, Any], *, name: str | None, revision: str | None, watch: bool
+) -> None:
+    """Queue what the options ask for, or do it here when no worker runs."""
+    wanted = (raw.get("model", ""), raw.get("corpus", ""))
+    if not wanted[0] or not wanted[1] or ("site" not in raw and "layers" not in listed):
+        raise UsageError("Say what to train on: --model, --layer and --corpus; `headscope train --help` has examples.")
+    _config(raw | {"model": "checked-later", "corpus": "checked-later"}, listed)
+
+    with _opened(settings) as (settings, db):
+        _give_token(settings)
+        model, corpus = _find_model(db, wanted[0], revision), _find_corpus(db, wanted[1])
+        cfg = _config(raw | {"model": model.name, "corpus": corpus.name}, listed)
+        queue = Jobs(settings, db)
+        if not queue.worker_alive():
+            _train_here(settings, db, cfg, name, model, corpus)
+            return
+        _register(db, model, corpus)
+        job_id = _enqueue(queue, cfg, name)
+        _say(f"Queued {job_id}.")
+        if watch:
+            _end(db, _watch_here(db, job_id))
+
+
+def _enqueue(queue: Jobs, cfg: TrainConfig | SweepConfig, name: str | None) -> str:
+    return queue.enqueue_train(cfg, name=name) if isinstance(cfg, TrainConfig) else queue.enqueue_sweep(cfg, name=name)
 
 
 def _train_here(
     settings: Settings,
     db: Database,
-    cfg: TrainConfig,
+    cfg: TrainConfig | SweepConfig,
     name: str | None,
     model: _Found[ModelSource],
     corpus: _Found[CorpusSource],
 ) -> None:
-    """Check everything that can be wrong before a line is written, then work until the SAE is published."""
+    """Check everything that can be wrong before a line is written, then work until every SAE is published."""
     doctors.need_worker_extra()
     _check_text(corpus.source)
+    with db.read() as session:
+        known = {m.name: m for m in registry.models(session)}
+    if model.name in known:
+        jobs.check_shape(known[model.name], _runs(cfg, known[model.name].n_layers or 1))
     lens = _load(settings, model.name, model.source)
-    lens.check_layer(cfg.site.layer)
-    shape = estimates.Shape(lens.info.d_model, lens.info.n_layers, lens.info.n_heads, lens.info.d_head, lens.info.d_vocab)
-    doctors.need_room(settings.data, doctors.needs(cfg, shape, estimates.UNKNOWN).disk)
+    info = lens.info
+    runs = _runs(cfg, info.n_layers)
+    for run in runs:
+        lens.check_layer(run.site.layer)
+        run.check_width(info.d_in)
+    shape = estimates.Shape(info.d_model, info.n_layers, info.n_heads, info.d_head, info.d_vocab)
+    need = doctors.sweep_needs(runs, shape, estimates.UNKNOWN)
+    doctors.need_room(settings.data, need.disk)
     _register(db, model, corpus)
-    job_id = Jobs(settings, db).enqueue_train(cfg, name=name)
+    with db.write() as session:
+        registry.note_shape(session, model.name, info)
+    if len(runs) > 1:
+        _say(f"{len(runs)} SAEs, which take about {doctors.gigabytes(need.disk)} of disk while they are made.")
+    job_id = _enqueue(Jobs(settings, db), cfg, name)
     _work_here(settings, db, job_id, warm=(model.name, lens))
+
+
+def _runs(cfg: TrainConfig | SweepConfig, n_layers: int) -> tuple[TrainConfig, ...]:
+    return (cfg,) if isinstance(cfg, TrainConfig) else cfg.runs(n_layers)
+
+
+# ---- running a job in this process ----
 
 
 def _work_here(settings: Settings, db: Database, job_id: str, warm: "tuple[str, Lens] | None" = None) -> None:
@@ -555,7 +708,40 @@ def _end(db: Database, job_id: str) -> None:
             _say(f"{job.id} goes on without us.")
             return
         _say(f"{job.id} is {job.status}.")
+        if job.kind == "sweep":
+            _compare(db, job.id)
     _say("See it with `headscope up`.")
+
+
+def _compare(db: Database, job_id: str) -> None:
+    """A sweep's table."""
+    with db.read() as session:
+        record = sweeps.sweep(session, job_id)
+
+    def kept(run: sweeps.SweepRun, against: str) -> str:
+        found = run.kept.get(f"prose ce {against}")
+        if found is None or found.value is None:
+            return "withheld" if found else ""
+        return f"{found.value:.1%}" + ("" if found.low is None else f" ({found.low:.0%} to {found.high:.0%})")
+
+    def figure(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows = [
+        (
+            run.label or run.sae,
+            figure(run.l0, ".1f"),
+            figure(run.fvu, ".1%"),
+            kept(run, "zero"),
+            kept(run, "mean"),
+            figure(run.dead, ".1%"),
+            figure(run.gamma, ".3f"),
+            figure(run.rate, ",.0f"),
+        )
+        for run in record.runs
+    ]
+    heads = ("SAE", "L0", "unexplained", "CE kept of z = 0", "of z = mean", "dead", "gamma", "tokens/s")
+    _table(heads, rows, "")
 
 
 def _environment() -> None:

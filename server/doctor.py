@@ -110,7 +110,7 @@ def need_room(data: Path, need: float) -> None:
     free = shutil.disk_usage(_existing(data)).free
     if need > free:
         raise DiskFull(
-            f"This run needs about {_gb(need)} in {data}, where {_gb(free)} are free; make room, take fewer tokens, "
+            f"This run needs about {gigabytes(need)} in {data}, where {gigabytes(free)} are free; make room, take fewer tokens, "
             "or set HEADSCOPE_DATA to another disk."
         )
 
@@ -178,7 +178,8 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
     if not found["worker_extra"]:
         said.append(("worker parts", "not installed: pages only; pip install 'headscope[worker]' for the rest"))
     said += [
-        ("device", f"{d['name']}: {d['label']}, {_gb(d['free'])} of {_gb(d['memory'])} free") for d in found.get("devices", [])
+        ("device", f"{d['name']}: {d['label']}, {gigabytes(d['free'])} of {gigabytes(d['memory'])} free")
+        for d in found.get("devices", [])
     ]
     if found.get("cpu_features"):
         said.append(("CPU features", ", ".join(found["cpu_features"])))
@@ -188,7 +189,7 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         said.append(
             ("model passes", "bfloat16 (clearly faster here)" if faster else "float32 (bfloat16 is not clearly faster here)")
         )
-    said += [("data folder", f"{found['data']}, {_gb(found['disk_free'])} free"), ("cache folder", found["cache"])]
+    said += [("data folder", f"{found['data']}, {gigabytes(found['disk_free'])} free"), ("cache folder", found["cache"])]
     said.append(("database", found["database"]))
     said += [("model", f"{m['name']}: {m['location']} ({m['state']})") for m in found["models"]]
     said.append(("workers", ", ".join(found["workers"]) or "none running"))
@@ -196,9 +197,10 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         run = found["run"]
         phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in run["seconds"].items())
         said.append(("such a run", f"about {duration(sum(run['seconds'].values()))} ({phases})"))
-        said.append(("it needs", f"{_gb(run['disk'])} of disk, {_gb(run['memory'])} of memory beside the model"))
+        said.append(("it needs", f"{gigabytes(run['disk'])} of disk, {gigabytes(run['memory'])} of memory beside the model"))
     return said
 
 
-def _gb(size: float) -> str:
+def gigabytes(size: float) -> str:
+    """Bytes as people say them."""
     return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -22,6 +22,7 @@ from server.settings import Settings
 from server.store import jobs as store
 from server.store import registry
 from server.store.jobs import JobRecord
+from server.store.sweeps import run_names, sweep_name
 
 APP = "headscope"
 VERSION = "1"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
@@ -188,17 +189,8 @@ def default_sweep_name(cfg: SweepConfig) -> str:
 
 def sae_name(train_id: str) -> str:
     """The name of the SAE that a training job makes: `train-x-1` makes `x`, `train-x-2` makes `x-2`."""
-    return _numbered(train_id.removeprefix("train-"))
-
-
-def sweep_name(sweep_id: str) -> str:
-    """The name of a sweep, with which the names of its SAEs begin: `sweep-x-1` is `x`, `sweep-x-2` is `x-2`."""
-    return _numbered(sweep_id.removeprefix("sweep-"))
-
-
-def run_names(sweep_id: str, cfg: SweepConfig, runs: Sequence[TrainConfig]) -> list[str]:
-    """The names of the SAEs that a sweep's runs make, in their order."""
-    return ["-".join(filter(None, (sweep_name(sweep_id), cfg.label(run)))) for run in runs]
+    base, n = train_id.removeprefix("train-").rsplit("-", 1)
+    return base if n == "1" else f"{base}-{n}"
 
 
 def names_taken(session: Session) -> set[str]:
@@ -222,11 +214,6 @@ def check_shape(model: registry.ModelRecord, runs: Sequence[TrainConfig]) -> Non
             )
         if model.n_heads is not None and model.d_head is not None:
             run.check_width(model.n_heads * model.d_head)
-
-
-def _numbered(name: str) -> str:
-    base, n = name.rsplit("-", 1)
-    return base if n == "1" else f"{base}-{n}"
 
 
 def _layers(cfg: SweepConfig) -> str:

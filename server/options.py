@@ -123,7 +123,7 @@ def _typed(annotation: Any) -> Any:
 def _metavar(annotation: Any, typed: Any) -> str | None:
     """What the help shows where the value goes; None leaves it to the type."""
     shown = [_kind(choice) for choice in _choices(annotation)]
-    return None if typed is not str or shown == ["TEXT"] else "|".join(shown)
+    return None if typed is not str or shown == ["<str>"] else "|".join(shown)
 
 
 def _kind(choice: Any) -> str:
@@ -133,7 +133,7 @@ def _kind(choice: Any) -> str:
         return "|".join(map(str, get_args(choice)))
     if get_origin(choice) is tuple:
         return f"{_kind(_choices(get_args(choice)[0])[0])},..."
-    return {int: "INTEGER", float: "FLOAT"}.get(choice, "TEXT")
+    return {int: "<int>", float: "<float>"}.get(choice, "<str>")
 
 
 # ---- values ----

@@ -6,7 +6,7 @@ activation, `p1`..`p15` positive and `n1`..`n15` negative DFA, `c1`..`c15` how m
 
 import math
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -341,6 +341,142 @@ def line_chart(title: str, curve: Curve, *, desc: str, width: int = 300, height:
     )
     rows = "".join(f"<tr><th scope=row>{count(x)}<td>{num(y, 4)}" for x, y in _thinned(points, 12))
     return _figure(title, desc, body, width, height, f"<table><tbody>{rows}</table>")
+
+
+class Spot(NamedTuple):
+    """A point of a scatter plot."""
+
+    x: float
+    y: float
+    label: str
+    link: str | None = None
+    low: float | None = None
+    high: float | None = None
+    """Bounds of `y`, drawn as a line."""
+
+
+class Series(NamedTuple):
+    """Points of one kind: a shape and a colour, and a line through those that no other beats."""
+
+    name: str
+    mark: int
+    spots: Sequence[Spot]
+
+
+MARKS = (
+    "M-4,0A4,4 0 1 1 4,0A4,4 0 1 1 -4,0Z",
+    "M-3.6,-3.6H3.6V3.6H-3.6Z",
+    "M0,-4.9L4.5,3.4H-4.5Z",
+    "M0,-5.2L5.2,0L0,5.2L-5.2,0Z",
+    "M0,4.9L4.5,-3.4H-4.5Z",
+    "M-1.5,-4.6H1.5V-1.5H4.6V1.5H1.5V4.6H-1.5V1.5H-4.6V-1.5H-1.5Z",
+)
+"""Circle, square, triangle, diamond, triangle on its tip, cross: told apart without their colours."""
+
+
+def scatter(
+    title: str, series: Sequence[Series], *, desc: str, better: str, share: bool = True, width: int = 480, height: int = 280
+) -> Markup:
+    """Points over a logarithmic x; for each series a line through its frontier, where `better` (`low` or `high`) is y."""
+    every = [spot for one in series for spot in one.spots if spot.x > 0 and math.isfinite(spot.y)]
+    if not every:
+        return Markup(
+            '<figure class="scatter"><figcaption>{}</figcaption><p class="quiet">Nothing to draw yet.</p></figure>'
+        ).format(title)
+    said = percent if share else num
+    left, right, top, base = 42, width - 12, 12, height - 30
+    x0, x1 = (math.log(min(s.x for s in every)), math.log(max(s.x for s in every)))
+    pad = 0.06 * (x1 - x0) or 0.3
+    x0, x1 = x0 - pad, x1 + pad
+    ends = [v for s in every for v in (s.y, s.low, s.high) if v is not None and math.isfinite(v)]
+    steps = _round_steps(min(ends), max(ends))
+    y0, y1 = steps[0], steps[-1]
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return left + (right - left) * (math.log(x) - x0) / (x1 - x0), base - (base - top) * (y - y0) / (y1 - y0)
+
+    parts = []
+    for y in steps:
+        level_y = at(every[0].x, y)[1]
+        parts.append(
+            f'<line class="{"axis" if y == y0 else "grid"}" x1="{left}" x2="{right}" y1="{level_y:.1f}" y2="{level_y:.1f}"/>'
+            f'<text x="{left - 5}" y="{level_y + 3:.1f}" text-anchor="end">{said(y)}</text>'
+        )
+    for x in _log_ticks(math.exp(x0), math.exp(x1)):
+        across = at(x, y0)[0]
+        parts.append(
+            f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{top}" y2="{base}"/>'
+            f'<text x="{across:.1f}" y="{base + 13}" text-anchor="middle">{num(x, 2)}</text>'
+        )
+    parts.append(f'<text x="{right}" y="{height - 4}" text-anchor="end">L0, features active per token (log scale)</text>')
+    for one in series:
+        spots = [spot for spot in one.spots if spot.x > 0 and math.isfinite(spot.y)]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(spot.x, spot.y) for spot in frontier(spots, better)))
+        parts.append(f'<g class="s{one.mark}"><polyline class="edge" points="{path}"/>')
+        parts += [_spot(spot, one, at, said) for spot in spots]
+        parts.append("</g>")
+    rows = "".join(
+        f"<tr><th scope=row>{escape(spot.label)}<td>{num(spot.x)}<td>{said(spot.y)}{_bounds(spot, said)}"
+        for one in series
+        for spot in sorted(one.spots)
+    )
+    table = f"<table><thead><tr><th>run<th>L0<th>{escape(title)}</thead><tbody>{rows}</table>"
+    return _figure(title, desc, "".join(parts), width, height, table, kind="scatter")
+
+
+def _spot(spot: Spot, series: Series, at: Callable[[float, float], tuple[float, float]], said: Callable[[float], str]) -> str:
+    x, y = at(spot.x, spot.y)
+    text = escape(f"{spot.label}: L0 {num(spot.x)}, {said(spot.y)}{_bounds(spot, said)}")
+    line = ""
+    if spot.low is not None and spot.high is not None and math.isfinite(spot.low) and math.isfinite(spot.high):
+        ends = (at(spot.x, bound)[1] for bound in (spot.low, spot.high))
+        line = '<line class="bounds" x1="{0:.1f}" x2="{0:.1f}" y1="{1:.1f}" y2="{2:.1f}"/>'.format(x, *ends)
+    mark = f'<title>{text}</title>{line}<path class="mark" d="{MARKS[series.mark]}" transform="translate({x:.1f} {y:.1f})"/>'
+    return f'<a href="{escape(spot.link)}">{mark}</a>' if spot.link else f"<g>{mark}</g>"
+
+
+def _bounds(spot: Spot, said: Callable[[float], str]) -> str:
+    return "" if spot.low is None or spot.high is None else f" ({said(spot.low)} to {said(spot.high)})"
+
+
+def frontier(spots: Sequence[Spot], better: str) -> list[Spot]:
+    """Those that no other point of fewer or as many features beats, from left to right."""
+    sign = 1.0 if better == "low" else -1.0
+    kept: list[Spot] = []
+    for spot in sorted(spots, key=lambda spot: (spot.x, sign * spot.y)):
+        if not kept or sign * spot.y < sign * kept[-1].y:
+            kept.append(spot)
+    return kept
+
+
+def marks_key(series: Sequence[Series]) -> Markup:
+    """Which shape is which."""
+    items = "".join(
+        f'<span class="s{one.mark}"><svg class="mark-key" aria-hidden="true" viewBox="-7 -7 14 14" width="14" height="14">'
+        f'<path class="mark" d="{MARKS[one.mark]}"/></svg>{escape(one.name)}</span>'
+        for one in series
+    )
+    return Markup(f'<p class="marks">{items}</p>')  # noqa: S704 - names are escaped here
+
+
+def _round_steps(low: float, high: float) -> list[float]:
+    """Round numbers, three to seven of them, that hold low and high between them."""
+    if high <= low:
+        low, high = low - 0.05 * abs(low or 1), high + 0.05 * abs(high or 1)
+    size = 10.0 ** math.floor(math.log10((high - low) / 3))
+    step = next(size * m for m in (1, 2, 5, 10, 20) if (high - low) / (size * m) <= 5)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [step * i for i in range(first, last + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5, 10, 20 ... between low and high; powers of two where these are fewer than two."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [m * 10.0**d for d in decades for m in (1, 2, 5) if low <= m * 10.0**d <= high]
+    if len(ticks) >= 2:
+        return ticks
+    span = math.log2(high / low)
+    return [round(low * 2 ** (span * part), 6) for part in (0.15, 0.5, 0.85)]
 
 
 def _thinned(points: Sequence[tuple[float, float]], n: int) -> Sequence[tuple[float, float]]:

@@ -14,10 +14,10 @@ OURS = ("sae_core", "server", "bench", "migrations", "tests")
 TORCH = ("torch", "transformers", "transformer_lens", "safetensors", "gguf")
 
 # What never names torch at its top: the web, and what `sae_core` shares with it.
-WITHOUT_TORCH = ("sae_core/__init__.py", "sae_core/config.py", "sae_core/errors.py", "sae_core/progress.py", "sae_core/corpus.py")
+WITHOUT_TORCH = tuple(f"sae_core/{name}.py" for name in ("__init__", "config", "errors", "progress", "corpus", "presets"))
 BOTH_HALVES = {"server.worker", "server.engine"}
 # Of `sae_core`, what a process without torch may import.
-LIGHT = {"sae_core", "sae_core.config", "sae_core.errors", "sae_core.progress", "sae_core.corpus"}
+LIGHT = {"sae_core", "sae_core.config", "sae_core.errors", "sae_core.progress", "sae_core.corpus", "sae_core.presets"}
 # The command line runs in many processes, so it reaches for the other half inside the commands that need it, never at its top.
 INSIDE_FUNCTIONS = {"server.cli", "server.doctor"}
 
