@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from sae_core.ranks import ALONE, Ranks
+
 GROUP = 64  # features whose maximum is taken first when the largest entries are sought
 SUBGROUP = 8  # the same again within the groups that were found
 PART_BYTES = {"cpu": 2**25, "cuda": 2**30}  # of pre-activations at a time; on a CPU, what its last cache can hold
@@ -125,8 +127,22 @@ def _largest(index: Tensor, value: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return index[kept], value[kept]
 
 
-def batch_top_k(preacts: Tensor | Preacts, count: int, guess: float = 0.0) -> tuple[Code, float]:
-    """The `count` largest positive entries of preacts [n, d_sae], exactly, and the smallest value kept.
+def _largest_of_all(index: Tensor, value: Tensor, count: int, ranks: Ranks) -> tuple[Tensor, Tensor, float]:
+    """As `_largest`, but of all ranks' values together: this rank's among them, and the smallest that any rank keeps.
+
+    Every rank looks at the same values in the same order, so that equal ones are not kept twice nor by none.
+    """
+    parts = ranks.gather(value)
+    every = torch.cat(parts)
+    kept = every.topk(min(count, len(every)), sorted=False).indices
+    before = sum(len(part) for part in parts[: ranks.rank])
+    mine = kept[(kept >= before) & (kept < before + len(value))].sort().values - before
+    return index[mine], value[mine], float(every[kept].min()) if len(kept) else 0.0
+
+
+def batch_top_k(preacts: Tensor | Preacts, count: int, guess: float = 0.0, ranks: Ranks = ALONE) -> tuple[Code, float]:
+    """The `count` largest positive entries of preacts [n, d_sae], exactly, and the smallest value kept. Of a batch that is
+    divided over `ranks`: this rank's entries among the whole batch's `count` largest.
 
     One pass keeps a pool of the entries above a bound. The bound begins a little below `guess` (the last batch's cut) and
     rises to the smallest of the `count` largest found so far whenever the pool grows: nothing below that can be among the
@@ -146,10 +162,13 @@ def batch_top_k(preacts: Tensor | Preacts, count: int, guess: float = 0.0) -> tu
             if found > POOL * count > 0:
                 index, value = _largest(torch.cat(indices), torch.cat(values), count)
                 indices, values, found, low = [index], [value], count, float(value.min())
-        if found >= count or first == 0.0:
+        if ranks.count(found) >= count or first == 0.0:
             break
     index, value = _largest(torch.cat(indices), torch.cat(values), count)
-    cut = float(value.min()) if len(value) else 0.0
+    if ranks.size > 1:
+        index, value, cut = _largest_of_all(index, value, count, ranks)
+    else:
+        cut = float(value.min()) if len(value) else 0.0
     code = Code(index // d_sae, index % d_sae, value, n)
     return preacts.exactly(code) if isinstance(preacts, Preacts) else code, cut
 

@@ -35,11 +35,6 @@ class BatchTopKRecipe(TopKRecipe):
     def select(self, preacts: Tensor, k: float, ranks: Ranks) -> Code:
         """The largest n k of the batch, over all ranks."""
         count = int(batch_size(preacts, ranks) * k)
-        code, cut = sparse.batch_top_k(preacts, count, self.facts["cut"])
-        if ranks.size > 1:  # each rank has its own largest `count`, the batch's are among them
-            values = ranks.gather(code.value)
-            cut = float(values.kthvalue(len(values) - count + 1).values) if len(values) > count else float(values.min())
-            kept = code.value >= cut
-            code = Code(code.token[kept], code.feature[kept], code.value[kept], code.n)
+        code, cut = sparse.batch_top_k(preacts, count, self.facts["cut"], ranks)
         self.facts["cut"] = cut
         return code
