@@ -400,13 +400,13 @@ def scatter(
         level_y = at(every[0].x, y)[1]
         parts.append(
             f'<line class="{"axis" if y == y0 else "grid"}" x1="{left}" x2="{right}" y1="{level_y:.1f}" y2="{level_y:.1f}"/>'
-            f'<text x="{left - 5}" y="{level_y + 3:.1f}" text-anchor="end">{said(y)}</text>'
+            f'<text x="{left - 5}" y="{level_y + 3:.1f}" text-anchor="end">{_tick(y, share)}</text>'
         )
     for x in _log_ticks(math.exp(x0), math.exp(x1)):
         across = at(x, y0)[0]
         parts.append(
             f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{top}" y2="{base}"/>'
-            f'<text x="{across:.1f}" y="{base + 13}" text-anchor="middle">{num(x, 2)}</text>'
+            f'<text x="{across:.1f}" y="{base + 13}" text-anchor="middle">{_tick(x, False)}</text>'
         )
     parts.append(f'<text x="{right}" y="{height - 4}" text-anchor="end">L0, features active per token (log scale)</text>')
     for one in series:
@@ -469,6 +469,12 @@ def _round_steps(low: float, high: float) -> list[float]:
     return [step * i for i in range(first, last + 1)]
 
 
+def _tick(value: float, share: bool) -> str:
+    """A round number without the zeros that only a measured one needs."""
+    text = f"{round(100 * value if share else value, 9):.6g}".replace("-", "−")
+    return f"{text}{NARROW}%" if share else text
+
+
 def _log_ticks(low: float, high: float) -> list[float]:
     """1, 2, 5, 10, 20 ... between low and high; powers of two where these are fewer than two."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
@@ -476,7 +482,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     if len(ticks) >= 2:
         return ticks
     span = math.log2(high / low)
-    return [round(low * 2 ** (span * part), 6) for part in (0.15, 0.5, 0.85)]
+    return [float(f"{low * 2 ** (span * part):.2g}") for part in (0.15, 0.5, 0.85)]
 
 
 def _thinned(points: Sequence[tuple[float, float]], n: int) -> Sequence[tuple[float, float]]:

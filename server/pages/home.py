@@ -21,9 +21,10 @@ def home(request: Request, read: Read, seen: str = "") -> Response:
 
 
 def published(page: HomePage) -> str:
-    """Changes when an SAE or a harvest is published."""
+    """Changes when an SAE or a harvest is published, and when a sweep begins or ends."""
     there = [(card.sae.name, card.sae.harvest and card.sae.harvest.id) for card in page.saes]
-    return hashlib.sha256(repr(there).encode()).hexdigest()[:12]
+    known = [(sweep.id, sweep.status) for sweep in page.sweeps]
+    return hashlib.sha256(repr((there, known)).encode()).hexdigest()[:12]
 
 
 def map_cells(model: ModelMap) -> list[Cell]:

@@ -62,12 +62,13 @@ def job_page(request: Request, job_id: str, read: Read) -> Response:
 def look(session: Session, job_id: str) -> JobPage:
     """The job as it stands: five queries."""
     job = store.get(session, job_id)
+    many = job.kind == "sweep"  # its SAEs and their curves have a page of their own
     return JobPage(
         job=job,
         children=tuple(store.children(session, job_id)),
-        curve=tuple(CurvePoint(step, values) for step, values in store.points(session, job_id)),
+        curve=() if many else tuple(CurvePoint(step, values) for step, values in store.points(session, job_id)),
         log=tuple(store.log_lines(session, job_id)),
-        sae=sae_made_by(session, job_id, swept=job.config.get("sae")),
+        sae=None if many else sae_made_by(session, job_id, swept=job.config.get("sae")),
     )
 
 

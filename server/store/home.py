@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 from server.store import jobs
 from server.store.jobs import JobRecord
 from server.store.saes import SaeRef, sae_ref
-from server.tables import SAE, Corpus, Feature, Harvest, Model
+from server.store.sweeps import SweepLine, sweeps
+from server.tables import SAE, Corpus, Feature, Harvest, Job, Model
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,21 @@ class HomePage:
 
     models: tuple[ModelMap, ...]
     saes: tuple[SaeCard, ...]
+    """Newest first; of a sweep's only those with a harvest, the others stand in the sweep's table."""
+    sweeps: tuple[SweepLine, ...]
     jobs: tuple[JobRecord, ...]
     """Queued and running, oldest first."""
 
 
 def home_page(session: Session) -> HomePage:
-    """The first page: four queries."""
+    """The first page: five queries."""
     found = session.execute(
         sa.select(SAE, Model.name, Harvest, Corpus.name)
         .join(Model, Model.id == SAE.model_id)
         .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
         .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+        .outerjoin(Job, sa.and_(Job.id == SAE.job_id, Job.kind == "sweep"))
+        .where(sa.or_(Job.id.is_(None), SAE.harvest_id.is_not(None)))
         .order_by(SAE.created_at.desc(), SAE.id.desc())
     ).all()
     saes = tuple(
@@ -71,6 +76,7 @@ def home_page(session: Session) -> HomePage:
     return HomePage(
         models=tuple(ModelMap(row.name, row.n_layers, row.n_heads, row.d_head, _cells(row.name, saes, led)) for row in models),
         saes=saes,
+        sweeps=sweeps(session),
         jobs=open_jobs(session),
     )
 

@@ -77,4 +77,5 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
         "/saes/{sae}/features/{index}.json",
         "/jobs.json",
         "/jobs/{job_id}.json",
+        "/sweeps/{job_id}.json",
     }
