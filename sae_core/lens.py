@@ -108,6 +108,15 @@ class Out(NamedTuple):
     """[b, pos, d_model] in and out."""
 
 
+class Effect(NamedTuple):
+    """What a replacement does to the prediction of each next token."""
+
+    losses: Tensor
+    """Cross-entropy, [b, pos - 1] in nats, fp32."""
+    kl: Tensor
+    """KL divergence from the model's own prediction to this one, [b, pos - 1] in nats, fp32."""
+
+
 class _Stop(Exception):
     """Raised in a hook once all that was asked for has been seen, so that the rest is not computed."""
 
@@ -250,6 +259,26 @@ class Lens:
             with self._lock, torch.no_grad(), contextlib.closing(self._logits(part, layer, replacements)) as passes:
                 parts.append([_next_token_losses(logits, part) for logits in passes])
         return [torch.cat(losses) for losses in zip(*parts, strict=True)]
+
+    def effects_with(self, tokens: Tensor, layer: int, replacements: Sequence[Replace | Out]) -> list[Effect]:
+        """Losses and KL divergences: of the model as it is (its divergence is 0), then with each replacement at one layer."""
+        self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.info.d_vocab))
+        parts: list[list[Effect]] = []
+        for part in torch.split(tokens, rows):
+            clean: list[Tensor] = []
+            parts.append([])
+            with self._lock, torch.no_grad():
+                for logits in self._logits(part, layer, [None, *replacements]):
+                    losses = _next_token_losses(logits, part)
+                    if not clean:  # log-probabilities of the next token, row by row: all of them at once are too many
+                        clean = [row[:-1].float().log_softmax(-1) for row in logits]
+                        parts[-1].append(Effect(losses, torch.zeros_like(losses)))
+                        continue
+                    kl = torch.stack([_divergence(p, row[:-1].float()) for p, row in zip(clean, logits, strict=True)])
+                    parts[-1].append(Effect(losses, kl))
+        return [Effect(*map(torch.cat, zip(*effects, strict=True))) for effects in zip(*parts, strict=True)]
 
     # Weights
 
@@ -745,6 +774,11 @@ def _next_token_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     targets = nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
     losses = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none", ignore_index=-100)
     return losses.view(tokens.shape)[:, :-1]
+
+
+def _divergence(clean: Tensor, logits: Tensor) -> Tensor:
+    """sum over the vocabulary of p log(p / q): [..., d_vocab] log p and unnormalised log q -> [...]."""
+    return (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1)
 
 
 def _replaced(replacement: Replace | Out | None, value: Tensor) -> Tensor:
