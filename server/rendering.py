@@ -353,10 +353,12 @@ class Spot(NamedTuple):
     low: float | None = None
     high: float | None = None
     """Bounds of `y`, drawn as a line."""
+    group: int = 0
+    """Only points of one group are compared with each other."""
 
 
 class Series(NamedTuple):
-    """Points of one kind: a shape and a colour, and a line through those that no other beats."""
+    """Points of one kind: a shape and a colour, and a line in each group through those that no other beats."""
 
     name: str
     mark: int
@@ -411,8 +413,11 @@ def scatter(
     parts.append(f'<text x="{right}" y="{height - 4}" text-anchor="end">L0, features active per token (log scale)</text>')
     for one in series:
         spots = [spot for spot in one.spots if spot.x > 0 and math.isfinite(spot.y)]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(spot.x, spot.y) for spot in frontier(spots, better)))
-        parts.append(f'<g class="s{one.mark}"><polyline class="edge" points="{path}"/>')
+        parts.append(f'<g class="s{one.mark}">')
+        for group in sorted({spot.group for spot in spots}):
+            edge = frontier([spot for spot in spots if spot.group == group], better)
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(spot.x, spot.y) for spot in edge))
+            parts.append(f'<polyline class="edge" points="{path}"/>')
         parts += [_spot(spot, one, at, said) for spot in spots]
         parts.append("</g>")
     rows = "".join(

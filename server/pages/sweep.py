@@ -71,4 +71,4 @@ def _series(page: SweepPage, value: Callable[[SweepRun], tuple[float | None, flo
 def _spot(run: SweepRun, y: float | None, low: float | None, high: float | None) -> Spot | None:
     if y is None or run.l0 is None:
         return None
-    return Spot(run.l0, y, run.label or run.sae, sae_path(run.sae), low, high)
+    return Spot(run.l0, y, run.label or run.sae, sae_path(run.sae), low, high, run.layer)

@@ -286,6 +286,15 @@ def test_the_frontier_keeps_what_no_sparser_sae_beats() -> None:
     assert [(s.x, s.y) for s in frontier(given, "high")] == [(4, 0.5), (8, 0.6)]
 
 
+def test_layers_are_not_compared_with_each_other(done: TestClient) -> None:
+    def edges(address: str) -> int:
+        return len(re.findall(r'class="edge"', done.get(address).text))
+
+    assert edges(PAGE) == 2 * edges(f"{PAGE}?layer=3")
+    mixed = [Spot(8, 0.2, "good"), Spot(16, 0.5, "of a harder layer", group=9)]
+    assert len(re.findall("<polyline", scatter("t", [Series("a", 0, mixed)], desc="d", better="low"))) == 2
+
+
 def places(html: str) -> list[tuple[float, float]]:
     return [(float(x), float(y)) for x, y in re.findall(r'class="mark" d="[^"]+" transform="translate\((\S+) (\S+)\)"', html)]
 
