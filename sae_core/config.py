@@ -307,6 +307,42 @@ class HarvestJob(Config):
     """The sweep."""
 
 
+class EvaluateConfig(Config):
+    """How an SAE is measured."""
+
+    prose_rows: Annotated[int, Field(ge=1)] = 96
+    """Held-out rows whose losses are measured, with and without the SAE."""
+    repeated_rows: Annotated[int, Field(ge=1)] = 32
+    """Rows of random tokens said twice whose losses are measured."""
+    dead_tokens: Annotated[int, Field(ge=0)] = 262_144
+    """Training tokens on which densities and dead features are counted, beside the held-out ones."""
+    batch_rows: Annotated[int, Field(ge=1)] = 16
+    """Rows in one model pass."""
+    probe_texts: Annotated[int, Field(ge=10)] = 200
+    """Texts of each label that sparse probing takes at most."""
+    probe_field: str = "text"
+    """Field of a probing file that holds the text."""
+    probe_label: str = "label"
+    """Field of a probing file that holds the label."""
+
+
+class EvaluateJob(Config):
+    """A measurement of an SAE that exists."""
+
+    sae: str
+    """The SAE's name."""
+    corpus: str
+    """A registered corpus' name; its held-out rows are measured."""
+    rows: RowsConfig = RowsConfig()
+    """How the corpus is cut into rows; keep the training's, so that what is held out was held out then."""
+    against: tuple[str, ...] = ()
+    """SAEs of the same site to match features with."""
+    probes: tuple[str, ...] = ()
+    """Files or folders of labelled texts, for sparse probing."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """How it is measured."""
+
+
 class SAEConfig(Config):
     """What is saved beside an SAE's weights: all that is needed to use it rightly. The map is on raw z."""
 

@@ -22,6 +22,8 @@ from sae_core.config import (
     BELONGS,
     Arch,
     CorpusSource,
+    EvaluateConfig,
+    EvaluateJob,
     HarvestConfig,
     HarvestJob,
     ModelSource,
@@ -291,6 +293,79 @@ def harvest(
             _end(db, _watch_here(db, job_id))
 
 
+@app.command(
+    epilog="Examples: [bold]headscope evaluate gpt2-l5-1a2b3c[/bold]; "
+    "[bold]headscope evaluate mine --against mine-seed-2 --probe languages.jsonl --json[/bold]"
+)
+@takes(options(EvaluateConfig))
+def evaluate(
+    sae: Annotated[str, typer.Argument(help="Name of the SAE.")],
+    corpus: Annotated[
+        str | None, typer.Option("--corpus", help="Text to measure it on.", show_default="what training held out")
+    ] = None,
+    against: Annotated[
+        list[str] | None, typer.Option("--against", help="Another SAE of the same site, to match features with; may be repeated.")
+    ] = None,
+    probes: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--probe",
+            help="Labelled texts for probing: a jsonl file, or a folder with a folder per label; may be repeated.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Wait for the end and print one JSON object.")] = False,
+    watch: Watch = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Measure an SAE that exists: reconstruction, loss of the model with it, features; its page shows the result."""
+    how = built(EvaluateConfig, given(values, EvaluateConfig))
+    for path in probes or []:
+        if not path.exists():
+            raise UnknownCorpus(f"There is no file or folder {path}.", field="probe")
+    with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
+        _give_token(settings)
+        with db.read() as session:
+            record = registry.sae(session, sae)
+            for name in against or []:
+                registry.sae(session, name)
+        trained = record.config.train
+        if corpus is None and trained is None:
+            raise UsageError(f"{sae} was not trained here, so say on what text to measure it: --corpus.", field="corpus")
+        found = _find_corpus(db, corpus or (trained.corpus if trained else ""))
+        same = trained is not None and trained.corpus == found.name
+        rows = trained.rows if trained and same else RowsConfig(context=record.config.context, tokens=max(1, how.dead_tokens))
+        cfg = EvaluateJob(
+            sae=sae,
+            corpus=found.name,
+            rows=rows,
+            against=tuple(dict.fromkeys(against or ())),
+            probes=tuple(str(path.resolve()) for path in probes or ()),
+            evaluate=how,
+        )
+        queue = Jobs(settings, db)
+        alive = queue.worker_alive()
+        if not alive:
+            doctors.need_worker_extra()
+        with db.write() as session:
+            registry.add_corpus(session, found.name, found.source)
+        job_id = queue.enqueue_evaluate(cfg)
+        _say(f"Queued {job_id}.")
+        if not alive:
+            _work_here(settings, db, job_id)
+        elif watch or as_json:
+            _end(db, _watch_here(db, job_id))
+        else:
+            return
+        with db.read() as session:
+            metrics = registry.metrics(session, sae)
+    if as_json:
+        console.print_json(json.dumps(metrics))
+    else:
+        _table(("measure", "value"), terminal.measures(metrics), "")
+
+
 # ------------------------------------------------------------------------------------------------------------- registers
 
 
@@ -384,6 +459,18 @@ def doctor(
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
+
+
+@contextmanager
+def _aside(apart: bool) -> Iterator[None]:
+    """Say everything on stderr meanwhile, so that stdout holds nothing but what was asked for."""
+    global console
+    stdout = console
+    console = Console(stderr=True, highlight=False) if apart else stdout
+    try:
+        yield
+    finally:
+        console = stdout
 
 
 def _say(text: str) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sae_core.config import HarvestConfig, TrainConfig
+from sae_core.config import EvaluateJob, HarvestConfig, TrainConfig
 from sae_core.progress import Progress
 
 
@@ -76,6 +76,15 @@ def sweep_seconds(runs: Sequence[TrainConfig], shape: Shape, speed: Speed) -> di
     each = [train_seconds(run, shape, speed) for run in runs]
     total = {name: sum(one[name] for one in each) for name in each[0]}
     return total | {name: max(one[name] for one in each) for name in ("prepare", "collect")}
+
+
+def evaluate_seconds(cfg: EvaluateJob, layer: int, shape: Shape, speed: Speed) -> float:
+    """Seconds of a measurement: z of held-out and training rows, and five losses of which one is of a whole pass."""
+    how, context = cfg.evaluate, cfg.rows.context
+    read = cfg.rows.heldout_tokens + min(how.dead_tokens, cfg.rows.tokens)
+    after = shape.full_flops - shape.pass_flops(layer)
+    scored = (how.prose_rows + how.repeated_rows) * context * (shape.full_flops + 4 * after)
+    return 2.0 + (read * shape.pass_flops(layer + 1) + scored) / (speed.float32 * EFFICIENCY["visit"])
 
 
 def harvest_seconds(cfg: HarvestConfig, train: TrainConfig, shape: Shape, speed: Speed, *, cached: bool) -> dict[str, float]:

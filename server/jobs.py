@@ -15,7 +15,7 @@ from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from dbos import error as dbos_error
 from sqlalchemy.orm import Session
 
-from sae_core.config import HarvestJob, SweepConfig, TrainConfig
+from sae_core.config import EvaluateJob, HarvestJob, SweepConfig, TrainConfig
 from sae_core.errors import DatabaseTooOld, LayerOutOfRange
 from server.db import Database
 from server.settings import Settings
@@ -27,7 +27,7 @@ from server.store.sweeps import run_names, sweep_name
 APP = "headscope"
 VERSION = "1"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
 QUEUE = "gpu"
-PRIORITY = {"harvest": 1, "train": 2, "sweep": 3}  # what a person waits for comes before new work
+PRIORITY = {"evaluate": 1, "harvest": 1, "train": 2, "sweep": 3}  # what a person waits for comes before new work
 NAME_LENGTH = 60
 SWEEP_NAME_LENGTH = 36  # what tells a run from its siblings is added to it, and both must fit a harvest's id
 MANY_LAYERS = 200  # more than any model has, while it is not known how many this one has
@@ -89,6 +89,20 @@ class Jobs:
             )
         self.release()
         return job_id
+
+    def enqueue_evaluate(self, cfg: EvaluateJob, *, seconds_left: float | None = None) -> str:
+        """Queue a measurement of an SAE that exists and give its id. Asked again after it has ended, it is made again: another
+        one may have replaced its numbers meanwhile."""
+        with self._db.write() as session:
+            for name in (cfg.sae, *cfg.against):
+                registry.sae(session, name)
+            registry.corpus(session, cfg.corpus)
+            base = f"evaluate-{cfg.sae}-{cfg.hash()}"
+            n = 1 + sum(store.get(session, job_id).ended for job_id in store.ids_like(session, f"{base}-"))
+            title = f"Evaluate {cfg.sae} on {cfg.corpus}"
+            store.create(session, f"{base}-{n}", "evaluate", title, cfg.model_dump(mode="json"), seconds_left=seconds_left)
+        self.release()
+        return f"{base}-{n}"
 
     def cancel(self, job_id: str) -> JobRecord:
         """Cancel a job, queued or running; a worker that runs it notices at its next batch. An ended job stays as it is."""

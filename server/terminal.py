@@ -2,7 +2,8 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -99,3 +100,45 @@ def _lines(db: Database, job_id: str, console: Console, stop: threading.Event, l
             console.print(line, highlight=False, soft_wrap=True)
         look()
         stop.wait(0.5)
+
+
+def measures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """The main numbers of an evaluation, as lines; what could not be measured is a dash."""
+    return list(_measures(metrics))
+
+
+def _measures(metrics: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    fit = metrics.get("reconstruction") or {}
+    for key, words, form in (
+        ("fvu", "unexplained variance (FVU)", ".4f"),
+        ("l0", "active features per token (L0)", ".2f"),
+        ("dead", "share of dead features", ".4f"),
+        ("gamma", "gamma (1: no shrinkage)", ".4f"),
+        ("cosine", "cosine of z and reconstruction", ".4f"),
+        ("mse", "squared error per token", ".4g"),
+        ("dense_10", "share of features on more than 10 % of tokens", ".4f"),
+        ("decoder_cosine", "cosine of nearest decoder direction", ".4f"),
+        ("encoder_decoder_cosine", "cosine of encoder and decoder direction", ".4f"),
+    ):
+        yield words, _number(fit.get(key), form)
+    for key, words in (("prose", "held-out text"), ("repeated", "random tokens said twice")):
+        losses = metrics.get(key)
+        if losses:
+            change = losses["sae_minus_clean"]
+            bounds = f" ({_number(change['low'], '+.4f')} to {_number(change['high'], '+.4f')})"
+            yield f"{words}: loss, clean", _number(losses["clean"], ".4f")
+            yield f"{words}: change with the SAE", _number(change["mean"], "+.4f") + bounds
+            for ablation in ("mean", "zero"):
+                yield f"{words}: kept of {ablation} ablation", _number(losses[f"recovered_{ablation}"], ".1%")
+                yield f"{words}: the same of KL", _number(losses.get(f"kl_recovered_{ablation}"), ".1%")
+    for one in metrics.get("probes") or []:
+        known = ", ".join(f"{k['k']}: {k['accuracy']['mean']:.1%}" for k in one["sparse"])
+        yield f"{one['name']}: right by so many features", f"{known}; z {one['z']['mean']:.1%}, guess {one['majority']:.1%}"
+    for one in metrics.get("stability") or []:
+        yield f"found again in {one['against']} (cosine > 0.7)", _number(one["above_07"], ".1%")
+    for note in metrics.get("notes") or []:
+        yield "note", note
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

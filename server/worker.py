@@ -7,8 +7,9 @@ What happens to a training job, top to bottom:
     publish    move the SAE to <data>/saes/<name>, write its row
     follow     queue the config's harvests; each replaces the one before
 
-A sweep trains many SAEs in one such step, then evaluates and publishes one after the other. And what happens to a
-harvest: scan (a step per shard), choose, visit (a step per part), features, write (a step per part), publish.
+A sweep trains many SAEs in one such step, then evaluates and publishes one after the other. An evaluation of an SAE that
+exists measures it and puts the numbers in the place of the old ones. And what happens to a harvest: scan (a step per shard),
+choose, visit (a step per part), features, write (a step per part), publish.
 
 Steps run at least once, their effects appear once: every write checks in its own transaction that this attempt still owns
 the job (`Fenced` otherwise), files are written aside and renamed, rows are found by job id. A worker's name is a slot with
@@ -38,13 +39,15 @@ from sqlalchemy.orm import Session
 from sae_core import harvest as sweep
 from sae_core import machine
 from sae_core.activations import Activations
-from sae_core.config import HarvestJob, SweepConfig, TrainConfig
+from sae_core.config import EvaluateJob, HarvestJob, SweepConfig, TrainConfig
 from sae_core.corpus import Rows, prepare_rows
 from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SAEMismatch, SlotTaken
 from sae_core.evaluate import evaluate
 from sae_core.lens import Lens, load_lens
+from sae_core.probes import read_texts
 from sae_core.progress import Progress
 from sae_core.saes import SAE, load_sae
+from sae_core.stability import check_same_site
 from sae_core.train import activations_of, made_by, train, train_many
 from server import doctor, estimates, jobs
 from server.db import Database
@@ -324,6 +327,56 @@ def _train_sweep(run: Run, cfg: SweepConfig) -> int:
     return lens.info.n_layers
 
 
+# -------------------------------------------------------------------------------------------------------- evaluation job
+
+
+def evaluate_job(run: Run) -> None:
+    """A measurement of an SAE that exists; it takes the place of the one before."""
+    cfg = EvaluateJob.model_validate(run.job.config)
+    metrics = run.step("evaluate", lambda: _measure(run, cfg))
+    run.step("store", lambda: _store_metrics(run, cfg.sae, metrics))
+
+
+def _measure(run: Run, cfg: EvaluateJob) -> dict[str, Any]:
+    worker, how = run.worker, cfg.evaluate
+    with worker.db.read() as session:
+        records = {name: registry.sae(session, name) for name in (cfg.sae, *cfg.against)}
+        model = registry.model_by_id(session, records[cfg.sae].model_id)
+    # What can be wrong with texts is said before the model is loaded.
+    texts = [
+        read_texts(Path(path), field=how.probe_field, label=how.probe_label, per_label=how.probe_texts) for path in cfg.probes
+    ]
+    lens = _lens(run, model.name)
+    sae = open_sae(worker.settings.data, records[cfg.sae], lens)
+    others = {name: load_sae(worker.settings.data / records[name].folder, lens.device) for name in cfg.against}
+    for name, other in others.items():
+        check_same_site(sae, other, name)
+    expected = estimates.evaluate_seconds(cfg, sae.cfg.site.layer, _shape(lens), worker.speed)
+    run.clock = estimates.Clock({"evaluate": expected})
+    rows = _rows(run, lens, cfg.corpus, cfg)
+    found = run.follow(
+        evaluate(
+            lens,
+            sae,
+            rows,
+            prose_rows=how.prose_rows,
+            repeated_rows=how.repeated_rows,
+            dead_tokens=how.dead_tokens,
+            batch_rows=how.batch_rows,
+            others=others,
+            texts=texts,
+        )
+    )
+    return found.model_dump(mode="json") | {"corpus": cfg.corpus}
+
+
+def _store_metrics(run: Run, sae: str, metrics: dict[str, Any]) -> None:
+    with run.write() as session:
+        registry.note_metrics(session, sae, metrics)
+    for note in metrics["notes"]:
+        run.say(note)
+
+
 # ----------------------------------------------------------------------------------------------------------- harvest job
 
 
@@ -477,7 +530,7 @@ def _lens(run: Run, model: str) -> Lens:
     return lens
 
 
-def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob) -> Rows:
+def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob | EvaluateJob) -> Rows:
     with run.worker.db.read() as session:
         source = registry.corpus(session, corpus).source
     return run.follow(
@@ -710,6 +763,13 @@ def sweep_workflow(job_id: str) -> str:
     """DBOS's entry to `sweep_job`."""
     assert _worker is not None
     return _worker.work(job_id, sweep_job)
+
+
+@DBOS.workflow(name="evaluate", max_recovery_attempts=None)
+def evaluate_workflow(job_id: str) -> str:
+    """DBOS's entry to `evaluate_job`."""
+    assert _worker is not None
+    return _worker.work(job_id, evaluate_job)
 
 
 @DBOS.workflow(name="harvest", max_recovery_attempts=None)

@@ -209,6 +209,23 @@ def sae(session: Session, name: str) -> SAERecord:
     return SAERecord(row.id, row.name, row.model_id, SAEConfig.model_validate(row.config), row.folder, row.sha256, row.job_id)
 
 
+def metrics(session: Session, name: str) -> dict[str, Any]:
+    """What evaluation has found of the SAE."""
+    return dict(session.scalars(sa.select(SAE.metrics).where(SAE.name == name)).one())
+
+
+def note_metrics(session: Session, name: str, found: dict[str, Any]) -> None:
+    """Put what an evaluation found in the place of what was known. Probes and matches that it did not make again stay: the
+    SAE is the same."""
+    row = session.scalars(sa.select(SAE).where(SAE.name == name).with_for_update()).one()
+    kept = {}
+    for part, key in (("probes", "name"), ("stability", "against")):
+        made = found.get(part) or []
+        again = {one[key] for one in made}
+        kept[part] = [one for one in row.metrics.get(part) or [] if one[key] not in again] + made
+    row.metrics = found | kept
+
+
 def sae_names(session: Session) -> set[str]:
     """Names that are taken."""
     return set(session.scalars(sa.select(SAE.name)))
