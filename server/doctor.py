@@ -11,7 +11,7 @@ import sqlalchemy as sa
 
 from sae_core.config import TrainConfig
 from sae_core.errors import DiskFull, HeadscopeError, MissingWorkerExtra
-from server import estimates
+from server import estimates, memory
 from server.db import Database
 from server.settings import Settings
 from server.store import jobs, registry
@@ -54,9 +54,69 @@ def report(settings: Settings, cfg: TrainConfig | None, *, probe: bool = True) -
             speed = estimates.Speed(found["speeds"]["float32"], found["speeds"]["bfloat16"])
     found["database"], found["models"], found["workers"] = _database(settings)
     if cfg is not None:
-        need = needs(cfg, _shape(settings, cfg.model), speed)
+        sizes = _sizes(settings, cfg.model) if found["worker_extra"] else None
+        need = needs(cfg, _shape(settings, cfg.model) if sizes is None else sizes.shape, speed)
         found["run"] = {"seconds": need.seconds, "disk": need.disk, "memory": need.memory}
+        if found["worker_extra"]:
+            found["memory"] = memory_plans(cfg, sizes, speed)
     return found
+
+
+def memory_plans(cfg: TrainConfig, known: memory.Sizes | None, speed: estimates.Speed) -> list[dict[str, Any]]:
+    """What the run will hold on a device, part by part: with the config's model where its sizes are known, and with one of
+    2B parameters on a GPU."""
+    from sae_core.sizes import EXAMPLE, example_sizes
+
+    # A GPU of today multiplies bfloat16 faster, so there `auto` means it; here it is what was measured.
+    planned = [(EXAMPLE, memory.Sizes(*example_sizes()), "on a GPU", True)]
+    if known:
+        planned.insert(0, (cfg.model, known, "here", speed.bfloat16 >= 1.5 * speed.float32))
+    plans = []
+    for name, sizes, where, faster in planned:
+        halves = [faster if choice == "auto" else choice == "bfloat16" for choice in (cfg.model_dtype, cfg.step_dtype)]
+        plan = memory.plan(cfg, sizes, half_pass=halves[0], half_step=halves[1])
+        peaks = {"peak": plan.peak, "peak_all": plan.peak_all}
+        plans.append({"model": name, "where": where, "sizes": sizes._asdict(), "parts": vars(plan), **peaks})
+    return plans
+
+
+def _sizes(settings: Settings, model: str) -> memory.Sizes | None:
+    """A model's sizes by its config, read without its weights; None where there is no config at hand.
+
+    Raises UnreadableModel where the model is named by its folder and the config.json there says nothing.
+    """
+    from sae_core.sizes import read_sizes
+
+    place = _config_place(settings, model)
+    if place is None:
+        return None
+    try:
+        return memory.Sizes(*read_sizes(place[0], revision=place[1]))
+    except HeadscopeError:
+        if place[0] == model:
+            raise
+        return None  # registered, and its files are gone or not fetched yet
+
+
+def _config_place(settings: Settings, model: str) -> tuple[str, str | None] | None:
+    """Where a model's config can be read, and in which revision: a folder, the registered place, or a gguf's conversion."""
+    if (Path(model) / "config.json").is_file():
+        return model, None
+    if settings.database_url is None and not (settings.data / "headscope.db").exists():
+        return None
+    db = Database(settings.url)
+    try:
+        with db.read() as session:
+            m = registry.model(session, model)
+    except (HeadscopeError, sa.exc.SQLAlchemyError):
+        return None  # a plan needs neither database nor model
+    finally:
+        db.close()
+    if m.source.location.endswith(".gguf"):
+        digest = (m.fingerprint or "").removeprefix("gguf:")
+        folder = settings.cache / "models" / digest
+        return (str(folder), None) if digest and folder.is_dir() else None
+    return m.source.location, m.source.revision
 
 
 def machine_facts(settings: Settings, *, probe: bool) -> dict[str, Any]:
@@ -198,7 +258,26 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in run["seconds"].items())
         said.append(("such a run", f"about {duration(sum(run['seconds'].values()))} ({phases})"))
         said.append(("it needs", f"{gigabytes(run['disk'])} of disk, {gigabytes(run['memory'])} of memory beside the model"))
+    for plan in found.get("memory", []):
+        said += _plan_lines(plan, found["devices"])
     return said
+
+
+def _plan_lines(plan: dict[str, Any], devices: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """A memory plan: its parts, and whether they fit."""
+    parts, n_layers = plan["parts"], plan["sizes"]["n_layers"]
+    said = [("memory plan", f"{plan['model']}, {plan['sizes']['parameters'] / 1e9:,.2f}B parameters, {plan['where']}")]
+    for name in ("model", "collecting", "training", "measuring"):
+        held = ", ".join(f"{part} {gigabytes(size)}" for part, size in parts[name].items() if size)
+        said.append((f"  {name}", held))
+    said[2] = (said[2][0], f"{said[2][1]} from one layer, {gigabytes(parts['all_layers'])} from all {n_layers}")
+    gpus = [device for device in devices if device["name"] != "cpu"]
+    fitting = gpus[:1] if plan["where"] != "here" or gpus else devices[:1]
+    peak = f"{gigabytes(plan['peak'])}, with all layers in one pass {gigabytes(plan['peak_all'])}"
+    for device in fitting:
+        fits = "fits into" if 1.1 * plan["peak_all"] <= device["free"] else "is too much for"
+        peak += f"; {fits} the {gigabytes(device['free'])} free on {device['name']}"
+    return [*said, ("  at most", peak)]
 
 
 def gigabytes(size: float) -> str:

@@ -1,0 +1,97 @@
+"""What a run holds in a device's memory at once, part by part: arithmetic from the model's sizes and the run's config.
+
+The model stays throughout; collecting, training and measuring take turns, so the peak is the model and the largest of them.
+It counts tensors: an allocator's reserve and a library's workspace come on top, about a tenth on a GPU. No torch.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sae_core.config import Arch, TrainConfig
+from server.estimates import Shape
+
+FLOAT, HALF = 4, 2
+LOGITS_AT_ONCE = 2**26  # elements, as the lens splits its rows
+VECTORS: dict[Arch, int] = {"gated": 3, "jumprelu": 2}
+"""Parameters per feature beside its two directions: b_enc, and what an architecture adds to it."""
+
+
+class Sizes(NamedTuple):
+    """A model's sizes, as `sae_core.sizes` tells them."""
+
+    parameters: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_model: int
+    d_mlp: int
+    d_vocab: int
+
+    @property
+    def shape(self) -> Shape:
+        """Those that an estimate of time needs."""
+        return Shape(self.d_model, self.n_layers, self.n_heads, self.d_head, self.d_vocab)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by part."""
+
+    model: dict[str, int]
+    """Held all the time."""
+    collecting: dict[str, int]
+    """While z is read from one layer; z is the part `z`."""
+    all_layers: int
+    """Bytes of z while all layers are read in one pass, instead of one layer's."""
+    training: dict[str, int]
+    """While one SAE is trained; the SAEs of a sweep take turns."""
+    measuring: dict[str, int]
+    """While losses are measured and examples are visited."""
+
+    @property
+    def peak(self) -> int:
+        """With one layer."""
+        return sum(self.model.values()) + max(sum(part.values()) for part in (self.collecting, self.training, self.measuring))
+
+    @property
+    def peak_all(self) -> int:
+        """With all layers in one pass."""
+        collecting = sum(self.collecting.values()) - self.collecting["z"] + self.all_layers
+        others = max(sum(part.values()) for part in (self.training, self.measuring))
+        return sum(self.model.values()) + max(collecting, others)
+
+
+def plan(cfg: TrainConfig, sizes: Sizes, *, half_pass: bool, half_step: bool) -> Plan:
+    """The plan of a run; `half_pass` and `half_step`: whether the model's pass and the SAE's encoder product are in bfloat16."""
+    d_in, width = sizes.n_heads * sizes.d_head, HALF if half_pass else FLOAT
+    d_sae, context = cfg.expansion * d_in, cfg.rows.context
+    tokens = cfg.collect_rows * context
+
+    model = {"float32 weights": FLOAT * sizes.parameters}
+    if half_pass:
+        model["bfloat16 weights"] = HALF * sizes.parameters
+
+    # At a block's widest point: the stream, its norm, and either gate, up and their product, or q, k, v and z.
+    widest = max(3 * sizes.d_mlp, 2 * (sizes.n_heads + sizes.n_kv_heads) * sizes.d_head)
+    collecting = {"pass": width * tokens * (2 * sizes.d_model + widest), "z": width * tokens * d_in}
+
+    parameters = FLOAT * (2 * d_in * d_sae + VECTORS.get(cfg.arch, 1) * d_sae + d_in)
+    training = {
+        "SAE": parameters,
+        "gradients": parameters,
+        "Adam's moments": 2 * parameters,
+        # Pre-activations, and what their gradient or AuxK makes of them; x, its reconstruction and its error.
+        "step": FLOAT * cfg.batch * (3 * d_sae + 3 * d_in),
+    }
+    if half_step:
+        training["bfloat16 encoder"] = HALF * d_in * d_sae
+
+    rows = max(1, LOGITS_AT_ONCE // (context * sizes.d_vocab))
+    visited = max((harvest.batch_rows for harvest in cfg.harvests), default=0)
+    measuring = {
+        "SAE": parameters,
+        "logits": 2 * FLOAT * rows * context * sizes.d_vocab,  # and their logarithms of probabilities
+        "patterns": 3 * FLOAT * visited * sizes.n_heads * context**2,  # scores, masked scores, softmax
+    }
+    return Plan(model, collecting, width * tokens * d_in * sizes.n_layers, training, measuring)
