@@ -17,7 +17,7 @@ import json
 import os
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from sae_core.config import TrainConfig
 from sae_core.corpus import Rows
 from sae_core.errors import CacheBusy, CacheMismatch, Diverged
 from sae_core.progress import Progress
+from sae_core.ranks import ALONE, Ranks
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
@@ -154,34 +155,47 @@ class Store:
         index: int,
         dtype: torch.dtype,
         batch_rows: int,
+        ranks: Ranks = ALONE,
     ) -> Generator[Progress, None, None]:
         """Fill pool `index` of every layer that lacks rows of `rows` [n, context], by one model pass for all of them;
-        yields progress in tokens after every pass. Raises Diverged where the model gives values that are not finite."""
+        yields progress in tokens after every pass, on rank 0. Raises Diverged where the model gives values that are not
+        finite.
+
+        Several `ranks` take the batches in turn: the batches are those of one process, so z is the same. Rows are counted
+        when all ranks have written theirs, so that what is counted is always a beginning of the pool.
+        """
         n, context = rows.shape
-        lacking = [layer for layer in layers if not self.pool(layer, index).complete]
+        lacking = ranks.share(lambda: [layer for layer in layers if not self.pool(layer, index).complete])
         if not lacking:
             return
-        with self.filling():
+        with self.filling() if ranks.rank == 0 else nullcontext():
             pools = {layer: self.pool(layer, index) for layer in lacking}
             shape = (n, context, lens.info.n_heads * lens.info.d_head)
-            start = counted = min(pool.begin(first, shape, dtype) for pool in pools.values())
+            start = counted = ranks.share(lambda: min(pool.begin(first, shape, dtype) for pool in pools.values()))
             files = {layer: np.lib.format.open_memmap(pool.path, "r+") for layer, pool in pools.items()}
             begun = time.monotonic()
-            for low in range(start, n, batch_rows):
+            for number, low in enumerate(range(start, n, batch_rows)):
+                ranks.check()
                 high = min(low + batch_rows, n)
-                tokens = torch.from_numpy(rows[low:high].astype(np.int64)).to(lens.device)
-                for layer, z in lens.read_z(tokens, lacking, dtype).items():
-                    if not torch.isfinite(z).all():
-                        raise Diverged(_not_finite(layer, first, low, z))
-                    here = z.cpu()
-                    files[layer][low:high] = here.view(torch.uint16).numpy() if dtype == torch.bfloat16 else here.numpy()
-                if high == n or high - counted >= FLUSH_ROWS:
-                    for layer, pool in pools.items():
-                        files[layer].flush()
-                        pool.count({"first": first, "rows": n, "done": high})
+                if ranks.mine(number):
+                    tokens = torch.from_numpy(rows[low:high].astype(np.int64)).to(lens.device)
+                    for layer, z in lens.read_z(tokens, lacking, dtype).items():
+                        if not torch.isfinite(z).all():
+                            raise Diverged(_not_finite(layer, first, low, z))
+                        here = z.cpu()
+                        files[layer][low:high] = here.view(torch.uint16).numpy() if dtype == torch.bfloat16 else here.numpy()
+                if high == n or high - counted >= FLUSH_ROWS * ranks.size:
+                    for file in files.values():
+                        file.flush()
+                    ranks.wait()
+                    if ranks.rank == 0:
+                        for pool in pools.values():
+                            pool.count({"first": first, "rows": n, "done": high})
                     counted = high
                 rate = (high - start) * context / max(time.monotonic() - begun, 1e-9)
-                yield Progress("collect", (first + high) * context, (first + n) * context, rate=rate)
+                if ranks.rank == 0:
+                    yield Progress("collect", (first + high) * context, (first + n) * context, rate=rate)
+            ranks.wait()
 
 
 def _not_finite(layer: int, first: int, low: int, z: Tensor) -> str:

@@ -90,6 +90,15 @@ class Ranks:
             distributed.broadcast_object_list(said, 0, group=self._control)
         return said[0]  # type: ignore[return-value]
 
+    def in_turn(self, make: Callable[[], T]) -> T:
+        """What `make` gives: first on rank 0, which leaves on disk what must be there, then on the others, which find it."""
+        if self.rank == 0:
+            made = make()
+            self.wait()
+            return made
+        self.wait()
+        return make()
+
     def stop(self) -> bool:
         """Whether any rank was told to stop: the same answer for all, so that all stop after the same step."""
         return self._told() if self.size == 1 else bool(self._add(torch.tensor(int(self._told()))))

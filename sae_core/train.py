@@ -34,7 +34,7 @@ from sae_core.config import STREAM, SAEConfig, TrainConfig
 from sae_core.corpus import Rows
 from sae_core.errors import Diverged, EmptyCorpus, UsageError
 from sae_core.progress import Progress
-from sae_core.ranks import ALONE, Ranks
+from sae_core.ranks import ALONE, Ranks, Stopped
 from sae_core.saes import ARCHITECTURES, SAE, load_sae, save_sae
 from sae_core.trainer import Stats, Trainer
 
@@ -74,7 +74,13 @@ def train_many(
     """`train` for several SAEs on one stream of activations: the configs must agree in what is read (`STREAM`).
 
     Progress in `train` counts the tokens of all runs together and says whose values it brings.
+
+    With several `ranks` each collects a part of every pool. Where there are as many runs as ranks, each rank then trains
+    runs of its own, and reports of them alone; where there are fewer, all ranks train each run together, on a part of every
+    batch, and rank 0 reports. The results are those of one process but for the order in which sums are rounded. A rank that
+    is told to stop saves a checkpoint and raises Stopped.
     """
+    together = len(cfgs) < ranks.size
     # ---- what is fixed for the run: refused here, if at all, before anything is read ----
     for name in STREAM:
         if len({repr(getattr(cfg, name)) for cfg in cfgs}) > 1:
@@ -83,24 +89,26 @@ def train_many(
         lens.check_layer(cfg.site.layer)
         cfg.check_width(lens.info.n_heads * lens.info.d_head)
     stream = _Stream(cfgs[0], lens, rows, folder, caches)
-    dtypes = _dtypes(cfgs, lens, folder / "run.json", stream)
-    runs = [_Run(cfg, i, lens, stream, folder, dtypes[i + 1], ranks) for i, cfg in enumerate(cfgs)]
-    if ranks.rank == 0:
-        stream.store.claim(about(lens, rows, cfgs[0], dtypes[0]))
+    dtypes = ranks.in_turn(lambda: _dtypes(cfgs, lens, folder / "run.json", stream))
+    by = ranks if together else ranks.alone()
+    runs = ranks.in_turn(lambda: [_Run(cfg, i, lens, stream, folder, dtypes[i + 1], by) for i, cfg in enumerate(cfgs)])
+    mine = [run for run in runs if together or ranks.mine(run.index)]
+    ranks.in_turn(lambda: stream.store.claim(about(lens, rows, cfgs[0], dtypes[0])))
 
     # ---- pool by pool: collect for every layer, then train each SAE on it ----
     for index in range(len(stream.starts)):
         waiting = [run for run in runs if run.needs(index)]
         layers = sorted({run.cfg.site.layer for run in waiting})
-        if ranks.rank == 0:
-            yield from stream.collect(index, layers, dtypes[0])
-        ranks.wait()
+        yield from stream.collect(index, layers, dtypes[0], ranks)
         for layer in layers:
             read = _Read(stream.store.pool(layer, index).tensor())
             for run in waiting:
-                if run.cfg.site.layer == layer:
+                if run.cfg.site.layer == layer and run in mine:
                     for report in run.train_on(read, index):
-                        yield _of_all(report, runs, run)
+                        if ranks.rank == 0 or not together:
+                            yield _of_all(report, runs, mine, run)
+        for run in waiting:
+            run.passed(index)
         ranks.wait()
         if ranks.rank == 0 and index < len(stream.starts) - 1 and stream.own:
             for layer in layers:
@@ -132,12 +140,12 @@ class _Stream:
         """Rows in a pool."""
         return min(self.pool_rows, self.n_rows - self.starts[index])
 
-    def collect(self, index: int, layers: Sequence[int], dtype: torch.dtype) -> Iterator[Progress]:
+    def collect(self, index: int, layers: Sequence[int], dtype: torch.dtype, ranks: Ranks) -> Iterator[Progress]:
         """Fill a pool for the layers that lack it."""
         first = self.starts[index]
         part = self.rows.train[first : first + self.rows_in(index)]
         total = self.n_rows * self.rows.context
-        for report in self.store.collect(self.lens, part, first, layers, index, dtype, self.cfg.collect_rows):
+        for report in self.store.collect(self.lens, part, first, layers, index, dtype, self.cfg.collect_rows, ranks):
             yield Progress(report.phase, report.done, total, rate=report.rate)
 
 
@@ -217,10 +225,15 @@ class _Run:
         first = pool == 0 and not (self.folder / "scaling.json").exists()
         return first or self.steps_done < self.bounds[pool + 1] or pool == len(self.bounds) - 2
 
+    def passed(self, pool: int) -> None:
+        """A pool has been trained on, perhaps by another rank."""
+        self.steps_done = max(self.steps_done, self.bounds[pool + 1])
+        self.done = self.done or pool == len(self.bounds) - 2
+
     def train_on(self, read: _Read, pool: int) -> Iterator[Progress]:
         """The steps of one pool, from wherever they were left; after the last pool's the SAE is saved."""
         cfg, lens, d_in = self.cfg, self.lens, read.flat.shape[-1]
-        scaling = _scaling(self.folder / "scaling.json", read.z, cfg)
+        scaling = self.ranks.in_turn(lambda: _scaling(self.folder / "scaling.json", read.z, cfg))
         valid, mean_z = read.positions(scaling.max_norm, cfg.exclude_start)
         mean = mean_z.to(lens.device) * scaling.scale
 
@@ -240,7 +253,9 @@ class _Run:
         else:
             sample = valid[:: max(len(valid) // SAMPLE_TOKENS, 1)][:SAMPLE_TOKENS]
             trainer.recipe.begin(x_at(sample), mean)
-        curve = _Curve(self.folder / "metrics.jsonl", trainer.steps_done)
+            for parameter in trainer.parameters.values():
+                self.ranks.same(parameter)
+        curve = _Curve(self.folder / "metrics.jsonl", trainer.steps_done) if self.ranks.rank == 0 else None
 
         # ---- the steps: `passes` times over the pool, in a fresh order each time ----
         start, end = self.bounds[pool], self.bounds[pool + 1]
@@ -249,6 +264,9 @@ class _Run:
         clock: deque[float] = deque([time.monotonic()], maxlen=16)
         try:
             for step in range(max(start, trainer.steps_done), end):
+                if self.ranks.stop():
+                    self._save(trainer)
+                    raise Stopped
                 which, at = divmod(step - start, per_pass)
                 if order is None or order[0] != which:
                     generator = torch.Generator().manual_seed((cfg.seed * 1_000_003 + pool) * 1_009 + which)
@@ -266,7 +284,8 @@ class _Run:
                 values = {}
                 if step % REPORT_STEPS == 0 or step == self.total - 1:
                     values = self._values(stats, trainer)
-                    curve.add(step + 1, values | {"lr": rate, "k": k})
+                    if curve:
+                        curve.add(step + 1, values | {"lr": rate, "k": k})
                 if trainer.steps_done % cfg.checkpoint_steps == 0 or trainer.steps_done == end:
                     self._save(trainer)
                 speed = (len(clock) - 1) * cfg.batch / max(clock[-1] - clock[0], 1e-9)
@@ -282,7 +301,6 @@ class _Run:
             if trainer.recipe.calibrated:
                 tensors["threshold"] = torch.full_like(tensors["threshold"], _calibrate(tensors, x_at, valid, cfg.k))
             save_sae(_fold(tensors, scaling, cfg, lens), self.folder / "sae")
-            self.done = True
 
     def _values(self, stats: Stats, trainer: Trainer) -> dict[str, float]:
         """The step's figures as numbers; raises Diverged where they are none."""
@@ -321,11 +339,11 @@ class _Run:
         )
 
 
-def _of_all(report: Progress, runs: Sequence[_Run], run: _Run) -> Progress:
-    """A run's report as a report of all runs."""
+def _of_all(report: Progress, runs: Sequence[_Run], mine: Sequence[_Run], run: _Run) -> Progress:
+    """A run's report as a report of all runs, of which this rank knows how far its own are."""
     if len(runs) == 1:
         return report
-    done = sum(r.steps_done * r.cfg.batch for r in runs)
+    done = sum(r.steps_done * r.cfg.batch for r in mine)
     total = sum(r.total * r.cfg.batch for r in runs)
     return Progress("train", done, total, "tokens", report.rate, report.values, report.step, run.index, report.note)
 

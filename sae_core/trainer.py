@@ -117,7 +117,7 @@ class Trainer:
         weights = losses.double().square().cpu()
         generator = torch.Generator().manual_seed(self.cfg.seed + self.steps_done)
         dead = dead[: int((weights > 0).sum())]  # never more than there are inputs to point at
-        chosen = torch.multinomial(weights, len(dead), generator=generator).to(x.device)
+        chosen = self.ranks.same(torch.multinomial(weights, len(dead), generator=generator).to(x.device))
         toward = x[chosen] - recipe.b_dec
         toward = toward / toward.norm(dim=1, keepdim=True).clamp_min(1e-8)
         alive = torch.ones(self.d_sae, dtype=torch.bool, device=x.device)
