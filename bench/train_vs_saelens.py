@@ -55,7 +55,7 @@ def run(layer: int = 5, steps: int = 50, wide_steps: int = 12) -> dict[str, Figu
                 f"ours, {expansion * D_IN} features, {dtype}",
                 measured(
                     [sys.executable, "-m", "bench._ours"],
-                    layer=layer,
+                    layers=[layer],
                     expansion=expansion,
                     k=K,
                     steps=n,
