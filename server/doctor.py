@@ -267,7 +267,7 @@ def _plan_lines(plan: dict[str, Any], devices: list[dict[str, Any]]) -> list[tup
     """A memory plan: its parts, and whether they fit."""
     parts, n_layers = plan["parts"], plan["sizes"]["n_layers"]
     said = [("memory plan", f"{plan['model']}, {plan['sizes']['parameters'] / 1e9:,.2f}B parameters, {plan['where']}")]
-    for name in ("model", "collecting", "training", "measuring"):
+    for name in ("model", "collecting", "training", "measuring", "visiting"):
         held = ", ".join(f"{part} {gigabytes(size)}" for part, size in parts[name].items() if size)
         said.append((f"  {name}", held))
     said[2] = (said[2][0], f"{said[2][1]} from one layer, {gigabytes(parts['all_layers'])} from all {n_layers}")

@@ -1,7 +1,8 @@
 """What a run holds in a device's memory at once, part by part: arithmetic from the model's sizes and the run's config.
 
-The model stays throughout; collecting, training and measuring take turns, so the peak is the model and the largest of them.
-It counts tensors: an allocator's reserve and a library's workspace come on top, about a tenth on a GPU. No torch.
+The model stays throughout; collecting, training, measuring and visiting take turns, so the peak is the model and the largest
+of them. It counts tensors, which is what PyTorch's allocator saw on SmolLM2 to 1 % for passes and logits (LOG.md); reserve and
+workspace come on top, and a step is bounded from above. No torch.
 """
 
 from dataclasses import dataclass
@@ -47,19 +48,23 @@ class Plan:
     training: dict[str, int]
     """While one SAE is trained; the SAEs of a sweep take turns."""
     measuring: dict[str, int]
-    """While losses are measured and examples are visited."""
+    """While losses are measured."""
+    visiting: dict[str, int]
+    """While a harvest visits rows in float32, attention step by step."""
 
     @property
     def peak(self) -> int:
         """With one layer."""
-        return sum(self.model.values()) + max(sum(part.values()) for part in (self.collecting, self.training, self.measuring))
+        return self._peak(self.collecting["z"])
 
     @property
     def peak_all(self) -> int:
         """With all layers in one pass."""
-        collecting = sum(self.collecting.values()) - self.collecting["z"] + self.all_layers
-        others = max(sum(part.values()) for part in (self.training, self.measuring))
-        return sum(self.model.values()) + max(collecting, others)
+        return self._peak(self.all_layers)
+
+    def _peak(self, z: int) -> int:
+        turns = ({**self.collecting, "z": z}, self.training, self.measuring, self.visiting)
+        return sum(self.model.values()) + max(sum(parts.values()) for parts in turns)
 
 
 def plan(cfg: TrainConfig, sizes: Sizes, *, half_pass: bool, half_step: bool) -> Plan:
@@ -72,9 +77,9 @@ def plan(cfg: TrainConfig, sizes: Sizes, *, half_pass: bool, half_step: bool) ->
     if half_pass:
         model["bfloat16 weights"] = HALF * sizes.parameters
 
-    # At a block's widest point: the stream, its norm, and either gate, up and their product, or q, k, v and z.
-    widest = max(3 * sizes.d_mlp, 2 * (sizes.n_heads + sizes.n_kv_heads) * sizes.d_head)
-    collecting = {"pass": width * tokens * (2 * sizes.d_model + widest), "z": width * tokens * d_in}
+    # At a block's widest point: the embedding, the stream and its norm; and either gate, up and their product, or q, k, v, z.
+    widest = 3 * sizes.d_model + max(3 * sizes.d_mlp, 2 * (sizes.n_heads + sizes.n_kv_heads) * sizes.d_head)
+    collecting = {"pass": width * tokens * widest, "z": width * tokens * d_in}
 
     parameters = FLOAT * (2 * d_in * d_sae + VECTORS.get(cfg.arch, 1) * d_sae + d_in)
     training = {
@@ -88,10 +93,12 @@ def plan(cfg: TrainConfig, sizes: Sizes, *, half_pass: bool, half_step: bool) ->
         training["bfloat16 encoder"] = HALF * d_in * d_sae
 
     rows = max(1, LOGITS_AT_ONCE // (context * sizes.d_vocab))
+    logits = 2 * FLOAT * rows * context * sizes.d_vocab  # and their logarithms of probabilities
     visited = max((harvest.batch_rows for harvest in cfg.harvests), default=0)
-    measuring = {
+    visiting = {
         "SAE": parameters,
-        "logits": 2 * FLOAT * rows * context * sizes.d_vocab,  # and their logarithms of probabilities
+        "visit": FLOAT * visited * context * (3 * sizes.d_model + 5 * d_in),  # q; k, v for each query head, rotated; z
         "patterns": 3 * FLOAT * visited * sizes.n_heads * context**2,  # scores, masked scores, softmax
     }
-    return Plan(model, collecting, width * tokens * d_in * sizes.n_layers, training, measuring)
+    z_of_all = width * tokens * d_in * sizes.n_layers
+    return Plan(model, collecting, z_of_all, training, {"SAE": parameters, "logits": logits}, visiting)

@@ -27,13 +27,14 @@ def config(**changes: Any) -> TrainConfig:
 def test_float32_parts_are_those_counted_by_hand() -> None:
     found = plan(config(), SIZES, half_pass=False, half_step=False)
     assert found.model == {"float32 weights": 4_000_000}
-    assert found.collecting == {"pass": 4 * 1280 * (2 * 64 + 3 * 256), "z": 4 * 1280 * 128}
+    assert found.collecting == {"pass": 4 * 1280 * (3 * 64 + 3 * 256), "z": 4 * 1280 * 128}
     assert found.all_layers == 4 * 4 * 1280 * 128
     sae = 4 * (2 * 128 * 512 + 512 + 128)
     step = 4 * 512 * (3 * 512 + 3 * 128)
     assert found.training == {"SAE": sae, "gradients": sae, "Adam's moments": 2 * sae, "step": step}
     # 2^26 logits are 524 rows of 128 x 1000; each is held with its log probability.
-    assert found.measuring == {"SAE": sae, "logits": 2 * 4 * 524 * 128_000, "patterns": 3 * 4 * 2 * 8 * 128 * 128}
+    assert found.measuring == {"SAE": sae, "logits": 2 * 4 * 524 * 128_000}
+    assert found.visiting == {"SAE": sae, "visit": 4 * 256 * (3 * 64 + 5 * 128), "patterns": 3 * 4 * 2 * 8 * 128 * 128}
     assert found.peak == 4_000_000 + sum(found.measuring.values())
 
 
@@ -54,9 +55,16 @@ def test_all_layers_raise_the_peak_where_collecting_is_the_largest() -> None:
     assert few.peak_all == few.peak  # measuring is the larger there
 
 
+def test_the_peak_is_the_model_and_the_largest_of_what_takes_turns() -> None:
+    long = plan(config(rows=RowsConfig(context=4096), batch=4096), SIZES, half_pass=False, half_step=False)
+    assert long.peak == 4_000_000 + sum(long.visiting.values())
+    wide = plan(config(expansion=256, batch=8192), SIZES, half_pass=False, half_step=False)
+    assert wide.peak == 4_000_000 + sum(wide.training.values())
+
+
 def test_attention_is_the_widest_point_where_heads_are() -> None:
     wide = SIZES._replace(d_mlp=10)
-    assert plan(config(), wide, half_pass=False, half_step=False).collecting["pass"] == 4 * 1280 * (2 * 64 + 2 * 12 * 16)
+    assert plan(config(), wide, half_pass=False, half_step=False).collecting["pass"] == 4 * 1280 * (3 * 64 + 2 * 12 * 16)
 
 
 @pytest.mark.parametrize("arch", sorted(RECIPES))
