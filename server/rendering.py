@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from markupsafe import Markup, escape
 
@@ -656,9 +656,62 @@ def head_bars(counts: Sequence[HasCount], sae: str) -> list[Bar]:
     return [Bar(str(entry.key), entry.features, f"{sae}?head={entry.key}&leads=true#features") for entry in counts]
 
 
-def plain_bars(values: Sequence[float]) -> list[Bar]:
-    """A bar per head."""
-    return [Bar(str(head), value) for head, value in enumerate(values)]
+def plain_bars(values: Sequence[float | None]) -> list[Bar]:
+    """A bar per head; none stands where the value is not known."""
+    return [Bar(str(head), value) for head, value in enumerate(values) if value is not None]
+
+
+def position_bars(parts: Sequence[Mapping[str, Any]], name: str) -> list[Bar]:
+    """A bar per group of positions in the row, for the measure `name`."""
+    return [Bar(_positions(part), part[name]) for part in parts if part.get(name) is not None]
+
+
+def _positions(part: Mapping[str, Any]) -> str:
+    return str(part["low"]) if part["low"] == part["high"] else f"{part['low']}–{part['high']}"
+
+
+class Measure(NamedTuple):
+    """A number of an evaluation, as a page shows it."""
+
+    name: str
+    value: str
+    words: str
+    """What it means."""
+
+
+MEASURES: tuple[tuple[str, str, Callable[[float | None], str], str], ...] = (
+    ("cosine", "cosine", num, "Mean cosine of z and its reconstruction: 1 if all directions are right."),
+    ("mse", "squared error", num, "Mean of |z − ẑ|² over tokens: summed, not averaged, over the coordinates of z."),
+    ("norm_ratio", "|ẑ| / |z|", num, "Mean length of the reconstruction over that of z."),
+    (
+        "gamma", "gamma", num,
+        "Σ|ẑ|² / Σ ẑ·z: the factor by which ẑ would have to be divided to fit best. Below 1 the SAE shrinks what it rebuilds.",
+    ),
+    ("gamma_centred", "gamma, centred", num, "The same with the mean of z taken from both: b_dec gives the mean for nothing."),
+    ("l1", "L1", num, "Sum of a token's activations, on average."),
+    ("dense_1", "on > 1 %", percent, "Share of features that fire on more than 1 % of tokens."),
+    ("dense_10", "on > 10 %", percent, "Share of features that fire on more than 10 % of tokens: seldom readable ones."),
+    (
+        "decoder_cosine", "decoder neighbour", num,
+        "Mean over live features of the cosine with the nearest other decoder direction: high where features come twice.",
+    ),
+    ("encoder_cosine", "encoder neighbour", num, "The same of encoder directions."),
+    (
+        "encoder_decoder_cosine", "encoder · decoder", num,
+        "Mean over live features of the cosine of their encoder and decoder direction: low where reading and writing differ.",
+    ),
+)  # fmt: skip
+"""Measures of reconstruction that have no sentence of their own: key, name, form, meaning."""
+
+
+def fit_measures(fit: Mapping[str, Any]) -> list[Measure]:
+    """Those of `MEASURES` that were measured, then the density of the median feature."""
+    found = [Measure(name, form(fit[key]), words) for key, name, form, words in MEASURES if fit.get(key) is not None]
+    middle = next((q["density"] for q in fit.get("density_quantiles") or [] if q["share"] == 0.5), None)
+    if middle is not None:
+        spread = ", ".join(f"{percent(q['share'])} of features up to {percent(q['density'])}" for q in fit["density_quantiles"])
+        found.append(Measure("median density", percent(middle), f"Half the features fire on fewer tokens. {spread}."))
+    return found
 
 
 def density_bars(bins: Sequence[HasRange]) -> list[Bar]:
