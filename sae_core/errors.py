@@ -24,6 +24,7 @@ HeadscopeError
 │   ├── EngineAway
 │   ├── DownloadFailed
 │   ├── CacheBusy
+│   ├── ProcessLost
 │   └── MissingWorkerExtra
 ├── Diverged                a training run, or the model it reads, gave values that are not numbers
 ├── JobError
@@ -149,6 +150,10 @@ class DownloadFailed(MachineError):
 
 class CacheBusy(MachineError):
     """Another run is filling the activation cache."""
+
+
+class ProcessLost(MachineError):
+    """One of the processes that train together was killed, or died without a word."""
 
 
 class MissingWorkerExtra(MachineError):
