@@ -4,7 +4,8 @@ import pytest
 
 from sae_core.config import HarvestConfig, RowsConfig, Site, TrainConfig
 from sae_core.progress import Progress
-from server.estimates import Clock, Shape, Speed, harvest_seconds, train_seconds
+from server.doctor import needs, sweep_needs
+from server.estimates import Clock, Shape, Speed, harvest_seconds, sweep_seconds, train_seconds
 from server.terminal import duration
 
 SHAPE = Shape(d_model=576, n_layers=30, n_heads=9, d_head=64, d_vocab=49152)
@@ -30,6 +31,26 @@ def test_a_sweep_of_rows_on_disk_spares_the_model() -> None:
     harvest = HarvestConfig()
     cached, fresh = (harvest_seconds(harvest, config(), SHAPE, SPEED, cached=cached)["scan"] for cached in (True, False))
     assert cached < fresh
+
+
+def test_runs_on_one_stream_share_a_pass_as_deep_as_the_deepest_and_add_up_their_steps() -> None:
+    shallow, deep = config(k=8), config(k=16).model_copy(update={"site": Site(layer=29)})
+    alone = [train_seconds(run, SHAPE, SPEED) for run in (shallow, deep)]
+    both = sweep_seconds([shallow, deep], SHAPE, SPEED)
+    assert both["collect"] == alone[1]["collect"] > alone[0]["collect"]
+    assert both["prepare"] == alone[0]["prepare"]
+    for phase in ("train", "evaluate", "harvests"):
+        assert both[phase] == pytest.approx(alone[0][phase] + alone[1][phase])
+
+
+def test_runs_on_one_stream_share_its_disk_layer_by_layer() -> None:
+    one, same, other = config(), config(seed=1), config().model_copy(update={"site": Site(layer=3)})
+    pool = 2**20 * SHAPE.d_in * 2  # bf16
+    rows = 4 * (2**20 + 65_536)
+    alone = needs(one, SHAPE, SPEED).disk
+    assert sweep_needs([one], SHAPE, SPEED).disk == alone
+    assert sweep_needs([one, same], SHAPE, SPEED).disk == pytest.approx(2 * alone - pool - rows)
+    assert sweep_needs([one, other], SHAPE, SPEED).disk == pytest.approx(2 * alone - rows)
 
 
 def follow(clock: Clock, *reports: tuple[float, str, int]) -> float:
