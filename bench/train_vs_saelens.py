@@ -209,7 +209,7 @@ def _at_k(tensors: "dict[str, Tensor]", calibration: "Tensor", test: "Tensor") -
     """FVU and L0 on `test` with the threshold at which K features fire per token of `calibration`."""
     import torch
 
-    from sae_core.evaluate import Variance
+    from sae_core.measures import Sums
 
     largest, unseen = [], 0.0  # of each batch four times its share, so that a batch may well have more than the others
     for part in torch.split(calibration, 2048):
@@ -218,10 +218,10 @@ def _at_k(tensors: "dict[str, Tensor]", calibration: "Tensor", test: "Tensor") -
         unseen = max(unseen, float(largest[-1][-1]))
     threshold = float(torch.cat(largest).topk(K * len(calibration)).values[-1])
     assert threshold >= unseen, "a batch has more than four times its share of the largest pre-activations"
-    variance, active, as_saved = Variance(test.shape[-1]), 0, 0
+    sums, active, as_saved = Sums(test.shape[-1]), 0, 0
     for part in torch.split(test, 2048):
         rebuilt, n = _rebuilt(tensors, part, threshold)
-        variance.add(part, rebuilt)
+        sums.add(part, rebuilt)
         active += int(n.sum())
         as_saved += int(_rebuilt(tensors, part, tensors["threshold"])[1].sum())
-    return {"fvu": variance.fvu(), "l0": active / variance.n, "l0_as_saved": as_saved / variance.n}
+    return {"fvu": sums.fvu(), "l0": active / sums.n, "l0_as_saved": as_saved / sums.n}
