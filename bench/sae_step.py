@@ -26,7 +26,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -50,23 +52,21 @@ def run(rounds: int = 7) -> dict[str, Figure]:
     with tempfile.TemporaryDirectory(prefix="headscope-bench-") as place:
         inputs = Path(place) / "inputs.pt"
         torch.save(_inputs(), inputs)
-        sides = {
-            ("ours", "bfloat16"): Side(here, "topk", "bfloat16", inputs),
-            ("ours", "float32"): Side(here, "topk", "float32", inputs),
-            ("batchtopk", "bfloat16"): Side(here, "batchtopk", "bfloat16", inputs),
-            ("batchtopk", "float32"): Side(here, "batchtopk", "float32", inputs),
-            ("dense", "float32"): Side(here, "dense", "float32", inputs),
-            ("dense", "bfloat16"): Side(here, "dense", "bfloat16", inputs),
-            ("sparsify", "float32"): Side(peer, "sparsify", "float32", inputs),
-            ("sparsify", "bfloat16"): Side(peer, "sparsify", "bfloat16", inputs),
+        wanted = {
+            ("ours", "float32"): (here, "topk"),
+            ("batchtopk", "float32"): (here, "batchtopk"),
+            ("dense", "float32"): (here, "dense"),
+            ("sparsify", "float32"): (peer, "sparsify"),
         }
-        try:
+        wanted |= {(name, "bfloat16"): how for (name, _), how in wanted.items()}
+        with ExitStack() as alive:
+            sides = {
+                (name, dtype): alive.enter_context(Side(python, side, dtype, inputs))
+                for (name, dtype), (python, side) in wanted.items()
+            }
             for number in range(rounds + 1):
                 for side in sides.values():
                     side.step(keep=number > 0)
-        finally:
-            for side in sides.values():
-                side.end()
     seconds = {name: statistics.median(side.seconds) for name, side in sides.items()}
     for (name, dtype), median in seconds.items():
         print(f"  {name}, {dtype}: {median:.3f} s/step", file=sys.stderr, flush=True)
@@ -114,17 +114,24 @@ class Side:
         if keep:
             self.seconds.append(seconds)
 
-    def end(self) -> None:
-        """Let it go."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> int:
         assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.close()
-        self.process.wait(60)
+        self.process.stdout.close()
+        return self.process.wait(60)
 
     def _answer(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f"The process of a side ended with status {self.process.wait()}; what it said is above.")
+            sys.exit(f"The process of a side ended with status {self._end()}; what it said is above.")
         return line
 
 
