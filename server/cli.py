@@ -335,7 +335,11 @@ def evaluate(
             raise UsageError(f"{sae} was not trained here, so say on what text to measure it: --corpus.", field="corpus")
         found = _find_corpus(db, corpus or (trained.corpus if trained else ""))
         same = trained is not None and trained.corpus == found.name
-        rows = trained.rows if trained and same else RowsConfig(context=record.config.context, tokens=max(1, how.dead_tokens))
+        rows = (
+            trained.rows
+            if trained and same
+            else RowsConfig(context=record.config.context, tokens=max(record.config.context, how.dead_tokens))
+        )
         cfg = EvaluateJob(
             sae=sae,
             corpus=found.name,
@@ -442,7 +446,7 @@ def corpus_list(data: Data = None) -> None:
 @app.command(epilog="Example: [bold]headscope doctor --tokens 10000000 --expansion 16[/bold]")
 @takes(options(RowsConfig, skip=("seed",)), options(TrainConfig, skip=("model", "corpus", "site", "rows", "harvests", "seed")))
 def doctor(
-    model: Annotated[str, typer.Option("--model", help="A registered model, for the estimate.")] = "smollm2",
+    model: Annotated[str, typer.Option("--model", help="A registered model, or a folder with a config.json.")] = "smollm2",
     layer: Annotated[int, typer.Option("--layer", help="Layer, for the estimate.")] = 17,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     data: Data = None,
@@ -730,10 +734,8 @@ def _train_here(
     """Check everything that can be wrong before a line is written, then work until every SAE is published."""
     doctors.need_worker_extra()
     _check_text(corpus.source)
-    with db.read() as session:
-        known = {m.name: m for m in registry.models(session)}
-    if model.name in known:
-        jobs.check_shape(known[model.name], _runs(cfg, known[model.name].n_layers or 1))
+    if shape := _shape_before(db, model):
+        jobs.check_shape(model.name, shape, _runs(cfg, shape.n_layers or 1))
     lens = _load(settings, model.name, model.source)
     info = lens.info
     runs = _runs(cfg, info.n_layers)
@@ -750,6 +752,20 @@ def _train_here(
         _say(f"{len(runs)} SAEs, which take about {doctors.gigabytes(need.disk)} of disk while they are made.")
     job_id = _enqueue(Jobs(settings, db), cfg, name)
     _work_here(settings, db, job_id, warm=(model.name, lens))
+
+
+def _shape_before(db: Database, model: _Found[ModelSource]) -> jobs.Shape | None:
+    """What is known of the model without its weights: by an earlier load, or by its config."""
+    from sae_core.sizes import read_sizes
+
+    with db.read() as session:
+        known = {m.name: m for m in registry.models(session)}.get(model.name)
+    if known is not None and known.n_layers is not None:
+        return known
+    try:
+        return read_sizes(model.source.location, revision=model.source.revision)
+    except HeadscopeError:  # a GGUF file, or a config that is not here yet: loading it will tell
+        return None
 
 
 def _runs(cfg: TrainConfig | SweepConfig, n_layers: int) -> tuple[TrainConfig, ...]:

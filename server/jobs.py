@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
@@ -44,7 +45,7 @@ class Jobs:
         with self._db.write() as session:
             model = registry.model(session, cfg.model)
             registry.corpus(session, cfg.corpus)
-            check_shape(model, (cfg,))
+            check_shape(model.name, model, (cfg,))
             base = slug(name) if name else default_name(cfg)
             taken, names = store.ids_like(session, f"train-{base}-"), names_taken(session)
             n = next(
@@ -62,7 +63,8 @@ class Jobs:
         with self._db.write() as session:
             model = registry.model(session, cfg.base.model)
             registry.corpus(session, cfg.base.corpus)
-            check_shape(model, runs := cfg.runs(model.n_layers or MANY_LAYERS))
+            runs = cfg.runs(model.n_layers or MANY_LAYERS)
+            check_shape(model.name, model, runs)
             base = (slug(name) if name else default_sweep_name(cfg))[:SWEEP_NAME_LENGTH].rstrip("-._")
             taken, names = store.ids_like(session, f"sweep-{base}-"), names_taken(session)
             n = next(
@@ -219,12 +221,23 @@ def names_taken(session: Session) -> set[str]:
     return names
 
 
-def check_shape(model: registry.ModelRecord, runs: Sequence[TrainConfig]) -> None:
+class Shape(Protocol):
+    """What may be known of a model before it is loaded."""
+
+    @property
+    def n_layers(self) -> int | None: ...
+    @property
+    def n_heads(self) -> int | None: ...
+    @property
+    def d_head(self) -> int | None: ...
+
+
+def check_shape(name: str, model: Shape, runs: Sequence[TrainConfig]) -> None:
     """Refuse, as far as the model is known, a layer that it lacks and an SAE with fewer features than may be active."""
     for run in runs:
         if model.n_layers is not None and run.site.layer >= model.n_layers:
             raise LayerOutOfRange(
-                f"{model.name} has layers 0 to {model.n_layers - 1}; there is no layer {run.site.layer}.", field="layer"
+                f"{name} has layers 0 to {model.n_layers - 1}; there is no layer {run.site.layer}.", field="layer"
             )
         if model.n_heads is not None and model.d_head is not None:
             run.check_width(model.n_heads * model.d_head)

@@ -85,6 +85,19 @@ def test_contradictions_are_refused_and_nothing_is_written(
     assert nothing_registered(environment)
 
 
+@pytest.mark.parametrize("arguments", [["--layers", "1,9"], ["--layer", "1", "--ks", "8,4096", "--expansion", "2"]])
+def test_what_a_models_config_tells_is_refused_before_its_weights_are_read(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch, model: Path, text: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    monkeypatch.setenv("HEADSCOPE_DATA", environment["HEADSCOPE_DATA"])
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((model / "config.json").read_text())
+    done = CliRunner().invoke(app, ["sweep", "--model", str(bare), "--corpus", str(text), *arguments])
+    assert isinstance(done.exception, UsageError), done
+    assert re.search("no layer 9|k = 4096 active features of 128", str(done.exception))
+
+
 def test_a_preset_is_where_to_begin_and_what_is_given_beside_it_wins(
     headscope: Callable[..., Said], environment: dict[str, str], model: Path, text: Path
 ) -> None:
