@@ -800,3 +800,27 @@ def test_smollm2_fast_and_half_z_agree_with_the_bridge(smollm2_lens: Lens) -> No
     assert close(smollm2_lens.read_z(tokens, [17])[17][:, 1:], exact, 1e-3)
     half = smollm2_lens.read_z(tokens, [17], torch.bfloat16)[17][:, 1:].float()
     assert (half - exact).norm() / exact.norm() < 0.1
+
+
+@pytest.mark.real
+def test_smollm2_pattern_times_v_is_z_and_z_through_w_o_is_the_output(smollm2_lens: Lens) -> None:
+    tokens = rows(2, 48, smollm2_lens.info.d_vocab)
+    outputs: dict[int, Tensor] = {}
+    seen = smollm2_lens._bridge.hooks(
+        fwd_hooks=[("blocks.17.attn.hook_out", lambda value, **_: outputs.setdefault(17, value.detach().clone()))]
+    )
+    with seen:
+        smollm2_lens._model(input_ids=tokens)
+    z, v, pattern = smollm2_lens.read_attention(tokens, 17)
+    for head in range(9):
+        assert close(pattern[:, head] @ v[:, :, head // 3], z[..., 64 * head : 64 * head + 64])
+    assert close(z @ smollm2_lens.W_O(17).flatten(0, 1), outputs[17])
+
+
+@pytest.mark.real
+def test_smollm2_losses_of_several_replacements_are_those_of_one_at_a_time(smollm2_lens: Lens) -> None:
+    tokens = rows(2, 32, smollm2_lens.info.d_vocab)
+    assert smollm2_lens._resumes
+    together = smollm2_lens.losses_with(tokens, 17, swaps())
+    alone = [smollm2_lens.token_losses(tokens, 17, swap) if swap else smollm2_lens.token_losses(tokens) for swap in swaps()]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(together, alone, strict=True))
