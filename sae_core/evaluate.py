@@ -53,6 +53,7 @@ Z95 = 1.959964  # two-sided 95 % of the normal distribution
 CLEAR = 3.0  # a denominator counts as known when it exceeds this many of its standard errors
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 DENSE = (0.01, 0.1)
+LOSSES = 4  # about so many passes go into the losses of a row
 
 
 def _finite(value: object) -> object:
@@ -489,7 +490,8 @@ def _losses(
     losses: dict[str, list[Tensor]] = defaultdict(list)
     kl: dict[str, list[Tensor]] = defaultdict(list)
     gap = None
-    for index, part in enumerate(torch.split(tokens, batch_rows)):
+    # A batch costs several passes with their logits, so it is made smaller: who waits or cancels is not kept long.
+    for index, part in enumerate(torch.split(tokens, max(1, batch_rows // LOSSES))):
         wanted = dict(variants)
         if index == 0:  # one batch tells whether patching z and patching the output are one thing
             wanted["output"] = Out(rebuilt.output)

@@ -1,8 +1,21 @@
 """Sparse probing: each step by hand or against an independent calculation, and the whole on a model that is a table."""
 
+import argparse
+import ast
+import asyncio
+import collections
+import csv
+import decimal
+import email
+import inspect
 import json
+import logging
 import math
+import pathlib
 import random
+import statistics
+import subprocess
+import typing
 from collections.abc import Generator
 from itertools import product
 from pathlib import Path
@@ -12,7 +25,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sae_core.config import Site
 from sae_core.errors import EmptyCorpus, UnknownCorpus, UnreadableCorpus
+from sae_core.lens import Lens
 from sae_core.probes import Probe, ProbeTexts, best_features, logistic, mean_accuracy, probe, read_texts, split, wilson
 from tests.core.test_evaluate import identity_sae, made_of
 
@@ -204,6 +219,29 @@ def test_texts_that_begin_alike_cannot_stand_in_both_halves() -> None:
 def test_too_few_labels_are_refused_in_words() -> None:
     with pytest.raises(EmptyCorpus, match="fewer than two labels have 10 texts"):
         probed(ProbeTexts("t", ("ab",) * 30, ("x", "y") * 15))
+
+
+@pytest.mark.real
+def test_features_of_a_real_model_know_code_from_prose(smollm2_lens: Lens) -> None:
+    """Functions of the standard library against its docstrings, on SmolLM2; the SAE is z's coordinates and their opposites."""
+    code, prose = [], []
+    for module in (argparse, ast, asyncio, collections, csv, decimal, email, logging, pathlib, statistics, subprocess, typing):
+        for _, thing in inspect.getmembers(module, lambda one: inspect.isclass(one) or inspect.isfunction(one)):
+            if inspect.isfunction(thing) and not thing.__doc__:
+                code.append(inspect.getsource(thing))
+            elif thing.__doc__ and len(thing.__doc__) > 80:
+                prose.append(inspect.cleandoc(thing.__doc__))
+    draw = random.Random(0)
+    texts = [(text, "code") for text in sorted(set(code))] + [(text, "prose") for text in sorted(set(prose))]
+    draw.shuffle(texts)
+    kept = [one for label in ("code", "prose") for one in [pair for pair in texts if pair[1] == label][:40]]
+    d_in = smollm2_lens.info.d_in
+    basis = torch.cat([torch.eye(d_in), -torch.eye(d_in)])
+    sae = made_of(basis, n_heads=smollm2_lens.info.n_heads, d_head=smollm2_lens.info.d_head, site=Site(layer=8))
+    found = result_of(probe(smollm2_lens, sae, ProbeTexts("stdlib", *zip(*kept, strict=True)), context=33))
+    assert found.majority == 0.5
+    assert found.z.mean > 0.85, "z knows it"
+    assert found.sparse[-1].accuracy.low > 0.6, "five coordinates know most of it"
 
 
 # ---- reading ----

@@ -95,7 +95,7 @@ def test_every_measure_has_its_number_and_its_meaning_in_words(tmp_path: Path) -
 
 def test_positions_are_charts_with_their_numbers_as_text(tmp_path: Path) -> None:
     page = text_of(tmp_path, MEASURED)
-    for title, numbers in (("Unexplained variance by position", ("0.1110", "0.2220")), ("L0 by position", ("21.50", "27.50"))):
+    for title, numbers in (("Unexplained by position", ("0.1110", "0.2220")), ("L0 by position", ("21.50", "27.50"))):
         chart = page.split(f"<figcaption>{title}")[1].split("</figure>")[0]
         assert "<th scope=row>2–3" in chart
         assert all(f"<td>{number}" in chart for number in numbers)
