@@ -77,7 +77,7 @@ class Lean:
         raise ValueError(layer)
 
 
-def run(rows: int = 16, rounds: int = 9, threads: int = 1) -> dict[str, dict[str, object]]:
+def run(rows: int = 16, rounds: int = 5, threads: int = 1) -> dict[str, dict[str, object]]:
     """Ratios of processor time. One thread by default: waiting threads spin, which is not work of either."""
     torch.set_num_threads(threads)
     lens = _smollm2.lens()
