@@ -48,7 +48,7 @@ class SweepRun:
     expansion: int
     seed: int
     state: str
-    """waiting, training, evaluated."""
+    """waiting, training, trained (all are, and evaluation has begun), evaluated."""
     step: int | None
     """Of the newest point of its curves."""
     l0: float | None
@@ -147,8 +147,11 @@ def sweep(session: Session, job_id: str) -> SweepRecord:
     runs = cfg.runs(n_layers or 1) if n_layers or cfg.layers != "all" else ()
     made = {row.run: row for row in session.execute(_MADE, {"job": job_id})}
     newest = {row.run: row for row in session.execute(_NEWEST, {"job": job_id})}
-    names = run_names(job_id, cfg, runs)
-    found = [_run(index, cfg.label(one), names[index], one, made.get(index), newest.get(index)) for index, one in enumerate(runs)]
+    names, trained = run_names(job_id, cfg, runs), job.phase == "evaluate"
+    found = [
+        _run(index, cfg.label(one), names[index], one, made.get(index), newest.get(index), trained)
+        for index, one in enumerate(runs)
+    ]
     return SweepRecord(
         job,
         sweep_name(job_id),
@@ -193,7 +196,9 @@ _NEWEST = sa.select(JobPoint.run, JobPoint.step, JobPoint.values).join(
 )
 
 
-def _run(index: int, label: str, sae: str, cfg: TrainConfig, made: sa.Row[Any] | None, newest: sa.Row[Any] | None) -> SweepRun:
+def _run(
+    index: int, label: str, sae: str, cfg: TrainConfig, made: sa.Row[Any] | None, newest: sa.Row[Any] | None, trained: bool
+) -> SweepRun:
     metrics = made.metrics if made else {}
     values = newest.values if newest else {}
     fit = metrics.get("reconstruction") or {}
@@ -206,7 +211,7 @@ def _run(index: int, label: str, sae: str, cfg: TrainConfig, made: sa.Row[Any] |
         k=cfg.k,
         expansion=cfg.expansion,
         seed=cfg.seed,
-        state="evaluated" if made else "training" if newest else "waiting",
+        state="evaluated" if made else "trained" if trained else "training" if newest else "waiting",
         step=newest.step if newest else None,
         l0=fit.get("l0", values.get("l0")),
         fvu=fit.get("fvu", values.get("fvu")),

@@ -207,6 +207,15 @@ def test_a_running_sweep_shows_its_newest_batch_and_asks_again(running: TestClie
     assert "hx-trigger" not in done.get(PAGE).text
 
 
+def test_once_evaluation_has_begun_every_run_is_trained(settings: Settings) -> None:
+    database = make(settings, made=3)
+    with database.write() as session:
+        session.query(Job).one().phase = "evaluate"
+    with database.read() as session:
+        assert [run.state for run in sweep(session, JOB).runs] == ["evaluated"] * 3 + ["trained"] * 5
+    database.close()
+
+
 def test_batches_are_no_measure_so_only_evaluated_runs_are_drawn(running: TestClient) -> None:
     drawn = re.findall(r'<path class="mark"', running.get(PAGE).text)
     assert len(drawn) == 3 + 3 + 2  # two charts of three runs, and the key of two architectures
