@@ -15,6 +15,7 @@ all layers' SAEs in one run with the last layer's alone.
 cores.
 """
 
+import functools
 import platform
 import sys
 import tempfile
@@ -87,22 +88,20 @@ def _all_in(done: dict[str, Any]) -> float:
 
 
 def _print_tables(widths: list[dict[str, Any]], depths: list[dict[str, Any]], layer: int) -> None:
-    """Markdown, as it stands in docs/performance.md."""
+    """Markdown, as it stands in docs/performance.md, on stderr: stdout is for figures."""
+    say = functools.partial(print, file=sys.stderr, flush=True)
     model, step = widths[0]["dtypes"]
-    print(f"\n{_machine()}, {widths[0]['threads']} threads, {datetime.now(UTC):%Y-%m-%d}; pass {model}, step {step}.\n")
-    print(f"| Features (layer {layer}) | step, tokens/s | ns per token and feature | all in, tokens/s | peak memory, MB |")
-    print("|---:|---:|---:|---:|---:|")
+    say(f"\n{_machine()}, {widths[0]['threads']} threads, {datetime.now(UTC):%Y-%m-%d}; pass {model}, step {step}.\n")
+    say(f"| Features (layer {layer}) | step, tokens/s | ns per token and feature | all in, tokens/s | peak memory, MB |")
+    say("|---:|---:|---:|---:|---:|")
     for done in widths:
         cost = done["step"] / BATCH / done["d_sae"] * 1e9
-        print(f"| {done['d_sae']:,} | {_stepped(done):,.0f} | {cost:.1f} | {_all_in(done):,.0f} | {done['peak'] / 1e6:,.0f} |")
-    print("\n| Layers (4,608 features each) | pass, tokens/s | step, tokens/s | all in, tokens/s | peak memory, MB |")
-    print("|---|---:|---:|---:|---:|")
+        say(f"| {done['d_sae']:,} | {_stepped(done):,.0f} | {cost:.1f} | {_all_in(done):,.0f} | {done['peak'] / 1e6:,.0f} |")
+    say("\n| Layers (4,608 features each) | pass, tokens/s | step, tokens/s | all in, tokens/s | peak memory, MB |")
+    say("|---|---:|---:|---:|---:|")
     for name, done in zip(("1, the last", f"4, to layer {layer}", f"all {LAYERS}"), depths, strict=True):
-        print(
-            f"| {name} | {_passed(done):,.0f} | {_stepped(done):,.0f} | {_all_in(done):,.0f} | {done['peak'] / 1e6:,.0f} |",
-            flush=True,
-        )
-    print()
+        say(f"| {name} | {_passed(done):,.0f} | {_stepped(done):,.0f} | {_all_in(done):,.0f} | {done['peak'] / 1e6:,.0f} |")
+    say()
 
 
 def _machine() -> str:

@@ -86,11 +86,11 @@ def run(layer: int = 5, steps: int = 50, wide_steps: int = 12) -> dict[str, Figu
             )
 
         narrow: dict[str, list[Run]] = {"float32": [], "bfloat16": [], "theirs": []}
-        for lr in (THEIR_LR, OUR_LR, None):
-            narrow["float32"].append(ours(NARROW, steps, "float32"))
+        narrow["float32"].append(ours(NARROW, steps, "float32"))
+        for lr in (THEIR_LR, OUR_LR):
             narrow["bfloat16"].append(ours(NARROW, steps, "bfloat16"))
-            if lr is not None:
-                narrow["theirs"].append(theirs(NARROW, steps, lr, narrow["float32"][0]["rows"]))
+            narrow["theirs"].append(theirs(NARROW, steps, lr, narrow["float32"][0]["rows"]))
+            narrow["float32"].append(ours(NARROW, steps, "float32"))
         wide: dict[str, list[Run]] = {"float32": [ours(WIDE, wide_steps, "float32")], "theirs": []}
         for _ in range(2):
             wide["theirs"].append(theirs(WIDE, wide_steps, THEIR_LR, wide["float32"][0]["rows"]))
