@@ -45,7 +45,7 @@ from sae_core.errors import (
 )
 from sae_core.presets import PRESETS
 from server import doctor as doctors
-from server import estimates, jobs, terminal, up
+from server import estimates, jobs, terminal, tracking, up
 from server.db import Database, sqlite_path
 from server.jobs import Jobs, slug
 from server.options import built, given, options, takes
@@ -125,6 +125,7 @@ def worker(
     doctors.need_worker_extra()
     with _opened(_settings(data=data, worker_id=worker_id, device=device)) as (settings, db):
         _give_token(settings)
+        _allow_wandb(settings)
         from server.worker import run_worker
 
         run_worker(settings, db)
@@ -164,6 +165,9 @@ Preset = Annotated[
 ]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A JSON file of a whole config; options given here win.")]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a model on the hub.")]
+Wandb = Annotated[
+    str | None, typer.Option("--wandb", help="Send the curves to this project of Weights & Biases.", show_default="nowhere")
+]
 Watch = Annotated[bool, typer.Option("--watch", help="With a worker running: stay and show progress.")]
 HarvestTokens = Annotated[
     list[int] | None,
@@ -192,6 +196,7 @@ def train(
     revision: Revision = None,
     harvest_tokens: HarvestTokens = None,
     watch: Watch = False,
+    wandb: Wandb = None,
     data: Data = None,
     device: Device = None,
     **values: Any,
@@ -206,7 +211,7 @@ def train(
     if layer is not None:
         raw["site"] = {"layer": layer}
     listed = given({"layers": layers}, SweepConfig)
-    _train(_settings(data=data, device=device), raw, listed, name=name, revision=revision, watch=watch)
+    _train(_settings(data=data, device=device, wandb=wandb), raw, listed, name=name, revision=revision, watch=watch)
 
 
 @app.command(
@@ -230,6 +235,7 @@ def sweep(
     revision: Revision = None,
     harvest_tokens: HarvestTokens = None,
     watch: Watch = False,
+    wandb: Wandb = None,
     data: Data = None,
     device: Device = None,
     **values: Any,
@@ -246,7 +252,7 @@ def sweep(
     listed = given({**values, "layers": layers}, SweepConfig)
     if not listed:
         raise UsageError("Say what to vary: --layers, --archs, --ks, --expansions or --seeds; `headscope train` makes one SAE.")
-    _train(_settings(data=data, device=device), raw, listed, name=name, revision=revision, watch=watch)
+    _train(_settings(data=data, device=device, wandb=wandb), raw, listed, name=name, revision=revision, watch=watch)
 
 
 @app.command(epilog="Example: [bold]headscope harvest --sae gpt2-l5-1a2b3c --tokens 4000000[/bold]")
@@ -710,8 +716,14 @@ def _train(
         cfg = _config(raw | {"model": model.name, "corpus": corpus.name}, listed)
         queue = Jobs(settings, db)
         if not queue.worker_alive():
+            _allow_wandb(settings)
             _train_here(settings, db, cfg, name, model, corpus)
             return
+        if settings.wandb and "HEADSCOPE_WANDB" not in os.environ:
+            raise UsageError(
+                "A worker runs and would do this; name the project to it: HEADSCOPE_WANDB=<project> headscope worker.",
+                field="wandb",
+            )
         _register(db, model, corpus)
         job_id = _enqueue(queue, cfg, name)
         _say(f"Queued {job_id}.")
@@ -849,13 +861,28 @@ def _compare(db: Database, job_id: str) -> None:
 
 def _environment() -> None:
     """Nothing that runs here reports to anybody. Set before the libraries that read it are imported."""
-    os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "WANDB_MODE": "disabled"})
+    global _wandb_mode
+    _wandb_mode = os.environ.get("WANDB_MODE")
+    os.environ.update({"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1"})
+    if not os.environ.get("HEADSCOPE_WANDB"):
+        os.environ["WANDB_MODE"] = "disabled"
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")
     jobs.quiet()
     logging.captureWarnings(True)
+
+
+_wandb_mode: str | None = None  # as a person set it
+
+
+def _allow_wandb(settings: Settings) -> None:
+    """Take our ban off where a project is named; what a person set stays."""
+    if settings.wandb:
+        tracking.need_wandb()
+        os.environ.pop("WANDB_MODE", None)
+        os.environ.update({"WANDB_MODE": _wandb_mode} if _wandb_mode else {})
 
 
 def main() -> None:

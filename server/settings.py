@@ -48,6 +48,9 @@ class Settings(BaseSettings):
     hf_token_file: Path | None = None
     """File with a Hugging Face token, for gated models; else the environment's `HF_TOKEN` is used."""
 
+    wandb: str | None = None
+    """Project of Weights & Biases to which workers send the curves of trainings; unset sends nothing anywhere."""
+
     @model_validator(mode="after")
     def _safe(self) -> Self:
         if self.host not in ("127.0.0.1", "localhost", "::1"):

@@ -57,6 +57,7 @@ from server.store import harvests, registry
 from server.store import jobs as store
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
+from server.tracking import Tracker
 
 log = logging.getLogger("headscope.worker")
 R = TypeVar("R")
@@ -98,6 +99,8 @@ class Run:
         self.worker, self.job, self.attempt, self.id = worker, job, attempt, job.id
         self.folder = worker.settings.data / "jobs" / job.id
         self.clock = estimates.Clock({})
+        kept, project = worker.settings.data / "logs", worker.settings.wandb
+        self.tracker = Tracker(project, job.id, job.config, kept) if project and job.kind in ("train", "sweep") else None
         self._phase: str | None = None
         self._said: set[str] = set()
         self._stored = 0.0
@@ -167,6 +170,8 @@ class Run:
         """Store progress, at most every few seconds but always when a phase begins."""
         if progress.note:
             self.say(progress.note)
+        if self.tracker:
+            self.tracker.add(progress)
         if progress.values and progress.step is not None:
             of_run = self._points.setdefault(progress.run or 0, {})
             of_run[progress.step] = dict(progress.values) | {"rate": progress.rate}
@@ -688,6 +693,8 @@ class Worker:
                 run.fail(error)
                 return "failed"
             finally:
+                if run.tracker:
+                    run.tracker.close()
                 if not self.stopping.is_set():
                     self.jobs.release()  # what waited for this job may start
             return "done"

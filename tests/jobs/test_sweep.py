@@ -1,5 +1,6 @@
 """A sweep from the queue to its table: many SAEs on one stream of activations, each published under its own name."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from server.store import registry
 from server.store.sweeps import run_names, sweep
 from tests.jobs.conftest import HARVEST, Home, WorkerProcess, tiny_config, wait_for
 from tests.jobs.test_worker import log_of, working
+from tests.test_tracking import Package
 
 BASE = tiny_config(tokens=8192, passes=1, harvests=())
 SWEEP = SweepConfig(base=BASE, layers=(1, 3), archs=("topk", "batchtopk"), ks=(4, 8))
@@ -92,6 +94,22 @@ def test_harvests_of_different_saes_do_not_wait_for_each_other_but_those_of_one_
             for n in (1, 2):
                 store.create(session, f"harvest-{sae}-{n}", "harvest", "x", {"sae": sae}, parent_id="sweep-x-1")
         assert {job.id for job in store.ready(session)} == {"sweep-x-1", "harvest-a-1", "harvest-b-1"}
+
+
+def test_the_curves_of_every_run_go_to_a_project_where_one_is_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Package()
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    home.settings = home.settings.model_copy(update={"wandb": "mine"})
+    job_id = home.jobs.enqueue_sweep(PAIR, name="s")
+    with working(home):
+        assert home.wait(job_id) == "done", home.error(job_id)
+    assert [(run.how["project"], run.how["id"], run.finished) for run in package.runs] == [
+        ("mine", f"{job_id}-000", True),
+        ("mine", f"{job_id}-001", True),
+    ]
+    with home.db.read() as session:
+        for index, run in enumerate(package.runs):
+            assert run.points == dict(store.points(session, job_id, run=index))
 
 
 # ---- interruptions ----
