@@ -13,10 +13,10 @@ our model pass and encoder product are in bf16; SAELens stays in fp32, as it is 
 
 `speedup` is at d_sae 18,432 and `speedup_4608_*` at 4,608, where also memory (the process' own peak resident memory, its
 memory-mapped pool of activations counted) and FVU are compared. For the FVU both SAEs are read in raw z on the same
-held-out rows, row starts and norm outliers left out, by the same formula, at the same L0: the threshold of each is set
-anew so that k features fire per token on the first half of these rows, and FVU is taken on the second. (SAELens' saved
-threshold is an average that starts at 0 and moves by 1 % a step, so after a short run it is far too low: L0 in the
-thousands.) SAELens is run at its default learning rate and at ours, and the better of its two SAEs counts.
+held-out rows, row starts and norm outliers left out, by the same formula, at the same L0: the one threshold of each is
+set anew so that just k features fire per token of these rows. (SAELens' saved threshold is an average that starts at 0
+and moves by 1 % a step, so after a short run it is far too low: L0 in the thousands.) SAELens is run at its default
+learning rate and at ours, and the better of its two SAEs counts.
 
 `layer=17` takes another layer, `steps=50` and `wide_steps=12` other lengths. About 12 minutes on two quiet cores.
 """
@@ -170,10 +170,9 @@ def _lost(runs: dict[str, list[Run]], layer: int) -> dict[str, dict[str, float]]
             for part in np.array_split(rows.heldout[:], max(len(rows.heldout) // 16, 1))
         ]
     )
-    half = len(z) // 2
     kept = z.norm(dim=-1) <= first["max_norm"]
     kept[:, 0] = False
-    calibration, test = z[:half][kept[:half]], z[half:][kept[half:]]
+    z = z[kept]
 
     for done in runs["theirs"]:  # their z is our z, and their file means to us what it means to them
         sample, tensors = np.load(Path(done["weights"]).with_name("sample.npz")), load_file(done["weights"])
@@ -182,8 +181,8 @@ def _lost(runs: dict[str, list[Run]], layer: int) -> dict[str, dict[str, float]]
         _same("z", their_z, ours)
         _same("their reconstruction", torch.from_numpy(sample["rebuilt"]), _rebuilt(tensors, their_z, tensors["threshold"])[0])
 
-    found = {name: _at_k(load_file(runs[dtype][0]["weights"]), calibration, test) for name, dtype in OURS.items()}
-    theirs = [_at_k(load_file(done["weights"]), calibration, test) | {"lr": done["lr"]} for done in runs["theirs"]]
+    found = {name: _at_k(load_file(runs[dtype][0]["weights"]), z) for name, dtype in OURS.items()}
+    theirs = [_at_k(load_file(done["weights"]), z) | {"lr": done["lr"]} for done in runs["theirs"]]
     for done in theirs:
         print(f"  SAELens at learning rate {done['lr']}: FVU {done['fvu']:.4f} at L0 {done['l0']:.1f}", file=sys.stderr)
     return found | {"theirs": min(theirs, key=lambda done: done["fvu"])}
@@ -205,21 +204,21 @@ def _rebuilt(tensors: "dict[str, Tensor]", z: "Tensor", threshold: "Tensor | flo
     return (preacts.relu() * on) @ tensors["W_dec"] + tensors["b_dec"], (on & (preacts > 0)).sum(-1)
 
 
-def _at_k(tensors: "dict[str, Tensor]", calibration: "Tensor", test: "Tensor") -> dict[str, float]:
-    """FVU and L0 on `test` with the threshold at which K features fire per token of `calibration`."""
+def _at_k(tensors: "dict[str, Tensor]", z: "Tensor") -> dict[str, float]:
+    """FVU and L0 on z [n, d_in] with the threshold at which K features fire per token of it; L0 with the saved one."""
     import torch
 
     from sae_core.measures import Sums
 
     largest, unseen = [], 0.0  # of each batch four times its share, so that a batch may well have more than the others
-    for part in torch.split(calibration, 2048):
+    for part in torch.split(z, 2048):
         preacts = (part - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
         largest.append(preacts.flatten().topk(4 * K * len(part)).values)
         unseen = max(unseen, float(largest[-1][-1]))
-    threshold = float(torch.cat(largest).topk(K * len(calibration)).values[-1])
+    threshold = float(torch.cat(largest).topk(K * len(z)).values[-1])
     assert threshold >= unseen, "a batch has more than four times its share of the largest pre-activations"
-    sums, active, as_saved = Sums(test.shape[-1]), 0, 0
-    for part in torch.split(test, 2048):
+    sums, active, as_saved = Sums(z.shape[-1]), 0, 0
+    for part in torch.split(z, 2048):
         rebuilt, n = _rebuilt(tensors, part, threshold)
         sums.add(part, rebuilt)
         active += int(n.sum())

@@ -27,7 +27,7 @@ def dictionary(n: int, d: int, f: int) -> tuple[dict[str, torch.Tensor], torch.T
 
 def test_both_sides_are_compared_at_just_k_features_per_token() -> None:
     tensors, z = dictionary(3000, 8, 400)
-    found = _at_k(tensors, z, z)
+    found = _at_k(tensors, z)
     assert found["l0"] == pytest.approx(K, abs=2 / len(z))  # the cut itself may be counted or not
 
     preacts = (z - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
