@@ -229,7 +229,7 @@ def test_features_of_a_real_model_know_code_from_prose(smollm2_lens: Lens) -> No
         for _, thing in inspect.getmembers(module, lambda one: inspect.isclass(one) or inspect.isfunction(one)):
             if inspect.isfunction(thing) and not thing.__doc__:
                 code.append(inspect.getsource(thing))
-            elif thing.__doc__ and len(thing.__doc__) > 80:
+            elif isinstance(thing.__doc__, str) and len(thing.__doc__) > 80:
                 prose.append(inspect.cleandoc(thing.__doc__))
     draw = random.Random(0)
     texts = [(text, "code") for text in sorted(set(code))] + [(text, "prose") for text in sorted(set(prose))]
