@@ -226,7 +226,7 @@ def test_features_of_a_real_model_know_code_from_prose(smollm2_lens: Lens) -> No
     """Functions of the standard library against its docstrings, on SmolLM2; the SAE is z's coordinates and their opposites."""
     code, prose = [], []
     for module in (argparse, ast, asyncio, collections, csv, decimal, email, logging, pathlib, statistics, subprocess, typing):
-        for _, thing in inspect.getmembers(module, lambda one: inspect.isclass(one) or inspect.isfunction(one)):
+        for thing in [one for one in vars(module).values() if inspect.isclass(one) or inspect.isfunction(one)]:
             if inspect.isfunction(thing) and not thing.__doc__:
                 code.append(inspect.getsource(thing))
             elif isinstance(thing.__doc__, str) and len(thing.__doc__) > 80:
