@@ -15,7 +15,6 @@ import pathlib
 import random
 import statistics
 import subprocess
-import typing
 from collections.abc import Generator
 from itertools import product
 from pathlib import Path
@@ -225,7 +224,7 @@ def test_too_few_labels_are_refused_in_words() -> None:
 def test_features_of_a_real_model_know_code_from_prose(smollm2_lens: Lens) -> None:
     """Functions of the standard library against its docstrings, on SmolLM2; the SAE is z's coordinates and their opposites."""
     code, prose = [], []
-    for module in (argparse, ast, asyncio, collections, csv, decimal, email, logging, pathlib, statistics, subprocess, typing):
+    for module in (argparse, ast, asyncio, collections, csv, decimal, email, logging, pathlib, statistics, subprocess):
         for thing in [one for one in vars(module).values() if inspect.isclass(one) or inspect.isfunction(one)]:
             if inspect.isfunction(thing) and not thing.__doc__:
                 code.append(inspect.getsource(thing))
