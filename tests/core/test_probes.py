@@ -238,7 +238,7 @@ def test_features_of_a_real_model_know_code_from_prose(smollm2_lens: Lens) -> No
     basis = torch.cat([torch.eye(d_in), -torch.eye(d_in)])
     sae = made_of(basis, n_heads=smollm2_lens.info.n_heads, d_head=smollm2_lens.info.d_head, site=Site(layer=8))
     found = result_of(probe(smollm2_lens, sae, ProbeTexts("stdlib", *zip(*kept, strict=True)), context=33))
-    assert found.majority == 0.5
+    assert found.majority < 0.6
     assert found.z.mean > 0.85, "z knows it"
     assert found.sparse[-1].accuracy.low > 0.6, "five coordinates know most of it"
 
