@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+# Two test processes share two cores: with a thread each, small products do not wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Nothing that a test runs may talk to a model hub.
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled")
 

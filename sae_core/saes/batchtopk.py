@@ -8,15 +8,13 @@ inference  f = preact where preact > theta, else 0: the batch's cut replaced by 
 """
 
 import torch
-from torch import Tensor
 
 from sae_core import sparse
 from sae_core.config import TrainConfig
 from sae_core.ranks import Ranks
 from sae_core.saes.base import SAE
-from sae_core.saes.recipe import batch_size
 from sae_core.saes.topk import TopKRecipe
-from sae_core.sparse import Code
+from sae_core.sparse import Code, Preacts
 
 
 class BatchTopKSAE(SAE):
@@ -32,9 +30,9 @@ class BatchTopKRecipe(TopKRecipe):
         super().__init__(cfg, d_in, device, step_dtype)
         self.facts["cut"] = 0.0  # smallest value kept in the last batch
 
-    def select(self, preacts: Tensor, k: float, ranks: Ranks) -> Code:
+    def select(self, preacts: Preacts, k: float, ranks: Ranks) -> Code:
         """The largest n k of the batch, over all ranks."""
-        count = int(batch_size(preacts, ranks) * k)
+        count = int(ranks.count(len(preacts)) * k)
         code, cut = sparse.batch_top_k(preacts, count, self.facts["cut"], ranks)
         self.facts["cut"] = cut
         return code

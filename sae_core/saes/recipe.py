@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sae_core import sparse
 from sae_core.config import TrainConfig
 from sae_core.ranks import ALONE, Ranks
 
@@ -92,11 +93,11 @@ class Recipe(ABC):
 
     def on_the_sphere(self, gradient: Tensor) -> Tensor:
         """The decoder's gradient without its part along each unit row (Bricken et al. 2023), in place."""
-        return gradient.sub_((gradient * self.W_dec).sum(1, keepdim=True) * self.W_dec)
+        return sparse.on_the_sphere(gradient, self.W_dec)
 
     def normalise(self) -> None:
         """Make the decoder's rows unit again, after the optimizer has moved them."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        sparse.normalise(self.W_dec)
 
     # ---- the end ----
 

@@ -15,7 +15,7 @@ from sae_core import sparse
 from sae_core.ranks import ALONE, Ranks
 from sae_core.saes.base import SAE
 from sae_core.saes.recipe import Recipe, Schedule, Step, batch_size, sum_of_squares
-from sae_core.sparse import Code, Gradients
+from sae_core.sparse import Code, Gradients, Preacts
 
 
 class TopKSAE(SAE):
@@ -33,7 +33,7 @@ class TopKSAE(SAE):
 class TopKRecipe(Recipe):
     """Training of the top-k family; `select`, `reconstruct` and `backward` are what its members change."""
 
-    def select(self, preacts: Tensor, k: float, ranks: Ranks) -> Code:  # noqa: ARG002 - a token's choice is its own
+    def select(self, preacts: Preacts, k: float, ranks: Ranks) -> Code:  # noqa: ARG002 - a token's choice is its own
         """The code of a batch from its pre-activations [n, d_sae]."""
         return sparse.top_k(preacts, min(round(k), self.d_sae))
 
@@ -48,7 +48,7 @@ class TopKRecipe(Recipe):
     def gradients(self, x: Tensor, mean: Tensor, at: Schedule, dead: Tensor, ranks: Ranks = ALONE) -> Step:
         """See the module's equations."""
         cfg, n = self.cfg, batch_size(x, ranks)
-        preacts = self.preacts(x)
+        preacts = Preacts(x - self.b_dec, self.W_enc_t, self.b_enc, self.dtype)
         code = self.select(preacts, at.k, ranks)
         residuals = [x_hat - x for x_hat in self.reconstruct(code)]
         power = sum_of_squares(x, mean, ranks)
@@ -58,11 +58,12 @@ class TopKRecipe(Recipe):
         values["loss"] = sum((ranks.sum(r.square().sum()) / power for r in residuals[:-1]), values["fvu"]) / len(residuals)
         aux_k = cfg.aux_k if cfg.aux_k is not None else self.d_in // 2
         if aux_k and cfg.aux_coef and len(dead):
-            loss, extra = sparse.auxiliary(preacts, dead, aux_k, -residuals[-1], x, self.W_enc_t, self.W_dec, self.b_dec)
             # `auxiliary` divides by its part's error; the batch's loss divides by the whole batch's.
             mine = residuals[-1].square().sum().clamp_min(1e-12)
             share = mine / ranks.sum(mine.clone())
-            grads = Gradients(*(g.add_(e * (cfg.aux_coef * share)) for g, e in zip(grads, extra, strict=True)))
+            parameters = (self.W_enc_t, self.W_dec, self.b_dec)
+            weight = cfg.aux_coef * share
+            loss, grads = sparse.auxiliary(preacts, dead, aux_k, -residuals[-1], x, *parameters, into=grads, weight=weight)
             values["aux"] = ranks.sum(loss * share)
             values["loss"] = values["loss"] + cfg.aux_coef * values["aux"]
         return Step(grads._asdict(), torch.bincount(code.feature, minlength=self.d_sae), values)

@@ -4,13 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 from sae_core.config import ModelSource
 from sae_core.lens import Lens, load_lens
 from tests.core.tiny_models import save_tiny
-
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

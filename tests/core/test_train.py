@@ -1,6 +1,7 @@
 """The training loop on a source of z whose dictionary is known, and its promises about interruption."""
 
 import errno
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor
 
 from sae_core import checkpoint
-from sae_core.activations import Activations
+from sae_core.activations import Activations, Store
 from sae_core.config import HarvestConfig, RowsConfig, Site, TrainConfig
-from sae_core.errors import EmptyCorpus, UnreadableSAE
+from sae_core.errors import CacheBusy, CacheMismatch, Diverged, EmptyCorpus, UnreadableSAE, UsageError
+from sae_core.presets import PRESETS
 from sae_core.progress import Progress
 from sae_core.saes import SAE, load_sae, save_sae
-from sae_core.train import train
+from sae_core.train import train, train_many
+from sae_core.trainer import Trainer
 
 N_ATOMS, D_IN, ACTIVE, CONTEXT = 24, 16, 2, 16
 
@@ -231,3 +234,238 @@ def test_save_and_load_give_the_same_sae_and_damage_is_named(rows: Any, tmp_path
     (tmp_path / "runs/000/sae/cfg.json").write_text("{}")
     with pytest.raises(UnreadableSAE, match="not an SAE's config"):
         load_sae(tmp_path / "runs/000/sae")
+
+
+# ---- many SAEs on one stream ----
+
+
+def run_many(cfgs: list[TrainConfig], lens: Any, rows: Any, folder: Path, stop_after: int | None = None) -> Any:
+    generator, reports = train_many(cfgs, lens, rows, folder), []
+    while stop_after is None or len(reports) < stop_after:
+        try:
+            reports.append(next(generator))
+        except StopIteration as end:
+            return reports, end.value
+    generator.close()
+    return reports, None
+
+
+def siblings(**changes: Any) -> list[TrainConfig]:
+    """Runs of two layers, three architectures and two batch sizes."""
+    first = config(**changes)
+    others: list[dict[str, Any]] = [{"site": Site(layer=1)}, {"arch": "topk"}, {"arch": "relu", "batch": 128}]
+    return [first, *(config(**(changes | other)) for other in others)]
+
+
+def test_many_saes_on_one_stream_are_those_of_runs_of_their_own(rows: Any, tmp_path: Path) -> None:
+    lens, cfgs = KnownDictionary(), siblings(pool_tokens=250 * CONTEXT, passes=2)
+    reports, saes = run_many(cfgs, lens, rows, tmp_path / "many")
+    assert lens.passes == 600 / 50
+    assert {r.run for r in reports if r.phase == "train"} == {0, 1, 2, 3}
+    assert reports[-1].done == reports[-1].total
+    for i, (cfg, sae) in enumerate(zip(cfgs, saes, strict=True)):
+        _, alone = run(cfg, KnownDictionary(), rows, tmp_path / f"alone-{i}")
+        assert same(alone, sae), cfg.arch
+    assert not list((tmp_path / "many/activations").rglob("pool-0000.npy")), "what is read no more gives its disk back"
+
+
+def test_many_saes_resume_wherever_they_were_stopped(rows: Any, tmp_path: Path) -> None:
+    cfgs = siblings(pool_tokens=250 * CONTEXT, passes=2)
+    _, whole = run_many(cfgs, KnownDictionary(), rows, tmp_path / "whole")
+    for stop in (3, 30, 55, 55, 90):
+        run_many(cfgs, KnownDictionary(), rows, tmp_path / "torn", stop)
+    _, resumed = run_many(cfgs, KnownDictionary(), rows, tmp_path / "torn")
+    assert all(same(a, b) for a, b in zip(whole, resumed, strict=True))
+
+
+def test_runs_that_read_different_activations_cannot_share_a_stream(rows: Any, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="must agree in collect_rows"):
+        next(train_many([config(), config(collect_rows=7)], KnownDictionary(), rows, tmp_path))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arch", "most"),
+    [("relu", 0.5), ("gated", 0.25), ("topk", 0.25), ("jumprelu", 0.25), ("matryoshka", 0.25)],  # L1 shrinks what it keeps
+)
+def test_every_architecture_finds_the_known_dictionary_and_resumes(arch: Any, most: float, rows: Any, tmp_path: Path) -> None:
+    cfg = config(arch=arch, passes=20)
+    lens = KnownDictionary()
+    reports, whole = run(cfg, lens, rows, tmp_path / "whole")
+    assert whole is not None
+    z = lens.table + 0  # every token once
+    acts = whole.encode(z)
+    fvu = (whole.decode(acts) - z).square().sum() / (z - z.mean(0)).square().sum()
+    assert float(fvu) < most
+    assert 0.6 * ACTIVE < float((acts > 0).sum(1).float().mean()) < 1.7 * ACTIVE
+    assert torch.allclose(whole.W_dec.norm(dim=1), torch.ones(whole.cfg.d_sae), atol=1e-5)
+    run(cfg, KnownDictionary(), rows, tmp_path / "torn", len(reports) // 2)
+    _, resumed = run(cfg, KnownDictionary(), rows, tmp_path / "torn")
+    assert same(whole, resumed)
+
+
+# ---- the activation cache ----
+
+
+def test_a_named_cache_is_read_again_by_runs_of_other_saes_and_grows_by_layers(rows: Any, tmp_path: Path) -> None:
+    lens = KnownDictionary()
+    first = config(cache="shared", k=3)
+    _, made = finish(train(first, lens, rows, tmp_path / "a", tmp_path / "caches"))  # type: ignore[arg-type]
+    passes = lens.passes
+    _, again = finish(train(first, lens, rows, tmp_path / "b", tmp_path / "caches"))  # type: ignore[arg-type]
+    assert lens.passes == passes, "nothing is read from the model a second time"
+    assert same(made, again)
+    finish(train(config(cache="shared", site=Site(layer=1)), lens, rows, tmp_path / "c", tmp_path / "caches"))  # type: ignore[arg-type]
+    assert lens.passes == 2 * passes
+
+
+@pytest.mark.parametrize(("name", "value"), [("fingerprint", "other"), ("context", 8), ("row_start", 5)])
+def test_a_cache_of_other_activations_is_refused_and_says_what_differs(name: str, value: Any, rows: Any, tmp_path: Path) -> None:
+    finish(train(config(cache="shared"), KnownDictionary(), rows, tmp_path / "a", tmp_path / "caches"))  # type: ignore[arg-type]
+    setattr(rows, name, value)
+    word = {"fingerprint": "rows is r there and other here"}.get(name, name)
+    with pytest.raises(CacheMismatch, match=word) as caught:
+        next(train(config(cache="shared"), KnownDictionary(), rows, tmp_path / "b", tmp_path / "caches"))  # type: ignore[arg-type]
+    assert caught.value.field == "cache"
+
+
+def test_a_cache_that_another_run_fills_is_left_alone(rows: Any, tmp_path: Path) -> None:
+    with Store(tmp_path / "caches/shared").filling(), pytest.raises(CacheBusy, match="filling the activation cache shared"):
+        next(train(config(cache="shared"), KnownDictionary(), rows, tmp_path / "a", tmp_path / "caches"))  # type: ignore[arg-type]
+
+
+def finish(generator: Any) -> tuple[list[Progress], SAE]:
+    reports = []
+    while True:
+        try:
+            reports.append(next(generator))
+        except StopIteration as end:
+            return reports, end.value
+
+
+# ---- what goes wrong ----
+
+
+def test_activations_that_are_no_numbers_stop_it_and_are_named(rows: Any, tmp_path: Path) -> None:
+    lens = KnownDictionary()
+    lens.table[int(rows.train[120, 9])] = torch.nan
+    with pytest.raises(Diverged, match=r"not finite at blocks\.0\.attn\.hook_z, training row \d+, position \d+"):
+        run(config(), lens, rows, tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_it_and_names_step_and_checkpoint(rows: Any, tmp_path: Path) -> None:
+    """The last good checkpoint stays, and from it a run goes on."""
+    generator = train(config(), KnownDictionary(), rows, tmp_path)  # type: ignore[arg-type]
+    for _ in range(12 + 20):
+        next(generator)
+    generator.close()
+    saved, _ = checkpoint.newest(tmp_path / "runs/000/checkpoints")
+    assert saved is not None
+    broken = dict(saved.tensors) | {"b_dec": saved.tensors["b_dec"] * torch.nan}
+    checkpoint.save(tmp_path / "runs/000/checkpoints", saved._replace(step=saved.step + 1, tensors=broken))
+    with pytest.raises(Diverged, match=r"blocks\.0\.attn\.hook_z .* at step 2\d\. The last good checkpoint is step 2\d"):
+        run(config(), KnownDictionary(), rows, tmp_path)
+    assert checkpoint.newest_step(tmp_path / "runs/000/checkpoints") <= 21
+
+
+def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
+    rows: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    _, whole = run(config(), KnownDictionary(), rows, tmp_path / "whole")
+    generator = train(config(), KnownDictionary(), rows, tmp_path / "torn")  # type: ignore[arg-type]
+    for _ in range(12 + 10):
+        next(generator)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", refuse)
+        with pytest.raises(OSError, match="No space left"):
+            list(generator)
+    kept = tmp_path / "torn/runs/000/checkpoints"
+    assert [path.name for path in sorted(kept.iterdir())] == ["step-00000007"]
+    _, resumed = run(config(), KnownDictionary(), rows, tmp_path / "torn")
+    assert same(whole, resumed)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_said(rows: Any, tmp_path: Path) -> None:
+    run(config(), KnownDictionary(), rows, tmp_path, 40)
+    newest = sorted((tmp_path / "runs/000/checkpoints").iterdir())[-1]
+    (newest / "state.safetensors").write_bytes(b"torn")
+    reports, _ = run(config(), KnownDictionary(), rows, tmp_path)
+    (note,) = [r.note for r in reports if r.note]
+    assert newest.name in note
+    assert "going on from the one before" in note
+
+
+def test_more_active_features_than_there_are_is_refused_before_anything_is_read(rows: Any, tmp_path: Path) -> None:
+    lens = KnownDictionary()
+    with pytest.raises(UsageError, match=r"k = 40 active features of 32 \(expansion 2 x 16\)") as caught:
+        next(train(config(k=40), lens, rows, tmp_path))  # type: ignore[arg-type]
+    assert caught.value.field == "k"
+    assert lens.passes == 0
+
+
+# ---- the paper's recipe ----
+
+
+def test_resampling_points_dead_features_at_what_is_rebuilt_badly(rows: Any, tmp_path: Path) -> None:
+    """At the published moments only; decoder rows of the resampled are inputs less b_dec, unit; moments start again."""
+    cfg = config(arch="relu", l1=0.05, resample_steps=20, resample_times=2, dead_frequency=1e-3, passes=8, schedule="restarts")
+    generator = train(cfg, KnownDictionary(), rows, tmp_path)  # type: ignore[arg-type]
+    for _ in range(12 + 8):
+        next(generator)
+    generator.close()
+    saved, _ = checkpoint.newest(tmp_path / "runs/000/checkpoints")
+    assert saved is not None
+    assert saved.step == 8
+    saved.tensors["b_enc"][5:9] = -100.0  # four features die
+    before = saved.tensors["W_dec"][5:9].clone()
+    checkpoint.save(tmp_path / "runs/000/checkpoints", saved)
+    reports, _ = run(cfg, KnownDictionary(), rows, tmp_path)
+    notes = [r.note for r in reports if r.note]
+    assert notes[0].startswith("Step 20: pointed 4 dead features elsewhere")
+    assert len(notes) <= 2
+
+    trainer = Trainer(cfg, D_IN, torch.device("cpu"), torch.float32)
+    trainer.load(saved)
+    trainer.steps_done, trainer.counts[:], trainer.counts[5:9] = 20, 1000, 0
+    x = KnownDictionary().table[:256]
+    assert trainer.count_firings(256, lambda *_: x) == 4
+    assert not torch.allclose(trainer.recipe.W_dec[5:9], before)
+    toward = torch.nn.functional.normalize(x - trainer.recipe.b_dec, dim=1)
+    assert ((trainer.recipe.W_dec[5:9] @ toward.T).max(1).values > 0.9999).all()
+    others = torch.ones(trainer.d_sae, dtype=torch.bool)
+    others[5:9] = False
+    mean_norm = trainer.recipe.W_enc_t[others].norm(dim=1).mean()
+    assert torch.allclose(trainer.recipe.W_enc_t[5:9].norm(dim=1), 0.2 * mean_norm.expand(4), rtol=1e-4)
+    assert (trainer.recipe.b_enc[5:9] == 0).all()
+    moments = trainer.optimizer.state[trainer.parameters["W_dec"]]["exp_avg"]
+    assert (moments[5:9] == 0).all()
+    assert (moments[others].abs().sum(1) > 0).any()
+    assert trainer.rate(20, 400) == pytest.approx(0.1 * cfg.lr)
+    assert trainer.rate(520, 4000) == pytest.approx(cfg.lr * 0.55, rel=1e-3)
+    assert trainer.rate(1020, 4000) == pytest.approx(cfg.lr)
+
+
+def test_raw_z_and_row_starts_are_trained_on_where_a_preset_says_so(rows: Any, tmp_path: Path) -> None:
+    preset = PRESETS["kissane-gpt2-l5"]
+    tiny = {"model": "known", "corpus": "c", "site": Site(layer=0), "rows": RowsConfig(context=CONTEXT, tokens=600 * CONTEXT)}
+    cfg = TrainConfig.model_validate(
+        preset | tiny | {"expansion": 2, "batch": 256, "pool_tokens": 600 * CONTEXT, "model_dtype": "float32"}
+    )
+    assert (cfg.l1, cfg.lr, cfg.beta2, cfg.scaling) == (1.0, 1.2e-3, 0.99, False)
+    _, sae = run(cfg, KnownDictionary(), rows, tmp_path)
+    assert sae is not None
+    assert sae.cfg.scale == 1.0
+    z = KnownDictionary().read_z(torch.from_numpy(rows.train[:4].astype(np.int64)), [0])[0]
+    assert not sae.excluded(z).any()
+
+
+def test_curves_are_on_disk_as_lines_of_json_without_gaps_or_repeats(rows: Any, tmp_path: Path) -> None:
+    run(config(), KnownDictionary(), rows, tmp_path, 45)
+    run(config(), KnownDictionary(), rows, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "runs/000/metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(set(steps))
+    assert steps[:3] == [1, 5, 9]
+    assert {"loss", "fvu", "l0", "dead", "lr", "k"} <= set(lines[0])
