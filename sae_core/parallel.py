@@ -48,8 +48,8 @@ class Task(NamedTuple):
     """What a rank is to do; it travels pickled, so `load` and `rows` are functions that another process can import."""
 
     cfgs: Sequence[TrainConfig]
-    load: Callable[[str], "Lens"]
-    """Gives the model on a device."""
+    load: Callable[..., "Lens"]
+    """Gives the model: `load(device="cpu")`."""
     rows: Callable[[], Rows]
     folder: Path
     caches: Path | None
@@ -82,7 +82,7 @@ class Stop(NamedTuple):
 
 def train_parallel(
     cfgs: Sequence[TrainConfig],
-    load: Callable[[str], "Lens"],
+    load: Callable[..., "Lens"],
     rows: Callable[[], Rows],
     folder: Path,
     caches: Path | None = None,
@@ -94,7 +94,7 @@ def train_parallel(
     reports, same errors. Closing the generator stops the processes within a few seconds, with a checkpoint; an error
     that is thrown into it kills them.
 
-    `load(device)` gives the model and `rows()` the rows, in each process. What the processes print is in
+    `load(device=...)` gives the model and `rows()` the rows, in each process. What the processes print is in
     `folder/ranks.log`. Raises UsageError where there are too few GPUs, ProcessLost where a process is lost again and again.
     """
     check_processes(processes, device)

@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 
 import torch
 from torch import distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from sae_core.parallel import SAVE_SECONDS, SEEN_SECONDS, Done, Hello, Leaving, Task
 from sae_core.ranks import RankLost, Ranks, Stopped
@@ -104,16 +106,21 @@ def _train(task: Task, line: Connection, told: Told) -> None:
     """This rank's share of `train_many`."""
     torch.set_num_threads(task.threads)
     device, local = task.device, int(os.environ["LOCAL_RANK"])
+    store, rank, size = next(rendezvous("env://"))
+    # torchrun keeps one store for all attempts: without a name of its own, a rank would look for those that are gone
+    store = PrefixStore(f"attempt-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     control = None
     if device == "cuda":
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-        distributed.init_process_group("nccl", timeout=PATIENCE, device_id=torch.device(device))
+        distributed.init_process_group(
+            "nccl", store=store, rank=rank, world_size=size, timeout=PATIENCE, device_id=torch.device(device)
+        )
         control = distributed.new_group(backend="gloo", timeout=PATIENCE)
     else:
-        distributed.init_process_group("gloo", timeout=PATIENCE)
-    ranks = Ranks(distributed.get_rank(), distributed.get_world_size(), told, control)
-    lens = task.load(device)
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+    ranks = Ranks(rank, size, told, control)
+    lens = task.load(device=device)
     for report in train_many(task.cfgs, lens, task.rows(), task.folder, task.caches, ranks):
         line.send(report)
 

@@ -80,6 +80,11 @@ Device = Annotated[
     str | None, typer.Option("--device", help="cpu, cuda, cuda:1, mps.", show_default="the first GPU, else the CPU")
 ]
 
+Processes = Annotated[
+    int | None,
+    typer.Option("--processes", help="Processes that train together, a GPU each; results are the same.", show_default="1"),
+]
+
 console = Console(highlight=False)
 S = TypeVar("S")
 
@@ -120,10 +125,11 @@ def worker(
         typer.Option("--id", help="Name of this worker's slot; each live worker has its own.", show_default="the first free one"),
     ] = None,
     device: Device = None,
+    processes: Processes = None,
 ) -> None:
     """Start a worker: it trains and harvests what is queued, one job at a time."""
     doctors.need_worker_extra()
-    with _opened(_settings(data=data, worker_id=worker_id, device=device)) as (settings, db):
+    with _opened(_settings(data=data, worker_id=worker_id, device=device, processes=processes)) as (settings, db):
         _give_token(settings)
         _allow_wandb(settings)
         from server.worker import run_worker
@@ -199,6 +205,7 @@ def train(
     wandb: Wandb = None,
     data: Data = None,
     device: Device = None,
+    processes: Processes = None,
     **values: Any,
 ) -> None:
     """Train an SAE on a layer's attention output, evaluate it, and harvest it.
@@ -211,7 +218,8 @@ def train(
     if layer is not None:
         raw["site"] = {"layer": layer}
     listed = given({"layers": layers}, SweepConfig)
-    _train(_settings(data=data, device=device, wandb=wandb), raw, listed, name=name, revision=revision, watch=watch)
+    settings = _settings(data=data, device=device, wandb=wandb, processes=processes)
+    _train(settings, raw, listed, name=name, revision=revision, watch=watch)
 
 
 @app.command(
@@ -238,6 +246,7 @@ def sweep(
     wandb: Wandb = None,
     data: Data = None,
     device: Device = None,
+    processes: Processes = None,
     **values: Any,
 ) -> None:
     """Train many SAEs on one stream of activations, every combination of what is listed, and compare them.
@@ -252,7 +261,8 @@ def sweep(
     listed = given({**values, "layers": layers}, SweepConfig)
     if not listed:
         raise UsageError("Say what to vary: --layers, --archs, --ks, --expansions or --seeds; `headscope train` makes one SAE.")
-    _train(_settings(data=data, device=device, wandb=wandb), raw, listed, name=name, revision=revision, watch=watch)
+    settings = _settings(data=data, device=device, wandb=wandb, processes=processes)
+    _train(settings, raw, listed, name=name, revision=revision, watch=watch)
 
 
 @app.command(epilog="Example: [bold]headscope harvest --sae gpt2-l5-1a2b3c --tokens 4000000[/bold]")
@@ -719,6 +729,12 @@ def _train(
             _allow_wandb(settings)
             _train_here(settings, db, cfg, name, model, corpus)
             return
+        if "processes" in settings.model_fields_set and "HEADSCOPE_PROCESSES" not in os.environ:
+            raise UsageError(
+                "A worker runs, and it trains in as many processes as it was started with; "
+                "start it with --processes, or stop it to train here.",
+                field="processes",
+            )
         if settings.wandb and "HEADSCOPE_WANDB" not in os.environ:
             raise UsageError(
                 "A worker runs and would do this; name the project to it: HEADSCOPE_WANDB=<project> headscope worker.",

@@ -5,10 +5,10 @@ import os
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import sqlalchemy as sa
-from pydantic import SecretStr, model_validator
+from pydantic import Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sae_core.errors import DataFolderNotWritable, DiskFull, UsageError
@@ -43,6 +43,8 @@ class Settings(BaseSettings):
     """Most tokens of a text that the engine takes."""
     device: str = "auto"
     """Where models run: `cpu`, `cuda`, `cuda:1`, `mps`; `auto` takes the first GPU, else the CPU."""
+    processes: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that a worker trains in, started by torchrun, a GPU each. The results do not depend on it."""
     worker_id: str = "worker-0"
     """This worker's slot. Each live worker needs its own; a restarted worker takes its old one and goes on with its jobs."""
     hf_token_file: Path | None = None

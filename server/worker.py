@@ -24,7 +24,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -44,11 +44,12 @@ from sae_core.corpus import Rows, prepare_rows
 from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SAEMismatch, SlotTaken
 from sae_core.evaluate import evaluate
 from sae_core.lens import Lens, load_lens
+from sae_core.parallel import check_processes, train_parallel
 from sae_core.probes import read_texts
 from sae_core.progress import Progress
 from sae_core.saes import SAE, load_sae
 from sae_core.stability import check_same_site
-from sae_core.train import activations_of, made_by, train, train_many
+from sae_core.train import activations_of, made_by, train_many
 from server import doctor, estimates, jobs
 from server.db import Database
 from server.downloads import sha256_of
@@ -253,7 +254,7 @@ def _train(run: Run, cfg: TrainConfig) -> None:
     need = doctor.needs(cfg, _shape(lens), run.worker.speed).disk
     doctor.need_room(run.worker.settings.data, need - _size(run.folder))
     rows = _rows(run, lens, cfg.corpus, cfg)
-    run.follow(train(cfg, lens, rows, run.folder, caches(run.worker.settings.data)))
+    run.follow(_training(run, [cfg], lens, rows))
 
 
 def _evaluate(run: Run, cfg: TrainConfig, index: int = 0, of: int = 1) -> dict[str, Any]:
@@ -328,7 +329,7 @@ def _train_sweep(run: Run, cfg: SweepConfig) -> int:
     doctor.need_room(run.worker.settings.data, need - _size(run.folder))
     rows = _rows(run, lens, cfg.base.corpus, cfg.base)
     run.say(f"{len(runs)} SAEs are trained on one stream of activations.")
-    run.follow(train_many(runs, lens, rows, run.folder, caches(run.worker.settings.data)))
+    run.follow(_training(run, runs, lens, rows))
     return lens.info.n_layers
 
 
@@ -528,6 +529,24 @@ def _among(reports: Generator[Progress, None, R], index: int, of: int) -> Genera
 # ------------------------------------------------------------------------------------------------------ what both need
 
 
+def _training(run: Run, cfgs: Sequence[TrainConfig], lens: Lens, rows: Rows) -> Generator[Progress, None, list[SAE]]:
+    """The SAEs' training, here or in as many processes as the settings say."""
+    settings, name = run.worker.settings, cfgs[0].model
+    if settings.processes == 1:
+        return train_many(cfgs, lens, rows, run.folder, caches(settings.data))
+    with run.worker.db.read() as session:
+        source = registry.model(session, name).source
+    return train_parallel(
+        cfgs,
+        partial(load_lens, source, name=name, cache=settings.cache),
+        partial(Rows.open, rows.folder),
+        run.folder,
+        caches(settings.data),
+        processes=settings.processes,
+        device=str(lens.device),
+    )
+
+
 def _lens(run: Run, model: str) -> Lens:
     lens = run.worker.lens(model)
     with run.write() as session:
@@ -618,6 +637,7 @@ class Worker:
         self.slot = Slot.take(settings)
         self.log_path = settings.data / "logs" / f"{jobs.slug(self.slot.name)}.log"
         self.device = machine.pick_device(settings.device)
+        check_processes(settings.processes, self.device)
         self.speed = estimates.UNKNOWN
         self._busy = threading.Lock()  # held while a job is worked at
         self._loaded: tuple[registry.ModelRecord, Lens] | None = None

@@ -1,8 +1,10 @@
 """Several processes train what one would: real ones, which talk through gloo."""
 
+import errno
 import json
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -24,11 +26,12 @@ from sae_core import checkpoint
 from sae_core.config import RowsConfig, TrainConfig
 from sae_core.errors import CacheMismatch, Diverged, ProcessLost, UsageError
 from sae_core.parallel import check_processes, train_parallel
+from sae_core.parallel_rank import _portable
 from sae_core.progress import Progress
 from sae_core.ranks import Ranks
 from sae_core.saes import SAE
 from sae_core.train import train, train_many
-from tests.core.test_train import ACTIVE, CONTEXT, KnownDictionary, config
+from tests.core.test_train import CONTEXT, KnownDictionary, config
 
 PATIENCE = 120.0  # seconds, on a machine that has other things to do
 N_ROWS = 96
@@ -138,7 +141,10 @@ def test_counters_and_moments_agree_too(both: tuple[Path, Path]) -> None:
         assert one.step == two.step
         assert one.facts.keys() == two.facts.keys()
         for tensor in one.tensors:
-            assert torch.allclose(one.tensors[tensor].double(), two.tensors[tensor].double(), rtol=1e-5, atol=1e-6), (name, tensor)
+            assert torch.allclose(one.tensors[tensor].double(), two.tensors[tensor].double(), rtol=1e-5, atol=1e-6), (
+                name,
+                tensor,
+            )
 
 
 def test_two_ranks_collect_the_bytes_of_one(both: tuple[Path, Path]) -> None:
@@ -167,8 +173,10 @@ def known(device: str, seconds: float = 0.0) -> Any:
 
 
 def infinite(device: str) -> Any:
-    lens = known(device)
-    lens.table[:] = torch.inf
+    """One token's z is infinite, in a batch of rows that is not rank 0's."""
+    lens, words = known(device), tokens().train
+    once = [word for word in words[20] if (words == word).sum() == 1]
+    lens.table[once[0]] = torch.inf
     return lens
 
 
@@ -185,11 +193,185 @@ def finish(work: Generator[Progress, None, list[SAE]]) -> tuple[list[Progress], 
             return reports, end.value
 
 
-def test_processes_that_torchrun_starts_give_the_same_sae_and_reports(both: tuple[Path, Path], tmp_path: Path) -> None:
-    reports, (sae,) = finish(started([CASES["batchtopk"]], tmp_path))
-    made = load_file(both[1] / "batchtopk/runs/000/sae/sae.safetensors")
-    assert all(torch.equal(made[name], getattr(sae, name)) for name in made), "two processes always round alike"
-    told = [report.values for report in reports if report.values]
-    assert [values["loss"] for values in told] == [point["loss"] for point in curve(tmp_path)]
+def test_with_as_many_runs_as_ranks_each_rank_trains_its_own(tmp_path: Path) -> None:
+    cfgs = [small(arch="topk", seed=1), small(seed=2, site={"layer": 1}), small(seed=3, passes=1)]
+    alone = train_many(cfgs, KnownDictionary(), tokens(), tmp_path / "one")  # type: ignore[arg-type]
+    expected = finish(alone)[1]
+    reports, saes = finish(started(cfgs, tmp_path / "two"))
+    for one, two in zip(expected, saes, strict=True):
+        for a, b in zip(one.buffers(), two.buffers(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-6, atol=1e-6)
     trained = [report for report in reports if report.phase == "train"]
-    assert trained[-1].done == trained[-1].total == 20 * 127
+    assert {report.run for report in trained if report.values} == {0, 1, 2}
+    assert trained[-1].done == trained[-1].total == (20 + 20 + 10) * 127
+    for run in range(3):
+        lines = [(tmp_path / name / f"runs/{run:03d}/metrics.jsonl").read_text().splitlines() for name in ("one", "two")]
+        assert len(lines[0]) == len(lines[1])
+
+
+def test_an_error_of_a_rank_arrives_as_it_was(tmp_path: Path) -> None:
+    with pytest.raises(Diverged) as alone:
+        finish(train_many([small()], infinite("cpu"), tokens(), tmp_path / "one"))
+    with pytest.raises(Diverged) as together:
+        finish(started([small()], tmp_path / "two", infinite))
+    assert str(together.value) == str(alone.value)
+    assert "read_z" not in str(together.value)
+    assert "processes that train together" in together.value.__notes__[0]
+
+
+def test_errors_travel_with_their_class_their_field_and_their_number() -> None:
+    refused = pickle.loads(pickle.dumps(_portable(CacheMismatch("It differs.", field="cache"))))
+    assert (type(refused), str(refused), refused.field) == (CacheMismatch, "It differs.", "cache")
+    full = pickle.loads(pickle.dumps(_portable(OSError(errno.ENOSPC, "No space left on device"))))
+    assert full.errno == errno.ENOSPC
+
+    class Local(Exception):
+        """Another process cannot know it."""
+
+    assert "Local: lost" in str(_portable(Local("lost")))
+
+
+def ranks_of(parent: int) -> list[int]:
+    """Process numbers of the ranks that torchrun, a child of `parent`, has started."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"sae_core.parallel_rank" not in (folder / "cmdline").read_bytes():
+                continue
+            above = parent_of(int(folder.name))
+            if above != parent and parent_of(above) == parent:
+                found.append(int(folder.name))
+        except (OSError, ValueError):
+            continue
+    return sorted(found)
+
+
+def parent_of(number: int) -> int:
+    return int(Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
+def gone(numbers: list[int], seconds: float) -> bool:
+    """Whether these processes end within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if not any(lives(number) for number in numbers):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def lives(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(work: Generator[Progress, None, Any], reached: Callable[[Progress], bool]) -> None:
+    """Follow the work until a report is what is waited for."""
+    while not reached(next(work)):
+        pass
+
+
+linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
+LONG = small(n=288, passes=8, checkpoint_steps=9)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Progress], list[SAE], Path]:
+    """What two processes say and make of the long run when nobody interferes."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    return *finish(started([LONG], folder, n=288)), folder
+
+
+def same(one: list[SAE], two: list[SAE], atol: float = 0.0) -> bool:
+    return all(
+        torch.allclose(x, y, rtol=atol, atol=atol)
+        for a, b in zip(one, two, strict=True)
+        for x, y in zip(a.buffers(), b.buffers(), strict=True)
+    )
+
+
+def test_processes_that_torchrun_starts_make_and_say_what_one_does(
+    undisturbed: tuple[list[Progress], list[SAE], Path], tmp_path: Path
+) -> None:
+    reports, saes, folder = undisturbed
+    assert same(saes, finish(train_many([LONG], KnownDictionary(), tokens(288), tmp_path))[1], 1e-6)  # type: ignore[arg-type]
+    told = [report.values for report in reports if report.values]
+    assert [values["loss"] for values in told] == [point["loss"] for point in curve(folder)]
+    trained = [report for report in reports if report.phase == "train"]
+    assert trained[-1].done == trained[-1].total == (4 * 56 + 24) * 127
+    assert {report.phase for report in reports} == {"start", "collect", "train"}
+
+
+@linux
+def test_when_a_rank_is_killed_all_go_on_from_the_last_checkpoint(
+    undisturbed: tuple[list[Progress], list[SAE], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once by themselves; when it happens again, after they are started again."""
+    monkeypatch.setattr("sae_core.parallel.RESTARTS", 1)
+    work = started([LONG], tmp_path, n=288)
+    until(work, lambda report: report.phase == "train" and report.done > 30 * 127)
+    before = ranks_of(os.getpid())
+    os.kill(before[1], signal.SIGKILL)
+    said: list[Progress] = []
+    until(work, lambda report: said.append(report) or report.note is not None)  # type: ignore[func-returns-value]
+    assert "One of the 2 processes that train together was lost" in str(said[-1].note)
+    assert "all of them go on from the last checkpoint" in str(said[-1].note)
+    until(work, lambda report: report.phase == "train" and report.done > 80 * 127)
+    after = ranks_of(os.getpid())
+    assert not set(before) & set(after)
+    os.kill(after[0], signal.SIGKILL)
+    with pytest.raises(ProcessLost, match="run the job again, and it goes on from its last checkpoint"):
+        finish(work)
+    assert not any(lives(rank) for rank in before + after)
+    assert checkpoint.newest_step(tmp_path / "runs/000/checkpoints") >= 72
+    assert same(finish(started([LONG], tmp_path, n=288))[1], undisturbed[1])
+
+
+@linux
+def test_closed_it_ends_its_ranks_with_a_checkpoint(undisturbed: tuple[list[Progress], list[SAE], Path], tmp_path: Path) -> None:
+    for phase in ("collect", "train"):
+        work = started([LONG], tmp_path, partial(known, seconds=0.02), n=288)
+        until(work, lambda report, phase=phase: report.phase == phase and report.done > 23 * 127)  # type: ignore[misc]
+        ranks = ranks_of(os.getpid())
+        assert len(ranks) == 2
+        kept = checkpoint.newest_step(tmp_path / "runs/000/checkpoints")
+        work.close()
+        assert not any(lives(rank) for rank in ranks)
+        assert (checkpoint.newest_step(tmp_path / "runs/000/checkpoints") > kept) == (phase == "train")
+    assert same(finish(started([LONG], tmp_path, n=288))[1], undisturbed[1])
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from tests.core.test_ranks import LONG, known, started
+from functools import partial
+for report in started([LONG], Path(sys.argv[1]), partial(known, seconds=0.02), n=288):
+    print(report.phase, flush=True)
+"""
+
+
+@linux
+def test_ranks_do_not_outlive_whoever_started_them(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    with parent:
+        for line in parent.stdout:
+            if line.strip() == "train":
+                break
+        ranks = ranks_of(parent.pid)
+        torchrun = parent_of(ranks[0])
+        parent.kill()
+    assert len(ranks) == 2
+    assert gone([*ranks, torchrun], 10)
+
+
+def test_too_few_gpus_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    check_processes(2, "cuda:0")
+    with pytest.raises(UsageError, match="4 processes need a GPU each, and there are 2"):
+        check_processes(4, "cuda:0")
+    with pytest.raises(UsageError, match="not mps"):
+        check_processes(2, "mps")
