@@ -199,6 +199,8 @@ class _Group:
             over = self.torchrun.poll() is not None
             said = self._listen()
             for line, message in said:
+                if isinstance(message, RuntimeError) and self.lost:
+                    continue  # of a device that waited for a rank which is gone
                 if isinstance(message, BaseException):
                     self.stop()
                     raise message
@@ -206,7 +208,7 @@ class _Group:
                     last = self._of_all(line.rank, message)
                     yield last
                 elif isinstance(message, Hello) and message.attempt > self.attempt:
-                    self.attempt = message.attempt
+                    self.attempt, self.lost = message.attempt, False
                     self.shares.clear()
                     yield replace(last, values={}, step=None, note=self._sentence("all of them go on from the last checkpoint"))
             if over and not said:
@@ -237,6 +239,7 @@ class _Group:
         """A rank is gone. Were it lost, the others could only wait for it: they are to leave, and torchrun starts anew."""
         self.lines.remove(line)
         line.connection.close()
+        self.lost = self.lost or not line.done
         for other in [] if line.done else self.lines:
             other.say(Stop())
 
