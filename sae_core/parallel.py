@@ -136,7 +136,6 @@ class _Line:
         with suppress(OSError):
             self.connection.send(what)
 
-
     def open(self) -> bool:
         """Whether the rank has not hung up; what it said before is lost."""
         try:

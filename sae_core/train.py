@@ -122,6 +122,13 @@ def made_by(folder: Path, index: int) -> Path:
     return folder / "runs" / f"{index:03d}" / "sae"
 
 
+def curve_of(folder: Path, index: int) -> list[tuple[int, dict[str, float]]]:
+    """The curves of a run's number `index`: (step, values by name)."""
+    path = folder / "runs" / f"{index:03d}" / "metrics.jsonl"
+    points = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [(point.pop("step"), point) for point in points]
+
+
 def activations_of(cfg: TrainConfig, folder: Path, caches: Path | None) -> Path:
     """Where a run in `folder` keeps the activations it reads."""
     return folder / ACTIVATIONS if cfg.cache is None else (caches or folder.parent) / cfg.cache

@@ -49,7 +49,7 @@ from sae_core.probes import read_texts
 from sae_core.progress import Progress
 from sae_core.saes import SAE, load_sae
 from sae_core.stability import check_same_site
-from sae_core.train import activations_of, made_by, train_many
+from sae_core.train import activations_of, curve_of, made_by, train_many
 from server import doctor, estimates, jobs
 from server.db import Database
 from server.downloads import sha256_of
@@ -254,7 +254,7 @@ def _train(run: Run, cfg: TrainConfig) -> None:
     need = doctor.needs(cfg, _shape(lens), run.worker.speed).disk
     doctor.need_room(run.worker.settings.data, need - _size(run.folder))
     rows = _rows(run, lens, cfg.corpus, cfg)
-    run.follow(_training(run, [cfg], lens, rows))
+    _train_all(run, [cfg], lens, rows)
 
 
 def _evaluate(run: Run, cfg: TrainConfig, index: int = 0, of: int = 1) -> dict[str, Any]:
@@ -298,7 +298,8 @@ def _follow(run: Run, cfg: TrainConfig, name: str) -> None:
         model = run.worker.model_shape(cfg.model)
         seconds = estimates.harvest_seconds(config, cfg, model, run.worker.speed, cached=True) if model else {}
         run.worker.jobs.enqueue_harvest(job, parent=run.id, seconds_left=sum(seconds.values()) or None)
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    for checkpoints in run.folder.glob("runs/*/checkpoints"):
+        shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- sweep job
@@ -329,7 +330,7 @@ def _train_sweep(run: Run, cfg: SweepConfig) -> int:
     doctor.need_room(run.worker.settings.data, need - _size(run.folder))
     rows = _rows(run, lens, cfg.base.corpus, cfg.base)
     run.say(f"{len(runs)} SAEs are trained on one stream of activations.")
-    run.follow(_training(run, runs, lens, rows))
+    _train_all(run, runs, lens, rows)
     return lens.info.n_layers
 
 
@@ -527,6 +528,16 @@ def _among(reports: Generator[Progress, None, R], index: int, of: int) -> Genera
 
 
 # ------------------------------------------------------------------------------------------------------ what both need
+
+
+def _train_all(run: Run, cfgs: Sequence[TrainConfig], lens: Lens, rows: Rows) -> None:
+    """Train, then see that the curves in the database are whole: a kill loses what was not written yet."""
+    run.follow(_training(run, cfgs, lens, rows))
+    for index in range(len(cfgs)):
+        with run.write() as session:
+            known = {step for step, _ in store.points(session, run.id, run=index)}
+            missing = [(step, values) for step, values in curve_of(run.folder, index) if step not in known]
+            store.add_points(session, run.id, run.attempt, missing, run=index)
 
 
 def _training(run: Run, cfgs: Sequence[TrainConfig], lens: Lens, rows: Rows) -> Generator[Progress, None, list[SAE]]:

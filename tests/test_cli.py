@@ -176,7 +176,7 @@ def test_control_c_in_a_foreground_run_loses_nothing(environment: dict[str, str]
         stderr=subprocess.STDOUT,
         text=True,
     )
-    folder = Path(environment["HEADSCOPE_DATA"]) / "jobs" / "train-long-1" / "checkpoints"
+    folder = Path(environment["HEADSCOPE_DATA"]) / "jobs" / "train-long-1" / "runs/000/checkpoints"
     wait_for(lambda: any(folder.glob("step-*")))
     running.send_signal(signal.SIGINT)
     said, _ = running.communicate(timeout=60)

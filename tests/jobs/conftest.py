@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from server.jobs import Jobs
 from server.settings import Settings
 from server.store import jobs as store
 from server.store import registry
+from server.worker import Worker
 from tests.core.tiny_models import save_tiny
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "home", "fast"]
@@ -92,6 +94,12 @@ class Home:
     def error(self, job_id: str) -> str | None:
         """The sentence it failed with."""
         return self.jobs.get(job_id).error
+
+
+def start(worker: Worker) -> None:
+    """Start a worker from a thread of its own: the browser tests leave an event loop in this one, where DBOS refuses."""
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(worker.start).result()
 
 
 def wait_for(found: Callable[[], str | bool | None], seconds: float = 120) -> str:

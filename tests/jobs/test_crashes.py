@@ -13,7 +13,7 @@ from server.db import Database
 from server.jobs import sae_name
 from server.store import jobs as store
 from server.tables import SAE, Example, Feature, Harvest
-from tests.jobs.conftest import Home, WorkerProcess, make_home, tiny_config, wait_for
+from tests.jobs.conftest import Home, WorkerProcess, make_home, start, tiny_config, wait_for
 
 Start = Callable[..., WorkerProcess]
 LONG = tiny_config(tokens=32_768, passes=4)
@@ -68,7 +68,7 @@ def undisturbed(
 
 def begun(home: Home, job_id: str) -> Callable[[], bool]:
     """Whether the training has left a checkpoint but is far from its end."""
-    return lambda: any((home.folder(job_id) / "checkpoints").glob("step-*"))
+    return lambda: any((home.folder(job_id) / "runs/000/checkpoints").glob("step-*"))
 
 
 def test_killed_in_training_it_resumes_to_the_same_weights(
@@ -95,7 +95,7 @@ def test_asked_to_leave_it_saves_its_place_and_goes_on_to_the_same_weights(
     status, said = first.stop(number)
     assert (status, "Traceback" in said) == (0, False), said
     assert home.status(job_id) == "running"
-    saved = max(int(path.name.split("-")[1]) for path in (home.folder(job_id) / "checkpoints").glob("step-*"))
+    saved = max(int(path.name.split("-")[1]) for path in (home.folder(job_id) / "runs/000/checkpoints").glob("step-*"))
     assert saved % LONG.checkpoint_steps != 0, "it wrote a checkpoint at the step where it was stopped"
     with home.db.read() as session:
         assert store.workers(session) == []
@@ -135,7 +135,7 @@ def test_the_jobs_of_a_dead_worker_are_taken_over_by_another(home: Home, worker_
         patch.setattr(worker, "BEAT_SECONDS", 0.2)
         patch.setattr(worker, "SILENT_SECONDS", 1.0)
         other = worker.Worker(home.settings, home.db)
-        other.start()
+        start(other)
         try:
             assert home.wait(job_id) == "done", home.error(job_id)
         finally:

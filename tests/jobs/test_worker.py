@@ -16,7 +16,7 @@ from server.settings import Settings
 from server.store import jobs as store
 from server.store import registry
 from server.worker import Run, Worker
-from tests.jobs.conftest import Home, tiny_config, wait_for
+from tests.jobs.conftest import Home, start, tiny_config, wait_for
 
 QUICK = tiny_config(harvests=())
 LONG = tiny_config(tokens=32_768, passes=50, harvests=())
@@ -26,7 +26,7 @@ LONG = tiny_config(tokens=32_768, passes=50, harvests=())
 def working(home: Home) -> Iterator[Worker]:
     """A worker that takes jobs."""
     worker = Worker(home.settings, home.db)
-    worker.start()
+    start(worker)
     try:
         yield worker
     finally:
@@ -113,15 +113,15 @@ def test_a_queued_job_is_cancelled_and_never_runs(home: Home) -> None:
 def test_a_running_job_is_cancelled_at_its_next_batch_and_can_be_run_again(home: Home) -> None:
     job_id = home.jobs.enqueue_train(LONG)
     with working(home) as worker:
-        wait_for(lambda: any((home.folder(job_id) / "checkpoints").glob("step-*")))
+        wait_for(lambda: any((home.folder(job_id) / "runs/000/checkpoints").glob("step-*")))
         home.jobs.cancel(job_id)
         assert home.status(job_id) == "cancelled"
         wait_for(lambda: not worker.busy, 20)
-        steps = sorted((home.folder(job_id) / "checkpoints").glob("step-*"))
+        steps = sorted((home.folder(job_id) / "runs/000/checkpoints").glob("step-*"))
         assert steps, "what was done is kept"
         assert home.jobs.retry(job_id).status == "queued"
         home.wait(job_id, "running")
-        wait_for(lambda: sorted((home.folder(job_id) / "checkpoints").glob("step-*"))[-1] > steps[-1])
+        wait_for(lambda: sorted((home.folder(job_id) / "runs/000/checkpoints").glob("step-*"))[-1] > steps[-1])
         home.jobs.cancel(job_id)
         wait_for(lambda: not worker.busy, 20)
     with home.db.read() as session:
@@ -199,7 +199,7 @@ def test_a_failed_step_does_not_stop_the_next_job(home: Home) -> None:
 def test_a_worker_that_lost_its_job_stops_without_a_trace(home: Home) -> None:
     job_id = home.jobs.enqueue_train(LONG)
     with working(home) as worker:
-        wait_for(lambda: any((home.folder(job_id) / "checkpoints").glob("step-*")))
+        wait_for(lambda: any((home.folder(job_id) / "runs/000/checkpoints").glob("step-*")))
         with home.db.write() as session:  # another worker takes the job up
             taken = store.start_attempt(session, job_id, "other")
         wait_for(lambda: not worker.busy, 20)
