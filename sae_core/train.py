@@ -22,6 +22,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -94,6 +95,8 @@ def train_many(
     by = ranks if together else ranks.alone()
     runs = ranks.in_turn(lambda: [_Run(cfg, i, lens, stream, folder, dtypes[i + 1], by) for i, cfg in enumerate(cfgs)])
     mine = [run for run in runs if together or ranks.mine(run.index)]
+    for run in mine:
+        run.as_of_all = partial(_of_all, runs=runs, mine=mine, run=run)
     ranks.in_turn(lambda: stream.store.claim(about(lens, rows, cfgs[0], dtypes[0])))
 
     # ---- pool by pool: collect for every layer, then train each SAE on it ----
@@ -105,9 +108,7 @@ def train_many(
             read = _Read(stream.store.pool(layer, index).tensor())
             for run in waiting:
                 if run.cfg.site.layer == layer and run in mine:
-                    for report in run.train_on(read, index):
-                        if ranks.rank == 0 or not together:
-                            yield _of_all(report, runs, mine, run)
+                    yield from run.train_on(read, index)  # `from`, so that what a caller throws in reaches the steps
         for run in waiting:
             run.passed(index)
         ranks.wait()
@@ -224,6 +225,7 @@ class _Run:
         self.dead_tokens = cfg.dead_tokens or min(10_000_000, max(self.total * cfg.batch // 20, 8 * cfg.batch))
         saved, self._notes = checkpoint.newest(self.folder / "checkpoints")  # drops what cannot be read
         self.steps_done = saved.step if saved else 0
+        self.as_of_all: Callable[[Progress], Progress] = lambda report: report
         self.done = (self.folder / "sae" / "cfg.json").exists()
 
     def needs(self, pool: int) -> bool:
@@ -255,7 +257,9 @@ class _Run:
         trainer = Trainer(cfg, d_in, lens.device, self.step_dtype, self.ranks)
         saved, _ = checkpoint.newest(self.folder / "checkpoints")
         while self._notes:
-            yield self._report(note=self._notes.pop(0))
+            note = self._notes.pop(0)
+            if self.ranks.rank == 0:
+                yield self._report(note=note)
         if saved:
             trainer.load(saved)
         else:
@@ -298,7 +302,8 @@ class _Run:
                     self._save(trainer)
                 speed = (len(clock) - 1) * cfg.batch / max(clock[-1] - clock[0], 1e-9)
                 said = f"Step {step + 1}: pointed {revived} dead features elsewhere." if revived else None
-                yield self._report(speed, values, said)
+                if self.ranks.rank == 0:
+                    yield self._report(speed, values, said)
         except GeneratorExit:
             self._save(trainer)
             raise
@@ -335,16 +340,9 @@ class _Run:
         )
 
     def _report(self, rate: float = 0.0, values: dict[str, float] | None = None, note: str | None = None) -> Progress:
-        batch = self.cfg.batch
-        return Progress(
-            "train",
-            self.steps_done * batch,
-            self.total * batch,
-            rate=rate,
-            values=values or {},
-            step=self.steps_done if values else None,
-            note=note,
-        )
+        batch, step = self.cfg.batch, self.steps_done if values else None
+        report = Progress("train", self.steps_done * batch, self.total * batch, "tokens", rate, values or {}, step, note=note)
+        return self.as_of_all(report)
 
 
 def _of_all(report: Progress, runs: Sequence[_Run], mine: Sequence[_Run], run: _Run) -> Progress:

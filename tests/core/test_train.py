@@ -15,7 +15,7 @@ from torch import Tensor
 from sae_core import checkpoint
 from sae_core.activations import Activations, Store
 from sae_core.config import HarvestConfig, RowsConfig, Site, TrainConfig
-from sae_core.errors import CacheBusy, CacheMismatch, Diverged, EmptyCorpus, UnreadableSAE, UsageError
+from sae_core.errors import CacheBusy, CacheMismatch, Diverged, EmptyCorpus, Fenced, UnreadableSAE, UsageError
 from sae_core.presets import PRESETS
 from sae_core.progress import Progress
 from sae_core.saes import SAE, load_sae, save_sae
@@ -67,7 +67,7 @@ def config(**changes: Any) -> TrainConfig:
 
 def run(cfg: TrainConfig, lens: Any, rows: Any, folder: Path, stop_after: int | None = None) -> tuple[list[Progress], SAE | None]:
     """Everything `train` yields and what it returns; closed after `stop_after` reports, as a stopping worker does."""
-    generator, reports = train(cfg, lens, rows, folder), []
+    generator, reports = train(cfg, lens, rows, folder), list[Progress]()
     while stop_after is None or len(reports) < stop_after:
         try:
             reports.append(next(generator))
@@ -240,7 +240,7 @@ def test_save_and_load_give_the_same_sae_and_damage_is_named(rows: Any, tmp_path
 
 
 def run_many(cfgs: list[TrainConfig], lens: Any, rows: Any, folder: Path, stop_after: int | None = None) -> Any:
-    generator, reports = train_many(cfgs, lens, rows, folder), []
+    generator, reports = train_many(cfgs, lens, rows, folder), list[Progress]()
     while stop_after is None or len(reports) < stop_after:
         try:
             reports.append(next(generator))
@@ -301,6 +301,17 @@ def test_every_architecture_finds_the_known_dictionary_and_resumes(arch: Any, mo
     run(cfg, KnownDictionary(), rows, tmp_path / "torn", len(reports) // 2)
     _, resumed = run(cfg, KnownDictionary(), rows, tmp_path / "torn")
     assert same(whole, resumed)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_run_that_another_worker_took_over_writes_nothing_more(n: int, rows: Any, tmp_path: Path) -> None:
+    """An error thrown in is not a stop: no checkpoint is written over what the other worker does."""
+    generator = train_many(siblings()[:n], KnownDictionary(), rows, tmp_path)  # type: ignore[arg-type]
+    for _ in range(12 + 10):
+        next(generator)
+    with pytest.raises(Fenced):
+        generator.throw(Fenced("taken over"))
+    assert [path.name for path in (tmp_path / "runs/000/checkpoints").iterdir()] == ["step-00000007"]
 
 
 # ---- the activation cache ----
