@@ -18,7 +18,7 @@ set anew so that just k features fire per token of these rows. (SAELens' saved t
 and moves by 1 % a step, so after a short run it is far too low: L0 in the thousands.) SAELens is run at its default
 learning rate, at our default and at the one we are given here, and the best of its three SAEs counts.
 
-`layer=17` takes another layer, `steps=50` and `wide_steps=12` other lengths. About 14 minutes on two quiet cores.
+`layer=17` takes another layer, `steps=50` and `wide_steps=12` other lengths. About 25 minutes on two quiet cores without AMX.
 """
 
 import statistics
