@@ -42,7 +42,9 @@ from sae_core.trainer import Stats, Trainer
 if TYPE_CHECKING:
     from sae_core.lens import Lens
 
-CALIBRATION_TOKENS = 65_536  # that a threshold is found on: 2 million firings at k = 32
+CALIBRATION_TOKENS = (
+    32_768  # that a threshold is found on: a million firings at k = 32, which settle L0 to a quarter of a percent
+)
 CALIBRATION_ENTRIES = 2**24  # pre-activations held at once
 SAMPLE_TOKENS = 65_536  # that the start of an SAE is computed from
 REPORT_STEPS = 4  # steps between points of the curves
