@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the usual name
+from torch.nn import functional
 
 from bench import _smollm2
 from sae_core.config import RowsConfig
@@ -57,23 +57,23 @@ class Lean:
 
     def norm(self, x: Tensor, gain: Tensor) -> Tensor:
         """RMSNorm."""
-        return F.rms_norm(x, gain.shape, gain, self.eps)
+        return functional.rms_norm(x, gain.shape, gain, self.eps)
 
     @torch.no_grad()
     def z(self, tokens: Tensor, layer: int) -> Tensor:
         """[b, pos] -> [b, pos, n_heads * d_head]."""
-        x = F.embedding(tokens, self.embedding)
+        x = functional.embedding(tokens, self.embedding)
         q_and_k = self.n_heads + self.n_kv_heads
         for index, ((before, after), qkv, output, gate_up, down) in enumerate(self.blocks):
-            heads = F.linear(self.norm(x, before), qkv).unflatten(-1, (-1, self.d_head))
+            heads = functional.linear(self.norm(x, before), qkv).unflatten(-1, (-1, self.d_head))
             turned = self.rotate(heads[:, :, :q_and_k]).transpose(1, 2)
             q, k, v = turned[:, : self.n_heads], turned[:, self.n_heads :], heads[:, :, q_and_k:].transpose(1, 2)
-            z = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+            z = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
             if index == layer:
                 return z
-            x += F.linear(z, output)
-            gate, up = F.linear(self.norm(x, after), gate_up).chunk(2, -1)
-            x += F.linear(F.silu(gate).mul_(up), down)
+            x += functional.linear(z, output)
+            gate, up = functional.linear(self.norm(x, after), gate_up).chunk(2, -1)
+            x += functional.linear(functional.silu(gate).mul_(up), down)
         raise ValueError(layer)
 
 

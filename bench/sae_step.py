@@ -36,7 +36,7 @@ from torch import Tensor
 from bench._peers import peer_python
 from sae_core.config import Site, TrainConfig
 from sae_core.saes import RECIPES
-from sae_core.saes.recipe import Schedule
+from sae_core.saes.recipe import Batch
 
 Figure = dict[str, object]
 
@@ -167,7 +167,7 @@ def _errors(arch: str, aux: bool, n: int, d_in: int, expansion: int, k: int) -> 
     recipe.b_enc.copy_(0.1 * torch.randn(len(recipe.b_enc), generator=generator))
     recipe.b_dec.copy_(0.1 * torch.randn(d_in, generator=generator))
     mean, dead = x.mean(0), torch.arange(0, len(recipe.b_enc), 7) if aux else torch.zeros(0, dtype=torch.int64)
-    got = recipe.gradients(x, mean, Schedule(k), dead).gradients
+    got = recipe.gradients(Batch(x, mean, k, 1.0, dead)).gradients
 
     leaves = {name: parameter.clone().requires_grad_() for name, parameter in recipe.parameters.items()}
     preacts = (x - leaves["b_dec"]) @ leaves["W_enc_t"].T + leaves["b_enc"]

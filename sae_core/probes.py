@@ -21,7 +21,7 @@ import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -296,17 +296,17 @@ def logistic(x: Tensor, truth: Tensor, *, steps: int = 500) -> tuple[Tensor, flo
     """Weights [d] and bias of the logistic regression of `truth` [n] on x [n, d], float64; the loss stands above."""
     y = truth.double() * 2 - 1
     weights = torch.zeros(x.shape[1] + 1, dtype=torch.float64, requires_grad=True)
-    solver = torch.optim.LBFGS(
+    solver: Any = torch.optim.LBFGS(
         [weights], max_iter=steps, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         solver.zero_grad()
         value = torch.nn.functional.softplus(-y * (x @ weights[:-1] + weights[-1])).sum() + weights[:-1].square().sum() / 2
-        value.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(value)
         return value
 
-    solver.step(loss)  # type: ignore[no-untyped-call]
+    solver.step(loss)
     found = weights.detach()
     return found[:-1], float(found[-1])
 

@@ -7,7 +7,7 @@ a run. `parallel.py` starts them.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -88,7 +88,7 @@ class Ranks:
         said: list[T | None] = [value() if self.rank == 0 else None]
         with _together():
             distributed.broadcast_object_list(said, 0, group=self._control)
-        return said[0]  # type: ignore[return-value]
+        return cast(T, said[0])
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """What `make` gives: first on rank 0, which leaves on disk what must be there, then on the others, which find it."""

@@ -17,7 +17,7 @@ from sae_core.checkpoint import Checkpoint
 from sae_core.config import TrainConfig
 from sae_core.ranks import ALONE, Ranks
 from sae_core.saes import RECIPES
-from sae_core.saes.recipe import Schedule
+from sae_core.saes.recipe import Batch
 
 RESTART_STEPS = 1000  # of the published schedule: the rate's cosine rise, at the start and after each resampling
 RESTART_FLOOR = 0.1  # ... and what it starts from
@@ -58,7 +58,7 @@ class Trainer:
         token on average (top-k family) or `l1` of the penalty's weight (relu, gated)."""
         recipe = self.recipe
         dead = (self.silent >= dead_tokens).nonzero().squeeze(1)
-        found = recipe.gradients(x, mean, Schedule(k, l1), dead, self.ranks)
+        found = recipe.gradients(Batch(x, mean, k, l1, dead, self.ranks))
         fired = self.ranks.sum(found.fired)
 
         recipe.on_the_sphere(found.gradients["W_dec"])

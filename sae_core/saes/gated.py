@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from sae_core.config import TrainConfig
-from sae_core.ranks import ALONE, Ranks
 from sae_core.saes.base import SAE
-from sae_core.saes.recipe import Schedule, Step, batch_size, sum_of_squares
+from sae_core.saes.recipe import Batch, Step
 from sae_core.saes.relu import L1Recipe
 
 
@@ -34,9 +33,9 @@ class GatedRecipe(L1Recipe):
         self.r = torch.zeros(self.d_sae, device=device)
         self.parameters |= {"b_gate": self.b_gate, "r": self.r}
 
-    def gradients(self, x: Tensor, mean: Tensor, at: Schedule, dead: Tensor, ranks: Ranks = ALONE) -> Step:  # noqa: ARG002
+    def gradients(self, batch: Batch) -> Step:
         """See the module's equations."""
-        n, weight = batch_size(x, ranks), self.weight(at)
+        x, n, weight, ranks = batch.x, batch.tokens(), self.weight(batch), batch.ranks
         seen: dict[str, Tensor] = {}
 
         def loss(p: dict[str, Tensor]) -> Tensor:
@@ -55,11 +54,11 @@ class GatedRecipe(L1Recipe):
         squared, rest = ranks.sum(seen["squared"]), ranks.sum(seen["rest"])
         values = {
             "loss": (squared + rest) / n,
-            "fvu": squared / sum_of_squares(x, mean, ranks),
+            "fvu": squared / batch.power(),
             "l0": ranks.sum(fired.sum().float()) / n,
             "l1": torch.tensor(weight),
         }
-        self.lead(values["l0"], at)
+        self.lead(values["l0"], batch)
         return Step(gradients, fired, values)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -14,15 +14,15 @@ The squared penalty leads L0 to k from either side, so no weight has to be searc
 start where 4k features fire per token.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sae_core.config import TrainConfig
-from sae_core.ranks import ALONE, Ranks
 from sae_core.saes.base import SAE
-from sae_core.saes.recipe import Recipe, Schedule, Step, batch_size, sum_of_squares
+from sae_core.saes.recipe import Batch, Recipe, Step
 
 START_L0 = 4  # times k
 START_TOKENS = 2048  # of the sample, to find the first thresholds
@@ -65,6 +65,11 @@ class _Count(torch.autograd.Function):
         return None, -(grads[0] / ctx.width) * window.sum(0), None
 
 
+Estimator = Callable[[Tensor, Tensor, float], Tensor]
+_jump: Estimator = _Jump.apply
+_count: Estimator = _Count.apply
+
+
 class JumpReLURecipe(Recipe):
     """Training with straight-through gradients for the thresholds."""
 
@@ -81,17 +86,17 @@ class JumpReLURecipe(Recipe):
         theta = some.kthvalue(len(some) - count + 1).values.clamp_min(1e-3)
         self.log_theta.fill_(float(theta.log()))
 
-    def gradients(self, x: Tensor, mean: Tensor, at: Schedule, dead: Tensor, ranks: Ranks = ALONE) -> Step:  # noqa: ARG002
+    def gradients(self, batch: Batch) -> Step:
         """See the module's equations. L0 of the whole batch enters as a number: d (L0/k - 1)^2 = 2 (L0/k - 1) / k dL0."""
-        cfg, n, power = self.cfg, batch_size(x, ranks), sum_of_squares(x, mean, ranks)
+        cfg, x, n, power, ranks = self.cfg, batch.x, batch.tokens(), batch.power(), batch.ranks
         seen: dict[str, Tensor] = {}
 
         def loss(p: dict[str, Tensor]) -> Tensor:
             preact = self.product(x, p["W_enc_t"], p["b_dec"]) + p["b_enc"]
             theta = p["log_theta"].exp()
-            f: Tensor = _Jump.apply(preact, theta, cfg.bandwidth)  # type: ignore[no-untyped-call]
+            f = _jump(preact, theta, cfg.bandwidth)
             squared = (f @ p["W_dec"] + p["b_dec"] - x).square().sum()
-            count: Tensor = _Count.apply(preact, theta, cfg.bandwidth)  # type: ignore[no-untyped-call]
+            count = _count(preact, theta, cfg.bandwidth)
             l0 = ranks.sum(count.detach().clone()) / n
             seen.update(f=f.detach(), squared=squared.detach(), l0=l0)
             pull = cfg.l0_coef * 2.0 * (l0 / cfg.k - 1.0) / cfg.k

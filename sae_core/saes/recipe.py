@@ -31,13 +31,29 @@ class Step(NamedTuple):
     """0-d figures of the whole batch: `loss`, `fvu`, `l0`, and what the architecture adds."""
 
 
-class Schedule(NamedTuple):
-    """What changes from step to step besides the learning rate."""
+class Batch(NamedTuple):
+    """What a recipe may look at in one step; each architecture reads what it needs."""
 
+    x: Tensor
+    """[n, d_in], this rank's part of the batch."""
+    mean: Tensor
+    """[d_in], the mean of x over the pool."""
     k: float
     """Active features per token now, as annealed (top-k family)."""
-    l1: float = 1.0
-    """Factor on the L1 weight now, 0 to 1."""
+    l1: float
+    """Factor on the L1 weight now, 0 to 1 (relu, gated)."""
+    dead: Tensor
+    """int64 [m], the features that have not fired for long (top-k family)."""
+    ranks: Ranks = ALONE
+    """Those who hold the other parts."""
+
+    def tokens(self) -> int:
+        """How many tokens the whole batch has; every rank must ask."""
+        return self.ranks.count(len(self.x))
+
+    def power(self) -> Tensor:
+        """sum |x - mean|^2 over the whole batch, which FVU divides by; every rank must ask."""
+        return self.ranks.sum((self.x - self.mean).square().sum())
 
 
 class Recipe(ABC):
@@ -80,10 +96,9 @@ class Recipe(ABC):
     # ---- one batch ----
 
     @abstractmethod
-    def gradients(self, x: Tensor, mean: Tensor, at: Schedule, dead: Tensor, ranks: Ranks = ALONE) -> Step:
-        """Gradients of the loss on x [n, d_in], this rank's part of a batch; `mean` [d_in] is the mean of x over the
-        pool, `dead` int64 [m] the features that have not fired for long. The loss is normalised by the whole batch, so
-        that gradients of the parts add up to the gradient of the whole."""
+    def gradients(self, batch: Batch) -> Step:
+        """Gradients of the loss on this rank's part of a batch. The loss is normalised by the whole batch, so that gradients
+        of the parts add up to the gradient of the whole."""
 
     def preacts(self, x: Tensor) -> Tensor:
         """[n, d_sae], the product in the step's precision."""
@@ -124,16 +139,6 @@ class Recipe(ABC):
         """(x - b_dec) W_enc as float32, the product in the step's precision; differentiable."""
         product: Tensor = ((x - b_dec).to(self.dtype) @ W_enc_t.to(self.dtype).T).float()
         return product
-
-
-def sum_of_squares(x: Tensor, mean: Tensor, ranks: Ranks) -> Tensor:
-    """sum |x - mean|^2 over the whole batch: what FVU divides by."""
-    return ranks.sum((x - mean).square().sum())
-
-
-def batch_size(x: Tensor, ranks: Ranks) -> int:
-    """Tokens of the whole batch."""
-    return ranks.count(len(x))
 
 
 def geometric_median(sample: Tensor) -> Tensor:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from sae_core.config import TrainConfig
-from sae_core.ranks import ALONE, Ranks
 from sae_core.saes.base import SAE
-from sae_core.saes.recipe import Recipe, Schedule, Step, batch_size, sum_of_squares
+from sae_core.saes.recipe import Batch, Recipe, Step
 
 PULL, GAIN, SMOOTH = 2.0, 0.03, 0.8  # of the led weight; measured on known dictionaries (LOG.md)
 
@@ -42,13 +41,13 @@ class L1Recipe(Recipe):
         super().__init__(cfg, d_in, device, step_dtype)
         self.facts |= {"l1": 1.0 if cfg.l1 is None else cfg.l1, "off": 0.0}
 
-    def weight(self, at: Schedule) -> float:
+    def weight(self, batch: Batch) -> float:
         """The weight of the penalty now."""
-        return self.facts["l1"] * math.exp(PULL * self.facts["off"]) * at.l1
+        return self.facts["l1"] * math.exp(PULL * self.facts["off"]) * batch.l1
 
-    def lead(self, l0: Tensor, at: Schedule) -> None:
+    def lead(self, l0: Tensor, batch: Batch) -> None:
         """Move the weight after a step that had `l0` active features per token; not while it is being warmed up."""
-        if self.cfg.l1 is None and at.l1 == 1.0:
+        if self.cfg.l1 is None and batch.l1 == 1.0:
             off = max(-1.0, min(1.0, math.log(max(float(l0), 1e-3) / self.cfg.k)))
             self.facts["off"] = SMOOTH * self.facts["off"] + (1 - SMOOTH) * off
             self.facts["l1"] *= math.exp(GAIN * off)
@@ -57,9 +56,9 @@ class L1Recipe(Recipe):
 class ReLURecipe(L1Recipe):
     """Training by autograd: nothing in the code is sparse until late."""
 
-    def gradients(self, x: Tensor, mean: Tensor, at: Schedule, dead: Tensor, ranks: Ranks = ALONE) -> Step:  # noqa: ARG002
+    def gradients(self, batch: Batch) -> Step:
         """See the module's equations."""
-        n, weight = batch_size(x, ranks), self.weight(at)
+        x, n, weight, ranks = batch.x, batch.tokens(), self.weight(batch), batch.ranks
         seen: dict[str, Tensor] = {}
 
         def loss(p: dict[str, Tensor]) -> Tensor:
@@ -74,9 +73,9 @@ class ReLURecipe(L1Recipe):
         squared, penalty = ranks.sum(seen["squared"]), ranks.sum(seen["penalty"])
         values = {
             "loss": (squared + weight * penalty) / n,
-            "fvu": squared / sum_of_squares(x, mean, ranks),
+            "fvu": squared / batch.power(),
             "l0": ranks.sum(fired.sum().float()) / n,
             "l1": torch.tensor(weight),
         }
-        self.lead(values["l0"], at)
+        self.lead(values["l0"], batch)
         return Step(gradients, fired, values)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from sae_core import sparse
-from sae_core.ranks import ALONE, Ranks
+from sae_core.ranks import Ranks
 from sae_core.saes.base import SAE
-from sae_core.saes.recipe import Recipe, Schedule, Step, batch_size, sum_of_squares
+from sae_core.saes.recipe import Batch, Recipe, Step
 from sae_core.sparse import Code, Gradients, Preacts
 
 
@@ -45,25 +45,25 @@ class TopKRecipe(Recipe):
         """Gradients from those at each reconstruction."""
         return sparse.backward(code, grads_out[0], x, self.W_enc_t, self.W_dec, self.b_dec)
 
-    def gradients(self, x: Tensor, mean: Tensor, at: Schedule, dead: Tensor, ranks: Ranks = ALONE) -> Step:
+    def gradients(self, batch: Batch) -> Step:
         """See the module's equations."""
-        cfg, n = self.cfg, batch_size(x, ranks)
+        cfg, n, power, ranks = self.cfg, batch.tokens(), batch.power(), batch.ranks
+        x = batch.x
         preacts = Preacts(x - self.b_dec, self.W_enc_t, self.b_enc, self.dtype)
-        code = self.select(preacts, at.k, ranks)
+        code = self.select(preacts, batch.k, ranks)
         residuals = [x_hat - x for x_hat in self.reconstruct(code)]
-        power = sum_of_squares(x, mean, ranks)
         scale = 2.0 / (power * len(residuals))
         grads = self.backward(code, [residual * scale for residual in residuals], x)
         values = {"fvu": ranks.sum(residuals[-1].square().sum()) / power, "l0": self.l0(code, n, ranks)}
         values["loss"] = sum((ranks.sum(r.square().sum()) / power for r in residuals[:-1]), values["fvu"]) / len(residuals)
         aux_k = cfg.aux_k if cfg.aux_k is not None else self.d_in // 2
-        if aux_k and cfg.aux_coef and len(dead):
+        if aux_k and cfg.aux_coef and len(batch.dead):
             # `auxiliary` divides by its part's error; the batch's loss divides by the whole batch's.
             mine = residuals[-1].square().sum().clamp_min(1e-12)
             share = mine / ranks.sum(mine.clone())
             parameters = (self.W_enc_t, self.W_dec, self.b_dec)
             weight = cfg.aux_coef * share
-            loss, grads = sparse.auxiliary(preacts, dead, aux_k, -residuals[-1], x, *parameters, into=grads, weight=weight)
+            loss, grads = sparse.auxiliary(preacts, batch.dead, aux_k, -residuals[-1], x, *parameters, into=grads, weight=weight)
             values["aux"] = ranks.sum(loss * share)
             values["loss"] = values["loss"] + cfg.aux_coef * values["aux"]
         return Step(grads._asdict(), torch.bincount(code.feature, minlength=self.d_sae), values)

@@ -10,11 +10,12 @@ from torch import Tensor
 from sae_core.config import Arch, SAEConfig, Site, TrainConfig
 from sae_core.saes import ARCHITECTURES, RECIPES, SAE
 from sae_core.saes.matryoshka import MatryoshkaRecipe
-from sae_core.saes.recipe import Recipe, Schedule, geometric_median, principal_directions
+from sae_core.saes.recipe import Batch, Recipe, geometric_median, principal_directions
 from sae_core.trainer import Trainer
 
 D_IN, D_SAE, N, K = 12, 36, 40, 3
 CPU = torch.device("cpu")
+NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def config(arch: Arch, **changes: Any) -> TrainConfig:
@@ -79,7 +80,7 @@ def test_top_k_gradients_are_autograds_auxk_included(arch: Arch, dead: tuple[int
         some = values[:, idle]
         top = torch.relu(some) * (some >= some.topk(2, dim=1).values[:, -1:])
         loss = loss + made.cfg.aux_coef * (top @ p["W_dec"][idle] - error).square().sum() / error.square().sum()
-    found = made.gradients(x, mean, Schedule(K), idle)
+    found = made.gradients(Batch(x, mean, K, 1.0, idle))
     assert float(found.values["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert float(found.values["l0"]) == pytest.approx(K)
     assert int(found.fired.sum()) == N * K
@@ -95,7 +96,7 @@ def test_matryoshka_gradients_are_autograds() -> None:
     f = values * mask_of("batchtopk", values)
     prefixes = [f[:, :end] @ p["W_dec"][:end] + p["b_dec"] for end in (6, 18, 36)]
     loss = sum((fvu(x_hat, x, mean) for x_hat in prefixes), torch.zeros(())) / 3
-    found = made.gradients(x, mean, Schedule(K), torch.zeros(0, dtype=torch.int64))
+    found = made.gradients(Batch(x, mean, K, 1.0, NONE))
     assert float(found.values["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert float(found.values["fvu"]) == pytest.approx(float(fvu(prefixes[-1], x, mean).detach()), rel=1e-5)
     assert_gradients(found.gradients, loss, p)
@@ -106,7 +107,7 @@ def test_relu_gradients_are_those_of_the_papers_loss() -> None:
     p = leaves(made)
     f = torch.relu(preacts(p, x))
     loss = (f @ p["W_dec"] + p["b_dec"] - x).square().sum(1).mean() + 0.7 * f.sum(1).mean()
-    found = made.gradients(x, mean, Schedule(K), torch.zeros(0, dtype=torch.int64))
+    found = made.gradients(Batch(x, mean, K, 1.0, NONE))
     assert float(found.values["loss"]) == pytest.approx(float(loss.detach()), rel=1e-5)
     assert float(found.values["l0"]) == pytest.approx(float((f > 0).sum() / N))
     assert_gradients(found.gradients, loss, p)
@@ -121,7 +122,7 @@ def test_gated_gradients_reach_the_gate_through_the_penalty_and_the_guide_alone(
     fixed = (p["W_dec"].detach(), p["b_dec"].detach())
     guide = (torch.relu(gate) @ fixed[0] + fixed[1] - x).square().sum(1).mean()
     loss = (f @ p["W_dec"] + p["b_dec"] - x).square().sum(1).mean() + 0.4 * torch.relu(gate).sum(1).mean() + guide
-    found = made.gradients(x, mean, Schedule(K), torch.zeros(0, dtype=torch.int64))
+    found = made.gradients(Batch(x, mean, K, 1.0, NONE))
     assert_gradients(found.gradients, loss, p)
 
 
@@ -132,7 +133,7 @@ def test_jumprelu_gradients_are_the_straight_through_sums() -> None:
     values, theta = preacts(p, x), p["log_theta"].exp().detach()
     on = (values > theta).float().detach()
     smooth = fvu((values * on) @ p["W_dec"] + p["b_dec"], x, mean)
-    found = made.gradients(x, mean, Schedule(K), torch.zeros(0, dtype=torch.int64))
+    found = made.gradients(Batch(x, mean, K, 1.0, NONE))
     names = ["W_enc_t", "b_enc", "W_dec", "b_dec"]
     assert_gradients(found.gradients, smooth, {name: p[name] for name in names})
 
@@ -149,7 +150,7 @@ def test_jumprelu_gradients_are_the_straight_through_sums() -> None:
 @pytest.mark.parametrize("arch", list(RECIPES))
 def test_the_decoder_moves_on_the_sphere(arch: Arch) -> None:
     made, (x, mean) = recipe(arch), inputs()
-    gradient = made.gradients(x, mean, Schedule(K), torch.zeros(0, dtype=torch.int64)).gradients["W_dec"]
+    gradient = made.gradients(Batch(x, mean, K, 1.0, NONE)).gradients["W_dec"]
     size = gradient.norm(dim=1).max()
     assert (gradient * made.W_dec).sum(1).abs().max() > 0.01 * size
     assert (made.on_the_sphere(gradient) * made.W_dec).sum(1).abs().max() < 1e-5 * size
