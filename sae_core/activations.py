@@ -116,21 +116,28 @@ class Store:
         Raises CacheMismatch naming each part that differs: mixed activations would train an SAE on nothing that exists.
         """
         path = self.folder / "about.json"
-        if not path.exists():
+        differing = self.differing(about)
+        if differing is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             aside = path.with_suffix(".aside")
             aside.write_text(json.dumps(about, indent=1))
             aside.rename(path)
-            return
-        found = json.loads(path.read_text())
-        differing = [name for name in about if found.get(name) != about[name]]
-        if differing:
+        elif differing:
+            found = json.loads(path.read_text())
             parts = "; ".join(f"{name} is {found.get(name)} there and {about[name]} here" for name in differing)
             raise CacheMismatch(
                 f"The activation cache {self.folder.name} holds other activations: {parts}. "
                 "Choose another name, or delete that folder.",
                 field="cache",
             )
+
+    def differing(self, about: dict[str, Any]) -> list[str] | None:
+        """The parts in which these activations are other ones than `about` says; None where there are none."""
+        path = self.folder / "about.json"
+        if not path.exists():
+            return None
+        found = json.loads(path.read_text())
+        return [name for name in about if found.get(name) != about[name]]
 
     @contextmanager
     def filling(self) -> Iterator[None]:
@@ -206,13 +213,13 @@ def _not_finite(layer: int, first: int, low: int, z: Tensor) -> str:
     )
 
 
-def about(lens: "Lens", rows: Rows, cfg: TrainConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """What a store's activations are: two that agree in all of this hold the same numbers for the same row and layer."""
+def about(lens: "Lens", rows: Rows, cfg: TrainConfig) -> dict[str, Any]:
+    """What a store's activations are, but for the precision: two that agree in all of this hold the same z for the same row
+    and layer."""
     return {
         "model": lens.info.fingerprint,
         "processing": lens.info.processing,
         "site": "hook_z, heads concatenated",
-        "dtype": str(dtype).removeprefix("torch."),
         "tokenizer": lens.tokenizer_fingerprint,
         "rows": rows.fingerprint,
         "context": rows.context,
@@ -229,8 +236,11 @@ class Activations:
         self._pools = [(pool.state["first"], pool.tensor()) for pool in pools]
 
     @classmethod
-    def open(cls, store: Path, layer: int) -> "Activations | None":
-        """What a store holds of a layer, complete and contiguous from row 0; None if nothing is."""
+    def open(cls, store: Path, layer: int, wanted: dict[str, Any]) -> "Activations | None":
+        """What a store holds of a layer, complete and contiguous from row 0; None if nothing is, or if the store holds
+        other activations than those `wanted` (`about`): a cache may have been deleted and made anew under its name."""
+        if Store(store).differing(wanted) != []:
+            return None
         pools: list[Pool] = []
         for path in sorted((store / f"layer-{layer:02d}").glob("pool-*.npy")):
             pool = Pool(path)

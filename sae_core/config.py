@@ -162,7 +162,7 @@ class TrainConfig(Config):
     active_subspace: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Draw the first decoder in the span of the leading principal directions of z, this share of d_in (arXiv 2508.16929);
     0 uses all of it."""
-    k_anneal: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    k_anneal: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the steps over which k falls from 4k to k (top-k family)."""
     aux_k: Annotated[int | None, Field(ge=0)] = None
     """Dead features that reconstruct the error (AuxK, top-k family); None takes d_in / 2, 0 turns it off."""

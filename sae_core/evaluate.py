@@ -42,7 +42,7 @@ from sae_core.corpus import Rows
 from sae_core.lens import Out
 from sae_core.measures import AT_ONCE, Firing, Sums, alignment, neighbour_cosine
 from sae_core.probes import Probe, ProbeTexts, probe
-from sae_core.progress import Progress
+from sae_core.progress import Progress, relayed
 from sae_core.saes import SAE
 from sae_core.stability import Stability, stability
 
@@ -367,8 +367,8 @@ def evaluate(
     # ---- what its features know ----
     probes = []
     for one in texts:
-        reports = probe(lens, sae, one, context=context, batch_rows=batch_rows)
-        probes.append((yield from _passed_on(reports, progress)))
+        found = yield from relayed(probe(lens, sae, one, context=context, batch_rows=batch_rows), progress)
+        probes.append(found)
     result = Evaluation(
         reconstruction=_reconstruction(sae, fit, firing),
         prose=records[0],
@@ -562,16 +562,6 @@ def _outside_excluded(sae: SAE, rebuild: Callable[[Tensor], Tensor]) -> Callable
         return torch.where(sae.excluded(z)[..., None], z, rebuild(z).to(z.dtype))
 
     return replace
-
-
-def _passed_on(reports: Generator[int, None, Probe], progress: Callable[[int], Progress]) -> Generator[Progress, None, Probe]:
-    while True:
-        try:
-            tokens = next(reports)
-        except StopIteration as end:
-            found: Probe = end.value
-            return found
-        yield progress(tokens)
 
 
 def _notes(result: Evaluation, heldout_rows: int) -> list[str]:

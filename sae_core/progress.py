@@ -1,6 +1,11 @@
 """What a long computation says while it runs. No torch, so that the web may read it."""
 
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from typing import TypeVar
+
+S = TypeVar("S")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -30,3 +35,15 @@ class Progress:
     def seconds_left(self) -> float | None:
         """Seconds until this phase ends at the present rate; None while the rate is unknown."""
         return (self.total - self.done) / self.rate if self.rate > 0 else None
+
+
+def relayed(reports: Generator[S, None, R], tell: Callable[[S], Progress]) -> Generator[Progress, None, R]:
+    """`reports`, each told in another way; what it returns is returned, and it is closed when this is."""
+    try:
+        while True:
+            yield tell(next(reports))
+    except StopIteration as end:
+        value: R = end.value
+        return value
+    finally:
+        reports.close()

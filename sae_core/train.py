@@ -99,7 +99,8 @@ def train_many(
     mine = [run for run in runs if together or ranks.mine(run.index)]
     for run in mine:
         run.as_of_all = partial(_of_all, runs=runs, mine=mine, run=run)
-    ranks.in_turn(lambda: stream.store.claim(about(lens, rows, cfgs[0], dtypes[0])))
+    parts = about(lens, rows, cfgs[0]) | {"dtype": str(dtypes[0]).removeprefix("torch.")}
+    ranks.in_turn(lambda: stream.store.claim(parts))
 
     # ---- pool by pool: collect for every layer, then train each SAE on it ----
     for index in range(len(stream.starts)):

@@ -281,13 +281,8 @@ def harvest(
         _give_token(settings)
         with db.read() as session:
             record = registry.sae(session, sae)
-        trained = record.config.train
-        found = _find_corpus(db, corpus or (trained.corpus if trained else ""))
-        rows = (
-            trained.rows
-            if trained and trained.corpus == found.name
-            else RowsConfig(tokens=harvest_config.tokens, heldout_tokens=0)
-        )
+        found, rows = _corpus_for(db, record, corpus, "sweep")
+        rows = rows or RowsConfig(context=record.config.context, tokens=harvest_config.tokens, heldout_tokens=0)
         cfg = HarvestJob(sae=sae, corpus=found.name, rows=rows, harvest=harvest_config)
         queue = Jobs(settings, db)
         alive = queue.worker_alive()
@@ -346,16 +341,8 @@ def evaluate(
             record = registry.sae(session, sae)
             for name in against or []:
                 registry.sae(session, name)
-        trained = record.config.train
-        if corpus is None and trained is None:
-            raise UsageError(f"{sae} was not trained here, so say on what text to measure it: --corpus.", field="corpus")
-        found = _find_corpus(db, corpus or (trained.corpus if trained else ""))
-        same = trained is not None and trained.corpus == found.name
-        rows = (
-            trained.rows
-            if trained and same
-            else RowsConfig(context=record.config.context, tokens=max(record.config.context, how.dead_tokens))
-        )
+        found, rows = _corpus_for(db, record, corpus, "measure")
+        rows = rows or RowsConfig(context=record.config.context, tokens=max(record.config.context, how.dead_tokens))
         cfg = EvaluateJob(
             sae=sae,
             corpus=found.name,
@@ -592,6 +579,17 @@ def _find_corpus(db: Database, asked: str) -> _Found[CorpusSource]:
         if same := registry.corpus_at(session, source):
             return _Found(same.name, source, new=False)
     return _Found(_free_name(asked.removeprefix("hf:"), set(known)), source, new=True)
+
+
+def _corpus_for(
+    db: Database, record: registry.SAERecord, asked: str | None, what: str
+) -> tuple[_Found[CorpusSource], RowsConfig | None]:
+    """The text that is asked for, else the training's; and the training's rows where it is the same text."""
+    trained = record.config.train
+    if asked is None and trained is None:
+        raise UsageError(f"{record.name} was not trained here, so say what text to {what} it on: --corpus.", field="corpus")
+    found = _find_corpus(db, asked or (trained.corpus if trained else ""))
+    return found, trained.rows if trained and trained.corpus == found.name else None
 
 
 def _corpus_location(asked: str) -> str:

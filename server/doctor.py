@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
@@ -16,6 +16,9 @@ from server.db import Database
 from server.settings import Settings
 from server.store import jobs, registry
 from server.terminal import duration
+
+if TYPE_CHECKING:
+    from sae_core.sizes import ModelSizes
 
 
 @dataclass(frozen=True)
@@ -55,20 +58,20 @@ def report(settings: Settings, cfg: TrainConfig | None, *, probe: bool = True) -
     found["database"], found["models"], found["workers"] = _database(settings)
     if cfg is not None:
         sizes = _sizes(settings, cfg.model) if found["worker_extra"] else None
-        need = needs(cfg, _shape(settings, cfg.model) if sizes is None else sizes.shape, speed)
+        need = needs(cfg, _shape(settings, cfg.model) if sizes is None else estimates.Shape.of(sizes), speed)
         found["run"] = {"seconds": need.seconds, "disk": need.disk, "memory": need.memory}
         if found["worker_extra"]:
             found["memory"] = memory_plans(cfg, sizes, speed)
     return found
 
 
-def memory_plans(cfg: TrainConfig, known: memory.Sizes | None, speed: estimates.Speed) -> list[dict[str, Any]]:
+def memory_plans(cfg: TrainConfig, known: "ModelSizes | None", speed: estimates.Speed) -> list[dict[str, Any]]:
     """What the run will hold on a device, part by part: with the config's model where its sizes are known, and with one of
     2B parameters on a GPU."""
     from sae_core.sizes import EXAMPLE, example_sizes
 
     # A GPU of today multiplies bfloat16 faster, so there `auto` means it; here it is what was measured.
-    planned = [(EXAMPLE, memory.Sizes(*example_sizes()), "on a GPU", True)]
+    planned = [(EXAMPLE, example_sizes(), "on a GPU", True)]
     if known:
         planned.insert(0, (cfg.model, known, "here", speed.bfloat16 >= 1.5 * speed.float32))
     plans = []
@@ -80,7 +83,7 @@ def memory_plans(cfg: TrainConfig, known: memory.Sizes | None, speed: estimates.
     return plans
 
 
-def _sizes(settings: Settings, model: str) -> memory.Sizes | None:
+def _sizes(settings: Settings, model: str) -> "ModelSizes | None":
     """A model's sizes by its config, read without its weights; None where there is no config at hand.
 
     Raises UnreadableModel where the model is named by its folder and the config.json there says nothing.
@@ -91,7 +94,7 @@ def _sizes(settings: Settings, model: str) -> memory.Sizes | None:
     if place is None:
         return None
     try:
-        return memory.Sizes(*read_sizes(place[0], revision=place[1]))
+        return read_sizes(place[0], revision=place[1])
     except HeadscopeError:
         if place[0] == model:
             raise
@@ -153,12 +156,20 @@ def needs(cfg: TrainConfig, shape: estimates.Shape, speed: estimates.Speed) -> N
     checkpoints = 3 * 3 * parameters  # values and two moments; two kept, one being written
     rows = _row_bytes(cfg)
     # parameters, gradients and moments; pre-activations of a batch in three places; one pool in the page cache
-    memory = 4 * parameters + 3 * 4 * cfg.batch * d_sae + min(cfg.pool_tokens, cfg.rows.tokens) * d_in * 2
+    memory = 4 * parameters + 3 * 4 * cfg.batch * d_sae + min(cfg.pool_tokens, cfg.rows.tokens) * d_in * _z_bytes(cfg, speed)
     return Need(estimates.train_seconds(cfg, shape, speed), pools + checkpoints + rows + 2 * parameters, memory)
 
 
 def _pool_bytes(cfg: TrainConfig, shape: estimates.Shape, speed: estimates.Speed) -> float:
-    return min(cfg.pool_tokens, cfg.rows.tokens) * shape.d_in * (2 if speed.bfloat16 > 1.5 * speed.float32 else 4)
+    """Of one layer: a run of its own holds a pool at a time, a cache with a name keeps them all."""
+    tokens = cfg.rows.tokens if cfg.cache is not None else min(cfg.pool_tokens, cfg.rows.tokens)
+    return tokens * shape.d_in * _z_bytes(cfg, speed)
+
+
+def _z_bytes(cfg: TrainConfig, speed: estimates.Speed) -> int:
+    """Bytes of a coordinate of z on disk."""
+    halves = speed.bfloat16 >= 1.5 * speed.float32 if cfg.model_dtype == "auto" else cfg.model_dtype == "bfloat16"
+    return 2 if halves else 4
 
 
 def _row_bytes(cfg: TrainConfig) -> float:

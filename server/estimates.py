@@ -8,9 +8,25 @@ estimate: within a factor of two or so before the start, better with every batch
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from sae_core.config import EvaluateJob, HarvestConfig, TrainConfig
 from sae_core.progress import Progress
+
+
+class Sized(Protocol):
+    """Whatever tells a model's sizes."""
+
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def n_layers(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def d_head(self) -> int: ...
+    @property
+    def d_vocab(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -22,6 +38,11 @@ class Shape:
     n_heads: int
     d_head: int
     d_vocab: int
+
+    @classmethod
+    def of(cls, known: Sized) -> "Shape":
+        """The part of what is known that an estimate needs."""
+        return cls(known.d_model, known.n_layers, known.n_heads, known.d_head, known.d_vocab)
 
     @property
     def d_in(self) -> int:

@@ -6,33 +6,17 @@ workspace come on top, and a step is bounded from above. No torch.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from sae_core.config import Arch, TrainConfig
-from server.estimates import Shape
+
+if TYPE_CHECKING:
+    from sae_core.sizes import ModelSizes
 
 FLOAT, HALF = 4, 2
 LOGITS_AT_ONCE = 2**26  # elements, as the lens splits its rows
 VECTORS: dict[Arch, int] = {"gated": 3, "jumprelu": 2}
 """Parameters per feature beside its two directions: b_enc, and what an architecture adds to it."""
-
-
-class Sizes(NamedTuple):
-    """A model's sizes, as `sae_core.sizes` tells them."""
-
-    parameters: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    d_head: int
-    d_model: int
-    d_mlp: int
-    d_vocab: int
-
-    @property
-    def shape(self) -> Shape:
-        """Those that an estimate of time needs."""
-        return Shape(self.d_model, self.n_layers, self.n_heads, self.d_head, self.d_vocab)
 
 
 @dataclass(frozen=True)
@@ -67,7 +51,7 @@ class Plan:
         return sum(self.model.values()) + max(sum(parts.values()) for parts in turns)
 
 
-def plan(cfg: TrainConfig, sizes: Sizes, *, half_pass: bool, half_step: bool) -> Plan:
+def plan(cfg: TrainConfig, sizes: "ModelSizes", *, half_pass: bool, half_step: bool) -> Plan:
     """The plan of a run; `half_pass` and `half_step`: whether the model's pass and the SAE's encoder product are in bfloat16."""
     d_in, width = sizes.n_heads * sizes.d_head, HALF if half_pass else FLOAT
     d_sae, context = cfg.expansion * d_in, cfg.rows.context

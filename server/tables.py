@@ -219,7 +219,7 @@ class Job(Base):
 
     __tablename__ = "job"
     id: Mapped[str] = mapped_column(sa.String(100), primary_key=True)  # also the DBOS workflow id
-    kind: Mapped[str] = mapped_column(sa.String(20))  # train, sweep, harvest
+    kind: Mapped[str] = mapped_column(sa.String(20))  # train, sweep, evaluate, harvest
     title: Mapped[str] = mapped_column(sa.String(300))
     config: Mapped[dict[str, Any]]  # TrainConfig, SweepConfig or HarvestJob
     parent_id: Mapped[str | None] = mapped_column(sa.ForeignKey("job.id"))

@@ -38,7 +38,7 @@ from sqlalchemy.orm import Session
 
 from sae_core import harvest as sweep
 from sae_core import machine
-from sae_core.activations import Activations
+from sae_core.activations import Activations, about
 from sae_core.config import EvaluateJob, HarvestJob, SweepConfig, TrainConfig
 from sae_core.corpus import Rows, prepare_rows
 from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SAEMismatch, SlotTaken
@@ -46,13 +46,14 @@ from sae_core.evaluate import evaluate
 from sae_core.lens import Lens, load_lens
 from sae_core.parallel import check_processes, train_parallel
 from sae_core.probes import read_texts
-from sae_core.progress import Progress
+from sae_core.progress import Progress, relayed
 from sae_core.saes import SAE, load_sae
 from sae_core.stability import check_same_site
 from sae_core.train import activations_of, curve_of, made_by, train_many
 from server import doctor, estimates, jobs
 from server.db import Database
 from server.downloads import sha256_of
+from server.estimates import Shape
 from server.settings import Settings
 from server.store import harvests, registry
 from server.store import jobs as store
@@ -250,8 +251,8 @@ def train_job(run: Run) -> None:
 def _train(run: Run, cfg: TrainConfig) -> None:
     lens = _lens(run, cfg.model)
     lens.check_layer(cfg.site.layer)
-    run.clock = estimates.Clock(estimates.train_seconds(cfg, _shape(lens), run.worker.speed))
-    need = doctor.needs(cfg, _shape(lens), run.worker.speed).disk
+    run.clock = estimates.Clock(estimates.train_seconds(cfg, Shape.of(lens.info), run.worker.speed))
+    need = doctor.needs(cfg, Shape.of(lens.info), run.worker.speed).disk
     doctor.need_room(run.worker.settings.data, need - _size(run.folder))
     rows = _rows(run, lens, cfg.corpus, cfg)
     _train_all(run, [cfg], lens, rows)
@@ -259,15 +260,17 @@ def _train(run: Run, cfg: TrainConfig) -> None:
 
 def _evaluate(run: Run, cfg: TrainConfig, index: int = 0, of: int = 1) -> dict[str, Any]:
     lens = _lens(run, cfg.model)
-    expected = estimates.train_seconds(cfg, _shape(lens), run.worker.speed)
+    expected = estimates.train_seconds(cfg, Shape.of(lens.info), run.worker.speed)
     if not run.clock.expected:
         run.clock = estimates.Clock({name: of * expected[name] for name in ("evaluate", "harvests")})
     rows = _rows(run, lens, cfg.corpus, cfg)
     sae = load_sae(made_by(run.folder, index), lens.device)
-    store = activations_of(cfg, run.folder, caches(run.worker.settings.data))
-    reports = evaluate(lens, sae, rows, Activations.open(store, cfg.site.layer))
-    found = run.follow(_among(reports, index, of))
-    return found.model_dump(mode="json")
+    reports = evaluate(lens, sae, rows, _activations(run, run.folder, lens, rows, cfg))
+
+    def one_of_many(report: Progress) -> Progress:
+        return replace(report, done=index * report.total + report.done, total=of * report.total)
+
+    return run.follow(relayed(reports, one_of_many)).model_dump(mode="json")
 
 
 def _publish_sae(run: Run, cfg: TrainConfig, name: str, metrics: dict[str, Any], index: int = 0) -> None:
@@ -321,7 +324,7 @@ def sweep_job(run: Run) -> None:
 def _train_sweep(run: Run, cfg: SweepConfig) -> int:
     """Train every run; how many layers the model has, which says what the runs are."""
     lens = _lens(run, cfg.base.model)
-    runs, shape, speed = cfg.runs(lens.info.n_layers), _shape(lens), run.worker.speed
+    runs, shape, speed = cfg.runs(lens.info.n_layers), Shape.of(lens.info), run.worker.speed
     for one in runs:
         lens.check_layer(one.site.layer)
         one.check_width(lens.info.d_in)
@@ -358,7 +361,7 @@ def _measure(run: Run, cfg: EvaluateJob) -> dict[str, Any]:
     others = {name: load_sae(worker.settings.data / records[name].folder, lens.device) for name in cfg.against}
     for name, other in others.items():
         check_same_site(sae, other, name)
-    expected = estimates.evaluate_seconds(cfg, sae.cfg.site.layer, _shape(lens), worker.speed)
+    expected = estimates.evaluate_seconds(cfg, sae.cfg.site.layer, Shape.of(lens.info), worker.speed)
     run.clock = estimates.Clock({"evaluate": expected})
     rows = _rows(run, lens, cfg.corpus, cfg)
     found = run.follow(
@@ -428,15 +431,13 @@ class _Hands:
         train = self.record.config.train
         parent = worker.settings.data / "jobs" / (self.record.job_id or "none")
         same_rows = train is not None and train.corpus == cfg.corpus and train.rows == cfg.rows
-        self.activations = None
-        if train is not None and same_rows:
-            self.activations = Activations.open(activations_of(train, parent, caches(worker.settings.data)), train.site.layer)
+        self.rows = _rows(run, self.lens, cfg.corpus, cfg)
+        self.activations = _activations(run, parent, self.lens, self.rows, train) if train is not None and same_rows else None
         if train is not None:
             expected = estimates.harvest_seconds(
-                cfg.harvest, train, _shape(self.lens), worker.speed, cached=self.activations is not None
+                cfg.harvest, train, Shape.of(self.lens.info), worker.speed, cached=self.activations is not None
             )
             run.clock = estimates.Clock(expected)
-        self.rows = _rows(run, self.lens, cfg.corpus, cfg)
         self.n_rows = sweep.swept_rows(self.rows, cfg.harvest)
         self._chosen: sweep.Selection | None = None
         self._table: sweep.FeatureTable | None = None
@@ -445,7 +446,7 @@ class _Hands:
         """One shard of the sweep."""
         context = self.rows.context
         reports = sweep.scan_shard(self.lens, self.sae, self.rows, shard, self.cfg.harvest, path, self.activations)
-        self.run.follow(_within(reports, shard.start * context, self.n_rows * context))
+        self.run.follow(relayed(reports, _within(shard.start * context, self.n_rows * context)))
 
     def choose(self, shards: list[Path], path: Path) -> None:
         """Merge the shards and choose examples."""
@@ -462,7 +463,7 @@ class _Hands:
         """The examples of one part, in fp32."""
         chosen = self.selection(selection)
         reports = sweep.visit(self.lens, self.sae, self.rows, chosen, part, self.cfg.harvest, path)
-        self.run.follow(_within(reports, part.start, len(chosen.rows)))
+        self.run.follow(relayed(reports, _within(part.start, len(chosen.rows))))
 
     def features(self, files: sweep.Files, parts: list[Path]) -> None:
         """What is said of every feature."""
@@ -505,26 +506,9 @@ class _Hands:
         self.run.say(f"Published: http://{self.run.worker.settings.host}:{self.run.worker.settings.port}/saes/{self.cfg.sae}.")
 
 
-def _within(reports: Generator[Progress, None, R], before: int, total: int) -> Generator[Progress, None, R]:
+def _within(before: int, total: int) -> Callable[[Progress], Progress]:
     """A part's reports as reports of the whole, `before` of which was done already."""
-    while True:
-        try:
-            report = next(reports)
-        except StopIteration as end:
-            value: R = end.value
-            return value
-        yield replace(report, done=before + report.done, total=total)
-
-
-def _among(reports: Generator[Progress, None, R], index: int, of: int) -> Generator[Progress, None, R]:
-    """The reports of one of so many equal parts as reports of the whole."""
-    while True:
-        try:
-            report = next(reports)
-        except StopIteration as end:
-            value: R = end.value
-            return value
-        yield replace(report, done=index * report.total + report.done, total=of * report.total)
+    return lambda report: replace(report, done=before + report.done, total=total)
 
 
 # ------------------------------------------------------------------------------------------------------ what both need
@@ -580,6 +564,12 @@ def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob | Eva
     )
 
 
+def _activations(run: Run, folder: Path, lens: Lens, rows: Rows, cfg: TrainConfig) -> Activations | None:
+    """What is left on disk of the activations that a training run in `folder` read."""
+    store = activations_of(cfg, folder, caches(run.worker.settings.data))
+    return Activations.open(store, cfg.site.layer, about(lens, rows, cfg))
+
+
 def caches(data: Path) -> Path:
     """Where activation caches that have a name are."""
     return data / "activations"
@@ -588,11 +578,6 @@ def caches(data: Path) -> Path:
 def _size(folder: Path) -> int:
     """Bytes that the folder takes on disk."""
     return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
-
-
-def _shape(lens: Lens) -> estimates.Shape:
-    info = lens.info
-    return estimates.Shape(info.d_model, info.n_layers, info.n_heads, info.d_head, info.d_vocab)
 
 
 def open_sae(data: Path, record: registry.SAERecord, lens: Lens) -> SAE:
@@ -745,9 +730,9 @@ class Worker:
         with self.db.read() as session:
             self._loaded = (registry.model(session, name), lens)
 
-    def model_shape(self, name: str) -> estimates.Shape | None:
+    def model_shape(self, name: str) -> Shape | None:
         """The model's sizes, if it is the one that is loaded."""
-        return _shape(self._loaded[1]) if self._loaded and self._loaded[0].name == name else None
+        return Shape.of(self._loaded[1].info) if self._loaded and self._loaded[0].name == name else None
 
     def _beat(self) -> None:
         while not self.stopping.wait(BEAT_SECONDS):

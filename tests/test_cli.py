@@ -152,6 +152,24 @@ def test_train_without_a_worker_runs_here_and_publishes(
     other = headscope("harvest", "--sae", "first", "--tokens", "2048", "--top-k", "2")
     assert other.returncode == 0, other
 
+    # ---- and what can be asked of an SAE that exists ----
+    few = ["--prose-rows", "4", "--repeated-rows", "2", "--dead-tokens", "512"]
+    measured = headscope("evaluate", "first", *few)
+    assert measured.returncode == 0, measured
+    for word in ("evaluate-first-", "L0", "FVU", "dead"):
+        assert word in measured.stdout
+    asked = headscope("evaluate", "first", "--json", *few)
+    assert asked.returncode == 0, asked
+    assert json.loads(asked.stdout)["reconstruction"]["tokens"] > 0
+    assert "is done." in asked.stderr
+    assert "There is no SAE nobody" in refused(headscope("evaluate", "nobody"))
+    assert "There is no file or folder" in refused(headscope("evaluate", "first", "--probe", "gone.jsonl"))
+    with contextlib.closing(sqlite3.connect(Path(environment["HEADSCOPE_DATA"]) / "headscope.db")) as connection:
+        connection.execute("update sae set config = json_remove(config, '$.train')")  # as if it came from elsewhere
+        connection.commit()
+    for command in (("harvest", "--sae", "first"), ("evaluate", "first")):
+        assert "first was not trained here" in refused(headscope(*command))
+
 
 def test_control_c_in_a_foreground_run_loses_nothing(environment: dict[str, str], model: Path, text: Path) -> None:
     command = [

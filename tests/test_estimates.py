@@ -53,6 +53,14 @@ def test_runs_on_one_stream_share_its_disk_layer_by_layer() -> None:
     assert sweep_needs([one, other], SHAPE, SPEED).disk == pytest.approx(2 * alone - rows)
 
 
+def test_a_cache_with_a_name_keeps_every_pool_and_float32_takes_twice_the_room() -> None:
+    pool = 2**18 * SHAPE.d_in * 2  # bf16
+    own = needs(config(pool_tokens=2**18), SHAPE, SPEED)
+    assert needs(config(pool_tokens=2**18, cache="kept"), SHAPE, SPEED).disk == pytest.approx(own.disk + 3 * pool)
+    full = needs(config(pool_tokens=2**18, model_dtype="float32"), SHAPE, SPEED)
+    assert (full.disk - own.disk, full.memory - own.memory) == pytest.approx((pool, pool))
+
+
 def follow(clock: Clock, *reports: tuple[float, str, int]) -> float:
     """Seconds left after these reports of (time, phase, percent done)."""
     left = 0.0

@@ -10,13 +10,14 @@ from sae_core import lens
 from sae_core.config import HarvestConfig, RowsConfig, Site, TrainConfig
 from sae_core.errors import UnreadableModel
 from sae_core.saes import RECIPES
+from sae_core.sizes import ModelSizes
 from server import doctor, memory
-from server.memory import Sizes, plan
+from server.memory import plan
 from server.settings import Settings
 from tests.core.tiny_models import save_tiny
 
 # 4 layers, 8 heads of 16 (d_in 128) that share 4 keys, a stream of 64, an MLP of 256, 1000 tokens.
-SIZES = Sizes(parameters=1_000_000, n_layers=4, n_heads=8, n_kv_heads=4, d_head=16, d_model=64, d_mlp=256, d_vocab=1000)
+SIZES = ModelSizes(parameters=1_000_000, n_layers=4, n_heads=8, n_kv_heads=4, d_head=16, d_model=64, d_mlp=256, d_vocab=1000)
 
 
 def config(**changes: Any) -> TrainConfig:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sae_core import checkpoint
-from sae_core.activations import Activations, Store
+from sae_core.activations import Activations, Store, about
 from sae_core.config import HarvestConfig, RowsConfig, Site, TrainConfig
 from sae_core.errors import CacheBusy, CacheMismatch, Diverged, EmptyCorpus, Fenced, UnreadableSAE, UsageError
 from sae_core.presets import PRESETS
@@ -163,7 +163,7 @@ def test_a_finished_run_called_again_gives_the_same_sae_without_a_model_pass(row
 def test_the_harvest_finds_the_collected_rows(rows: Any, tmp_path: Path) -> None:
     lens = KnownDictionary()
     run(config(), lens, rows, tmp_path)
-    activations = Activations.open(tmp_path / "activations", 0)
+    activations = Activations.open(tmp_path / "activations", 0, about(lens, rows, config()))  # type: ignore[arg-type]
     assert activations is not None
     assert activations.n_rows == 600
     wanted = lens.read_z(torch.from_numpy(rows.train[95:230].astype(np.int64)), [0])[0]
@@ -337,6 +337,17 @@ def test_a_cache_of_other_activations_is_refused_and_says_what_differs(name: str
     with pytest.raises(CacheMismatch, match=word) as caught:
         next(train(config(cache="shared"), KnownDictionary(), rows, tmp_path / "b", tmp_path / "caches"))  # type: ignore[arg-type]
     assert caught.value.field == "cache"
+
+
+def test_a_cache_made_anew_under_the_same_name_is_not_taken_for_the_old_one(rows: Any, tmp_path: Path) -> None:
+    lens, cfg = KnownDictionary(), config(cache="shared")
+    finish(train(cfg, lens, rows, tmp_path / "a", tmp_path / "caches"))  # type: ignore[arg-type]
+    wanted = about(lens, rows, cfg)  # type: ignore[arg-type]
+    here = Activations.open(tmp_path / "caches/shared", 0, wanted)
+    assert here is not None
+    assert here.n_rows == len(rows.train)
+    assert Activations.open(tmp_path / "caches/shared", 0, wanted | {"rows": "others"}) is None
+    assert Activations.open(tmp_path / "caches/gone", 0, wanted) is None
 
 
 def test_a_cache_that_another_run_fills_is_left_alone(rows: Any, tmp_path: Path) -> None:
