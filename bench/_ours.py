@@ -36,7 +36,6 @@ def main() -> None:
             k=given["k"],
             batch=batch,
             lr=given["lr"],
-            k_anneal=given.get("k_anneal", 0.1),
             model_dtype=given["dtype"],
             step_dtype=given["dtype"],
             harvests=(),

@@ -75,7 +75,6 @@ def _config(layer: int, shape: RowsConfig, cache: str, repeats: int = 1) -> Trai
         k=32,
         batch=BATCH,
         passes=repeats,
-        k_anneal=0.0,
         dead_tokens=NEVER,
         checkpoint_steps=NEVER,
         cache=cache,

@@ -8,6 +8,10 @@ from server.tables import Base
 
 url = context.config.attributes.get("url") or Settings().prepare().url
 with make_engine(url).connect() as connection:
+    if connection.dialect.name == "sqlite":
+        # SQLite changes most things of a table by making it anew; with foreign keys on, dropping the old one would delete
+        # the rows that point at it. Said to the driver itself, since within a transaction it would do nothing.
+        connection.connection.cursor().execute("PRAGMA foreign_keys=OFF")
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,

@@ -1,5 +1,6 @@
 """What a long computation says while it runs. No torch, so that the web may read it."""
 
+import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -47,3 +48,14 @@ def relayed(reports: Generator[S, None, R], tell: Callable[[S], Progress]) -> Ge
         return value
     finally:
         reports.close()
+
+
+class Clock:
+    """Makes the reports of a phase, with a rate over what was done since it began."""
+
+    def __init__(self, phase: str, total: int, unit: str = "tokens") -> None:
+        self.phase, self.total, self.unit, self.begun = phase, total, unit, time.monotonic()
+
+    def at(self, done: int) -> Progress:
+        """The report that so much is done."""
+        return Progress(self.phase, done, self.total, self.unit, rate=done / max(time.monotonic() - self.begun, 1e-9))

@@ -1,6 +1,6 @@
 """What a harvest hands over to be stored, as plain numbers and numpy arrays. No torch, so that `store/` may name it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,7 @@ class FeatureRecord:
     top_head_dfa_share: float | None
     distance: float | None
     family: str | None
+    family_score: float | None
     histogram: dict[str, Any]
     bands: list[dict[str, Any]]
     head_norm: NDArray[np.float32]
@@ -72,6 +73,25 @@ class FeatureRecord:
     suppressed: list[list[Any]]
     neighbours: list[list[Any]]
     evidence: dict[str, Any]
+    families: list[dict[str, Any]] = field(default_factory=list)
+    verdict: str | None = None
+    logits: dict[str, Any] = field(default_factory=dict)
+    positions: list[list[Any]] = field(default_factory=list)
+    coactive: dict[str, Any] = field(default_factory=dict)
+    sample: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """What the features say of one head. Fields as in `server.tables.HeadSummary`."""
+
+    head: int
+    n_led: int
+    n_led_norm: int
+    families: dict[str, int]
+    diversity: float | None
+    polysemantic: float | None
+    detail: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ class Harvest(Base):
     id: Mapped[int] = mapped_column(primary_key=True)
     sae_id: Mapped[int] = mapped_column(sa.ForeignKey("sae.id"), index=True)
     corpus_id: Mapped[int] = mapped_column(sa.ForeignKey("corpus.id"))
-    job_id: Mapped[str] = mapped_column(sa.String(100), unique=True)
+    job_id: Mapped[str] = mapped_column(sa.String(100))
     config: Mapped[dict[str, Any]]  # HarvestConfig
     status: Mapped[str] = mapped_column(sa.String(20), default="running")  # running, published, replaced
     n_tokens: Mapped[int] = mapped_column(default=0)  # swept, excluded positions not counted
@@ -106,6 +106,7 @@ class Harvest(Base):
     worst_gap: Mapped[float | None]  # largest relative gap of the identity over all examples
     created_at: Mapped[datetime] = mapped_column(default=now)
     published_at: Mapped[datetime | None]
+    __table_args__ = (sa.UniqueConstraint("job_id", "sae_id"),)  # one job may harvest many SAEs in one pass
 
 
 class HarvestPart(Base):
@@ -133,6 +134,7 @@ class Feature(Base):
     top_head_dfa_share: Mapped[float | None]
     distance: Mapped[float | None]  # mean dest - src, weighted by positive DFA, row start left out; a sample
     family: Mapped[str | None] = mapped_column(sa.String(30))
+    family_score: Mapped[float | None]  # how clearly, 0 to 1
     shuffle_key: Mapped[int] = mapped_column(sa.Integer)
     __table_args__ = (
         sa.UniqueConstraint("harvest_id", "idx"),
@@ -161,6 +163,12 @@ class FeatureDetail(Base):
     suppressed: Mapped[list[Any]]  # the same, most negative first
     neighbours: Mapped[list[Any]]  # [[idx, cosine]], nearest first
     evidence: Mapped[dict[str, Any]]  # numbers behind the family
+    families: Mapped[list[Any]] = mapped_column(default=list)  # [{"family", "score", "examples": [[band, rank]]}], clearest first
+    verdict: Mapped[str | None] = mapped_column(sa.Text)  # in words: "' board' is next by induction"
+    logits: Mapped[dict[str, Any]] = mapped_column(default=dict)  # {"edges", "counts"}: logit weights over the vocabulary
+    positions: Mapped[list[Any]] = mapped_column(default=list)  # [[low, high, firings, tokens, mean activation]] by position
+    coactive: Mapped[dict[str, Any]] = mapped_column(default=dict)  # {"tokens", "pairs": [[idx, both, correlation]]}
+    sample: Mapped[dict[str, Any]] = mapped_column(default=dict)  # of the kept examples: {"n", "distance", "entropies", ...}
 
 
 class FeatureHead(Base):
@@ -177,6 +185,37 @@ class FeatureHead(Base):
         sa.Index(None, "harvest_id", "head", "norm_share", "idx"),
         sa.Index(None, "harvest_id", "head", "dfa_share", "idx"),
     )
+
+
+class HeadSummary(Base):
+    """What a harvest's features say of one head of the site."""
+
+    __tablename__ = "head_summary"
+    harvest_id: Mapped[int] = mapped_column(sa.ForeignKey("harvest.id", ondelete="CASCADE"), primary_key=True)
+    head: Mapped[int] = mapped_column(primary_key=True)
+    n_led: Mapped[int]  # live features of which it has the largest |mean DFA|
+    n_led_norm: Mapped[int]  # live features of which it has the largest decoder norm
+    families: Mapped[dict[str, Any]]  # {family: how many of those it leads}
+    diversity: Mapped[float | None]  # of its top features, 0 (all alike) to 1
+    polysemantic: Mapped[float | None]  # estimate, 0 to 1
+    detail: Mapped[dict[str, Any]]  # its top features and the numbers behind the two
+
+
+class Study(Base):
+    """What a study found: a question put to a feature, or to the heads of a model."""
+
+    __tablename__ = "study"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    job_id: Mapped[str] = mapped_column(sa.String(100), unique=True)
+    kind: Mapped[str] = mapped_column(sa.String(30))  # specificity, induction
+    title: Mapped[str] = mapped_column(sa.String(300))
+    model_id: Mapped[int] = mapped_column(sa.ForeignKey("model.id"))
+    sae_id: Mapped[int | None] = mapped_column(sa.ForeignKey("sae.id"))
+    feature: Mapped[int | None]  # its index
+    config: Mapped[dict[str, Any]]  # StudyJob
+    result: Mapped[dict[str, Any]]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    __table_args__ = (sa.Index(None, "sae_id", "feature"),)
 
 
 class Context(Base):
@@ -219,7 +258,7 @@ class Job(Base):
 
     __tablename__ = "job"
     id: Mapped[str] = mapped_column(sa.String(100), primary_key=True)  # also the DBOS workflow id
-    kind: Mapped[str] = mapped_column(sa.String(20))  # train, sweep, evaluate, harvest
+    kind: Mapped[str] = mapped_column(sa.String(20))  # train, sweep, evaluate, harvest, study
     title: Mapped[str] = mapped_column(sa.String(300))
     config: Mapped[dict[str, Any]]  # TrainConfig, SweepConfig or HarvestJob
     parent_id: Mapped[str | None] = mapped_column(sa.ForeignKey("job.id"))

@@ -38,7 +38,7 @@ def begin(
     """The id of the job's harvest, made if it is not there."""
     with db.write() as session:
         fence(session)
-        there = session.scalar(sa.select(Harvest.id).where(Harvest.job_id == job_id))
+        there = session.scalar(sa.select(Harvest.id).where(Harvest.job_id == job_id, Harvest.sae_id == sae_id))
         if there is not None:
             return there
         harvest = Harvest(
@@ -189,6 +189,7 @@ def _feature(harvest_id: int, feature: "FeatureRecord") -> dict[str, Any]:
         "top_head_dfa_share": feature.top_head_dfa_share,
         "distance": feature.distance,
         "family": feature.family,
+        "family_score": feature.family_score,
         "shuffle_key": zlib.crc32(feature.idx.to_bytes(4, "little")) & 0x7FFFFFFF,
     }
 
@@ -205,6 +206,12 @@ def _detail(feature_id: int, feature: "FeatureRecord") -> dict[str, Any]:
         "suppressed": feature.suppressed,
         "neighbours": feature.neighbours,
         "evidence": feature.evidence,
+        "families": feature.families,
+        "verdict": feature.verdict,
+        "logits": feature.logits,
+        "positions": feature.positions,
+        "coactive": feature.coactive,
+        "sample": feature.sample,
     }
 
 

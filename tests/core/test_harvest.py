@@ -29,12 +29,12 @@ from sae_core.harvest import (
     swept_rows,
     visit,
     visit_parts,
-    window_start,
 )
 from sae_core.lens import AttentionRead, Lens
 from sae_core.records import ExampleRecord
 from sae_core.saes.base import SAE
 from sae_core.tally import CELL_EDGES, Tally
+from sae_core.visit import window_start
 from tests.core.tiny_harvest import LAYER, tiny_rows, tiny_sae, z_of
 
 CFG = HarvestConfig(
