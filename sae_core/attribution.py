@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 CHUNK_ELEMENTS = 2**25  # 128 MiB of fp32: the largest intermediate of the chunked sweeps over features
+LOGIT_BINS = 40  # of a feature's logit weights over the vocabulary
 
 
 class WritesLogits(Protocol):
@@ -71,6 +72,15 @@ class LogitTokens(NamedTuple):
     suppressed: TopTokens
 
 
+class LogitHistogram(NamedTuple):
+    """How each feature's logit weights spread over the vocabulary, in bins of equal width from its least to its largest."""
+
+    edges: Tensor
+    """[n, bins + 1] fp32, rising."""
+    counts: Tensor
+    """[n, bins] int64: tokens whose weight lies from one edge up to the next, the last bin holding the largest too."""
+
+
 class Neighbours(NamedTuple):
     """Features whose decoder directions are nearest."""
 
@@ -105,6 +115,25 @@ def dfa(v: Tensor, pattern: Tensor, w: Tensor) -> Tensor:
     return pattern * given
 
 
+class BiasSplit(NamedTuple):
+    """DFA with what the value bias gave taken out of the sources: dfa summed over sources + constant = the head's whole DFA."""
+
+    dfa: Tensor
+    """[n, n_heads, src] of v less its bias."""
+    constant: Tensor
+    """[n, n_heads]: what the bias gave through each head."""
+
+
+def split_value_bias(v: Tensor, pattern: Tensor, w: Tensor, v_bias: Tensor) -> BiasSplit:
+    """`dfa` with the value bias apart; v_bias [n_kv_heads, d_head], the rest as `dfa` takes it.
+
+    Each source's v holds the bias, so a head gives sum over src of pattern[h, src] (b_V[kv(h)] . w[h]) whatever the tokens
+    are. Where a row of the pattern sums to 1 that is b_V . w, the same at every destination; where a sink that is no token
+    takes a part of it (gpt-oss), it is that much less, and the sum is still exact.
+    """
+    return BiasSplit(dfa(v - v_bias, pattern, w), dfa(v_bias[None], pattern.sum(-1, keepdim=True), w)[..., 0])
+
+
 def identity_gap(dfa: Tensor, bias: Tensor, preact: Tensor) -> Tensor:
     """How far DFA and bias are from the pre-activation, as a share of their sizes: [n].
 
@@ -115,6 +144,43 @@ def identity_gap(dfa: Tensor, bias: Tensor, preact: Tensor) -> Tensor:
     size = terms.abs().sum(1) + bias.double().abs()
     gap = (terms.sum(1) + bias.double() - preact.double()).abs()
     return (gap / size.clamp_min(torch.finfo(torch.float64).tiny)).to(dfa.dtype)
+
+
+DISTANCES = (0, *(2**i for i in range(14)))
+"""First distance of each bucket of `spread`: 0, 1, 2 to 3, 4 to 7, ..., 4096 to 8191, and all beyond."""
+
+
+class Spread(NamedTuple):
+    """Where the |DFA| of n examples comes from, as shares of the whole |DFA| of each."""
+
+    distance: Tensor
+    """[n, len(DISTANCES)]: by distance, dest - src, row starts left out; with `start` these sum to 1."""
+    start: Tensor
+    """[n]: from row starts."""
+    heads: Tensor
+    """[n]: entropy over heads, in nats; its exp is how many heads share the work as if equally."""
+    sources: Tensor
+    """[n]: entropy over sources (heads summed, row starts among them), in nats."""
+
+
+def spread(dfa: Tensor, dest: Tensor, starts: Tensor) -> Spread:
+    """Distances and entropies of dfa [n, n_heads, src] at dest [n]; starts bool [src] marks row starts, sinks of attention.
+
+    By size, not by sign: shares of a signed sum are no shares. An example without any DFA has entropies and shares of 0.
+    """
+    size = dfa.abs()
+    total = size.sum((1, 2)).clamp_min(torch.finfo(size.dtype).tiny)
+    by_head, by_source = size.sum(2) / total[:, None], size.sum(1) / total[:, None]
+    gap = dest[:, None] - torch.arange(dfa.shape[2], device=dfa.device)  # below 0 after the destination, where DFA is 0
+    edges = torch.tensor(DISTANCES, device=dfa.device)
+    bucket = torch.bucketize(gap.clamp_min(0), edges, right=True) - 1
+    distance = torch.zeros(len(dfa), len(DISTANCES), device=dfa.device, dtype=size.dtype)
+    distance.scatter_add_(1, bucket, by_source * ~starts)
+    return Spread(distance, (by_source * starts).sum(1), _entropy(by_head), _entropy(by_source))
+
+
+def _entropy(shares: Tensor) -> Tensor:
+    return torch.special.entr(shares).sum(-1)
 
 
 def sparsify_dfa(dfa: Tensor, *, share: float, max_entries: int, start: int) -> SparseDFA:
@@ -166,6 +232,25 @@ def logit_tokens(lens: WritesLogits, vectors: Tensor, layer: int, k: int) -> Log
         values, ids = logits.topk(k, largest=False)
         down.append(TopTokens(ids, values))
     return LogitTokens(_joined(up), _joined(down))
+
+
+def logit_histogram(logits: Tensor, bins: int = LOGIT_BINS) -> LogitHistogram:
+    """Histograms of the rows of logits [n, d_vocab], one per feature.
+
+    A row whose values are all the same has all its tokens in the first bin. Works through the rows in chunks, so that what
+    is made beside the logits stays small.
+    """
+    low, high = logits.float().aminmax(dim=1)
+    steps = torch.linspace(0, 1, bins + 1, device=logits.device)
+    edges = torch.lerp(low[:, None], high[:, None], steps)  # the ends are the extremes to the last bit
+    counts = torch.zeros(len(logits), bins, dtype=torch.int64, device=logits.device)
+    # A value's bin comes from a product, which may put it one bin aside where it lies on an edge to its seventh digit.
+    per_unit = bins / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+    for rows in torch.split(torch.arange(len(logits), device=logits.device), _rows_at_once(4 * logits.shape[1])):
+        which = ((logits[rows].float() - low[rows, None]) * per_unit[rows, None]).long().clamp_(0, bins - 1)
+        first = torch.arange(len(rows), device=logits.device)[:, None] * bins
+        counts[rows] = torch.bincount((which + first).flatten(), minlength=len(rows) * bins).view(-1, bins)
+    return LogitHistogram(edges, counts)
 
 
 def decoder_neighbours(W_dec: Tensor, k: int) -> Neighbours:

@@ -1,10 +1,23 @@
 """What a harvest hands over to be stored, as plain numbers and numpy arrays. No torch, so that `store/` may name it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+
+def head_agreement(head_norm: Sequence[float], head_dfa: Sequence[float]) -> float | None:
+    """How far two views of a feature's heads agree: shares by decoder norm, and by size of the mean DFA.
+
+    1 less the total variation distance, sum of |difference of shares| / 2: 1 where the shares are equal, 0 where no head has a
+    part in both. None where there is no DFA, as of a dead feature.
+    """
+    norm, data = np.asarray(head_norm, dtype=np.float64), np.abs(np.asarray(head_dfa, dtype=np.float64))
+    if not norm.sum() or not data.sum():
+        return None
+    return float(1 - np.abs(norm / norm.sum() - data / data.sum()).sum() / 2)
 
 
 @dataclass(frozen=True)
