@@ -26,7 +26,7 @@ from sae_core.describe import FeatureTable, examples, features, row_records
 from sae_core.progress import Clock, Progress
 from sae_core.records import ExampleRecord
 from sae_core.tally import Firings, Tallier, Tally, by_head, head_parts
-from sae_core.visit import visit, visit_parts
+from sae_core.visit import visit, visit_parts, visited_rows
 
 if TYPE_CHECKING:
     from sae_core.activations import Activations
@@ -49,6 +49,7 @@ __all__ = [
     "swept_rows",
     "visit",
     "visit_parts",
+    "visited_rows",
 ]
 
 
@@ -171,13 +172,13 @@ def harvest(
     )
     yield Progress("choose", 0, len(todo), "shards")
     selection = choose([files.shard(s) for s in todo], sae, rows, cfg, files.selection)
-    ranges = visit_parts(selection, cfg)
+    ranges = visit_parts([selection], cfg)
     paths = tuple(files.part(i) for i in range(len(ranges)))
     yield from _together(
         "visit",
         "rows",
         len(selection.rows),
-        ((len(r), visit(lens, sae, rows, selection, r, cfg, p)) for r, p in zip(ranges, paths, strict=True)),
+        ((len(r), visit(lens, [sae], rows, [selection], r, cfg, [p])) for r, p in zip(ranges, paths, strict=True)),
     )
     yield Progress("features", 0, sae.cfg.d_sae, "features")
     return HarvestResult(selection, features(lens, sae, selection, paths, cfg, files.features), paths)

@@ -225,11 +225,21 @@ class Lens:
 
         Raises LayerOutOfRange, and UsageError for tokens that the model cannot take.
         """
-        self.check_layer(layer)
+        return self.read_attentions(tokens, [layer])[layer]
+
+    def read_attentions(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, AttentionRead]:
+        """`read_attention` of several layers in one pass, which stops at z of the last; all are held at once, so the caller
+        bounds rows x layers."""
+        for layer in layers:
+            self.check_layer(layer)
+        if not layers:
+            return {}
         tokens = self._checked_tokens(tokens)
-        with self._bridge_taps({layer: ("hook_v", "hook_pattern", "hook_z")}, stop=True) as found:
+        with self._bridge_taps(dict.fromkeys(layers, ("hook_v", "hook_pattern", "hook_z")), stop=True) as found:
             _run(self._model, tokens)
-        return AttentionRead(found[layer]["hook_z"].flatten(2), found[layer]["hook_v"], found[layer]["hook_pattern"])
+        return {
+            layer: AttentionRead(got["hook_z"].flatten(2), got["hook_v"], got["hook_pattern"]) for layer, got in found.items()
+        }
 
     def token_losses(self, tokens: Tensor, layer: int | None = None, replace: Replace | Out | None = None) -> Tensor:
         """Cross-entropy of each next token: [b, pos - 1] in nats, fp32.

@@ -21,41 +21,94 @@ from sae_core.tally import save_arrays
 
 if TYPE_CHECKING:
     from sae_core.corpus import Rows
-    from sae_core.lens import Lens
+    from sae_core.lens import AttentionRead, Lens
     from sae_core.saes.base import SAE
 
 
-def visit_parts(selection: Selection, cfg: HarvestConfig) -> list[range]:
-    """Ranges of indices into `selection.rows` for `visit`: one durable step, and one file, each."""
-    n, size = len(selection.rows), max(cfg.batch_rows, cfg.shard_rows // 4)
+PATTERN_BYTES = 2**29
+"""Of the attention patterns held at once: with many layers or long rows a pass takes fewer rows than `batch_rows`."""
+
+
+def visited_rows(selections: Sequence[Selection]) -> NDArray[np.int32]:
+    """The rows [U] that any of the SAEs chose an example in, ascending: each is visited once for all of them."""
+    return np.unique(np.concatenate([np.zeros(0, dtype=np.int32), *(selection.rows for selection in selections)]))
+
+
+def visit_parts(selections: Sequence[Selection], cfg: HarvestConfig) -> list[range]:
+    """Ranges of indices into `visited_rows` for `visit`: one durable step, and one file for each SAE, each."""
+    n, size = len(visited_rows(selections)), max(cfg.batch_rows, cfg.shard_rows // 4)
     return [range(low, min(low + size, n)) for low in range(0, n, size)]
 
 
 def visit(
-    lens: "Lens", sae: "SAE", rows: "Rows", selection: Selection, part: range, cfg: HarvestConfig, path: Path
+    lens: "Lens",
+    saes: Sequence["SAE"],
+    rows: "Rows",
+    selections: Sequence[Selection],
+    part: range,
+    cfg: HarvestConfig,
+    paths: Sequence[Path],
 ) -> Generator[Progress, None, None]:
-    """Read the part's rows in fp32 with v and pattern, and write all numbers of their examples to `path`.
+    """Read the part's rows in fp32 with v and pattern, all layers in one pass, and write all numbers of each SAE's examples
+    in them to its path.
 
     A file that is there is left alone. Progress in rows of this part.
     """
-    if path.exists():
+    todo = [i for i, path in enumerate(paths) if not path.exists()]
+    if not todo:
         return
-    w_all, clock, parts = sae.W_enc.T.contiguous(), Clock("visit", len(part), "rows"), _Visited(cfg)
-    for low in range(part.start, part.stop, cfg.batch_rows):
-        which = np.arange(low, min(low + cfg.batch_rows, part.stop))
-        tokens = torch.from_numpy(rows.train[selection.rows[which]].astype(np.int64)).to(lens.device)
-        read = lens.read_attention(tokens, sae.cfg.site.layer)
-        excluded = sae.excluded(read.z)
-        for i, u in enumerate(which):
-            here = slice(selection.row_ends[u], selection.row_ends[u + 1])
-            feature = torch.from_numpy(selection.feature[here].astype(np.int64)).to(lens.device)
-            dest = torch.from_numpy(selection.pos[here].astype(np.int64)).to(lens.device)
-            found = _attribute(sae, w_all[feature], feature, dest, read.z[i], read.v[i], read.pattern[i], excluded[i])
-            shares, source = families.measure(found.dfa, tokens[i], dest, rows.row_start)
-            parts.add(found, shares, tokens[i][source], dest, selection, here)
-        yield clock.at(int(which[-1]) + 1 - part.start)
-    visited = selection.rows[part.start : part.stop]
-    parts.save(path, visited, rows.train[visited], sae.cfg.n_heads, lens)
+    visitors = [_Visitor(saes[i], rows, selections[i], cfg, lens.device) for i in todo]
+    visited, clock = visited_rows(selections)[part.start : part.stop], Clock("visit", len(part), "rows")
+    # Rows are cut by what all SAEs need, not by what is left to do, so that a resumed part repeats its passes exactly.
+    n_layers = len({sae.cfg.site.layer for sae in saes})
+    per_row = n_layers * max(sae.cfg.n_heads for sae in saes) * rows.context**2 * 4
+    at_once = min(cfg.batch_rows, max(1, PATTERN_BYTES // per_row))
+    for low in range(0, len(visited), at_once):
+        which = visited[low : low + at_once]
+        tokens = torch.from_numpy(rows.train[which].astype(np.int64)).to(lens.device)
+        needed = sorted({visitor.layer for visitor in visitors if visitor.wants(which)})
+        reads = lens.read_attentions(tokens, needed)
+        for visitor in visitors:
+            if visitor.wants(which):
+                visitor.look(reads[visitor.layer], tokens, which)
+        yield clock.at(low + len(which))
+    for i, visitor in zip(todo, visitors, strict=True):
+        visitor.save(paths[i], visited, lens)
+
+
+class _Visitor:
+    """One SAE on a visit: its examples in the rows that are shown to it."""
+
+    def __init__(self, sae: "SAE", rows: "Rows", selection: Selection, cfg: HarvestConfig, device: torch.device) -> None:
+        self.sae, self.rows, self.selection, self.device = sae, rows, selection, device
+        self.layer = sae.cfg.site.layer
+        self.w_all = sae.W_enc.T.contiguous()
+        self.parts = _Visited(cfg)
+
+    def wants(self, which: Ints) -> bool:
+        """Whether any example is in these rows."""
+        return bool(np.isin(which, self.selection.rows).any())
+
+    def look(self, read: "AttentionRead", tokens: Tensor, which: Ints) -> None:
+        """Take in the examples of the rows `which` [b] with tokens [b, pos]."""
+        excluded = self.sae.excluded(read.z)
+        chosen = self.selection
+        for i, row in enumerate(which.tolist()):
+            u = int(np.searchsorted(chosen.rows, row))
+            if u == len(chosen.rows) or chosen.rows[u] != row:
+                continue
+            here = slice(chosen.row_ends[u], chosen.row_ends[u + 1])
+            feature = torch.from_numpy(chosen.feature[here].astype(np.int64)).to(self.device)
+            dest = torch.from_numpy(chosen.pos[here].astype(np.int64)).to(self.device)
+            w, one = self.w_all[feature], (read.z[i], read.v[i], read.pattern[i], excluded[i])
+            found = _attribute(self.sae, w, feature, dest, *one)
+            shares, source = families.measure(found.dfa, tokens[i], dest, self.rows.row_start)
+            self.parts.add(found, shares, tokens[i][source], dest, chosen, here)
+
+    def save(self, path: Path, visited: NDArray[np.int32], lens: "Lens") -> None:
+        """Write what was found in those of the part's rows that hold examples."""
+        own = visited[np.isin(visited, self.selection.rows)]
+        self.parts.save(path, own, self.rows.train[own], self.sae.cfg.n_heads, lens)
 
 
 class _Attributed:

@@ -286,11 +286,11 @@ def test_a_wrong_read_breaks_the_identity(broken: Callable[[AttentionRead], Atte
     selection = choose(scanned(tiny, tmp_path), tiny.sae, tiny.rows, CFG, tmp_path / "selection.npz")
     lens: Any = SimpleNamespace(
         device=tiny.lens.device,
-        read_attention=lambda tokens, layer: broken(tiny.lens.read_attention(tokens, layer)),
+        read_attentions=lambda tokens, layers: {layer: broken(tiny.lens.read_attention(tokens, layer)) for layer in layers},
         token_texts=tiny.lens.token_texts,
     )
-    part = visit_parts(selection, CFG)[0]
-    list(visit(lens, tiny.sae, tiny.rows, selection, part, CFG, tmp_path / "part.npz"))
+    part = visit_parts([selection], CFG)[0]
+    list(visit(lens, [tiny.sae], tiny.rows, [selection], part, CFG, [tmp_path / "part.npz"]))
     with np.load(tmp_path / "part.npz") as file:
         assert (file["gap"] > 1e-2).mean() > 0.9
 
@@ -322,9 +322,9 @@ def test_an_example_that_does_not_fire_in_fp32_is_dropped(tiny: Set, tmp_path: P
     selection = choose(scanned(tiny, tmp_path), tiny.sae, tiny.rows, CFG, tmp_path / "selection.npz")
     silent = [i for i, (f, r, _, _) in enumerate(columns(selection)) if tiny.acts[r, 3, f] == 0][:5]
     selection.pos[silent] = 3
-    paths = [tmp_path / f"{part.start}.npz" for part in visit_parts(selection, CFG)]
-    for part, path in zip(visit_parts(selection, CFG), paths, strict=True):
-        list(visit(tiny.lens, tiny.sae, tiny.rows, selection, part, CFG, path))
+    paths = [tmp_path / f"{part.start}.npz" for part in visit_parts([selection], CFG)]
+    for part, path in zip(visit_parts([selection], CFG), paths, strict=True):
+        list(visit(tiny.lens, [tiny.sae], tiny.rows, [selection], part, CFG, [path]))
     table = features(tiny.lens, tiny.sae, selection, paths, CFG, tmp_path / "features.npz")
     assert len(list(examples(table, paths))) == len(selection.feature) - len(silent)
 
