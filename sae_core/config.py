@@ -6,9 +6,11 @@ A config is frozen and complete: stored with its job, it says all that is needed
 import hashlib
 import itertools
 import json
+import re
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
 from sae_core.errors import UsageError
 
@@ -295,16 +297,30 @@ class SweepConfig(Config):
 
 
 class HarvestJob(Config):
-    """A harvest of an SAE that exists."""
+    """A harvest of SAEs that exist, all of one model, in one pass over the text."""
 
-    sae: str
-    """The SAE's name."""
+    saes: Annotated[tuple[str, ...], Field(min_length=1)]
+    """The SAEs' names, each once and in order."""
     corpus: str
     """A registered corpus' name."""
     rows: RowsConfig = RowsConfig()
     """How the corpus is cut into rows; keep the training's to sweep the rows that are on disk already."""
     harvest: HarvestConfig = HarvestConfig()
     """The sweep."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one(cls, values: Any) -> Any:
+        """Jobs were of one SAE once."""
+        if isinstance(values, dict) and "sae" in values:
+            return {name: value for name, value in values.items() if name != "sae"} | {"saes": (values["sae"],)}
+        return values
+
+    @field_validator("saes")
+    @classmethod
+    def _each_once(cls, saes: tuple[str, ...]) -> tuple[str, ...]:
+        """However they are listed, the job is the same."""
+        return tuple(sorted(set(saes)))
 
 
 class EvaluateConfig(Config):
@@ -343,6 +359,149 @@ class EvaluateJob(Config):
     """How it is measured."""
 
 
+class TokensProxy(Config):
+    """True where the token itself is one of a set."""
+
+    kind: Literal["tokens"] = "tokens"
+    """Which proxy this is."""
+    texts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Texts of single tokens, spaces and all: ` board` and `board` are two tokens."""
+    negated: bool = False
+    """True where it would be false."""
+
+
+class RegexProxy(Config):
+    """True where a regular expression (Python's) matches."""
+
+    kind: Literal["regex"] = "regex"
+    """Which proxy this is."""
+    pattern: Annotated[str, Field(min_length=1)]
+    """The expression."""
+    on: Literal["text", "token"] = "text"
+    """`text`: a match ends where the row's text up to and including the token ends; `token`: the token's own text matches."""
+    negated: bool = False
+    """True where it would be false."""
+
+    @model_validator(mode="after")
+    def _compiles(self) -> Self:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            where = "" if error.pos is None else f" at character {error.pos + 1}"
+            raise ValueError(f"{self.pattern!r} is no regular expression{where}: {error.msg}") from error
+        return self
+
+
+class InductionProxy(Config):
+    """True where one of a set of tokens is next by induction: the token, fuzzily, stood earlier in the row, followed by it."""
+
+    kind: Literal["induction"] = "induction"
+    """Which proxy this is."""
+    texts: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Texts of single tokens, spaces and all, any of which may be what is next."""
+    negated: bool = False
+    """True where it would be false."""
+
+
+Proxy = Annotated[TokensProxy | RegexProxy | InductionProxy, Field(discriminator="kind")]
+
+
+def said(proxies: Sequence[TokensProxy | RegexProxy | InductionProxy]) -> str:
+    """Proxies in words."""
+
+    def one(proxy: TokensProxy | RegexProxy | InductionProxy) -> str:
+        if isinstance(proxy, RegexProxy):
+            return f"{'the text so far ends with' if proxy.on == 'text' else 'the token matches'} /{proxy.pattern}/"
+        texts = " or ".join(map(repr, proxy.texts))
+        return f"{texts} is next by induction" if isinstance(proxy, InductionProxy) else f"the token is {texts}"
+
+    return " and ".join(f"not ({one(proxy)})" if proxy.negated else one(proxy) for proxy in proxies)
+
+
+class SpecificityStudy(Config):
+    """How well a feature agrees with a proxy: what it fires on beside it, and what of it is missed."""
+
+    kind: Literal["specificity"] = "specificity"
+    """Which study this is."""
+    sae: str
+    """The SAE's name."""
+    feature: Annotated[int, Field(ge=0)]
+    """Index of the feature."""
+    corpus: str
+    """A registered corpus' name."""
+    rows: RowsConfig = RowsConfig()
+    """How the corpus is cut into rows; keep the training's to read the rows that are on disk already."""
+    proxies: Annotated[tuple[Proxy, ...], Field(min_length=1)]
+    """What the feature is thought to stand for; of several, all must hold."""
+    tokens_swept: Annotated[int, Field(ge=1)] = 1_048_576
+    """Tokens to read; at most what the rows hold."""
+    bins: Annotated[int, Field(ge=4, le=500)] = 100
+    """Bars of the histogram, equal in width from 0 to the strongest activation."""
+    ranges: Annotated[int, Field(ge=1, le=10)] = 4
+    """Parts of that axis from which false positives are drawn, so that weak ones do not crowd out the strong."""
+    per_range: Annotated[int, Field(ge=0, le=50)] = 6
+    """False positives and true ones drawn uniformly from each part, and false negatives as many as from all parts."""
+    window: Annotated[int, Field(ge=8, le=256)] = 40
+    """Tokens of text shown of an example, three quarters of them before the token it is about."""
+    batch_rows: Annotated[int, Field(ge=1)] = 16
+    """Rows in one model pass."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+class InductionStudy(Config):
+    """Which heads do induction, and how long a repeated prefix they need for it."""
+
+    kind: Literal["induction"] = "induction"
+    """Which study this is."""
+    model: str
+    """A registered model's name."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | Literal["all"] = "all"
+    """Layers whose heads are looked at."""
+    prefixes: Annotated[int, Field(ge=2, le=32)] = 9
+    """Longest prefix that is copied."""
+    samples: Annotated[int, Field(ge=2, le=10_000)] = 100
+    """Sequences of random tokens for each length of the prefix; the paper took 400."""
+    length: Annotated[int, Field(ge=16, le=8192)] = 128
+    """Tokens in such a sequence, the row-start token included."""
+    corpus: str | None = None
+    """A registered corpus' name, to see what the heads do in real text; None leaves that part out."""
+    rows: RowsConfig = RowsConfig()
+    """How the corpus is cut into rows."""
+    text_rows: Annotated[int, Field(ge=1)] = 256
+    """Rows of real text that are read."""
+    cuts: Annotated[int, Field(ge=1, le=10_000)] = 48
+    """Places in real text, for each head, where the prefix is cut down to one token; at most one in a row."""
+    attends: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """A head attends to a token when it gives it more than this share of its attention."""
+    pass_tokens: Annotated[int, Field(ge=64)] = 2048
+    """Tokens in one model pass."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.length < 2 * self.prefixes + 3:
+            raise ValueError(
+                f"length {self.length} has no room for a prefix of {self.prefixes} tokens twice; "
+                f"take {2 * self.prefixes + 3} or more, or fewer prefixes"
+            )
+        if self.layers != "all" and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ValueError("layers must name one layer or more, and none twice")
+        return self
+
+
+StudyJob = Annotated[SpecificityStudy | InductionStudy, Field(discriminator="kind")]
+"""A question put to a feature, or to the heads of a model; `kind` says which."""
+
+_study_job: TypeAdapter[SpecificityStudy | InductionStudy] = TypeAdapter(StudyJob)
+
+
+def study_job(stored: dict[str, Any]) -> SpecificityStudy | InductionStudy:
+    """The config of a stored study."""
+    return _study_job.validate_python(stored)
+
+
 class SAEConfig(Config):
     """What is saved beside an SAE's weights: all that is needed to use it rightly. The map is on raw z."""
 
@@ -372,6 +531,9 @@ class SAEConfig(Config):
     """Positions with |z| above this are excluded, as in training; None excludes none for their size."""
     exclude_start: bool = True
     """Whether row starts are excluded, as in training."""
+    input_norm: Literal["none", "token"] = "none"
+    """`token`: each token's z is brought to the norm sqrt(d_in) before the map, and its reconstruction back again, as some
+    imported SAEs want it."""
     context: int
     """Tokens in a training row."""
     train: TrainConfig | None = None

@@ -83,6 +83,9 @@ def train_many(
     runs of its own, and reports of them alone; where there are fewer, all ranks train each run together, on a part of every
     batch, and rank 0 reports. The results are those of one process but for the order in which sums are rounded. A rank that
     is told to stop saves a checkpoint and raises Stopped.
+
+    A run among several that diverges is given up, which a note says and `diverged` tells afterwards; the others go on, and
+    their SAEs are what is returned. Raises Diverged where none is left.
     """
     together = len(cfgs) < ranks.size
     # ---- what is fixed for the run: refused here, if at all, before anything is read ----
@@ -111,19 +114,33 @@ def train_many(
             read = _Read(stream.store.pool(layer, index).tensor())
             for run in waiting:
                 if run.cfg.site.layer == layer and run in mine:
-                    yield from run.train_on(read, index)  # `from`, so that what a caller throws in reaches the steps
+                    try:
+                        yield from run.train_on(read, index)  # `from`, so that what a caller throws in reaches the steps
+                    except Diverged as error:
+                        if together or len(runs) == 1:
+                            raise
+                        yield run.given_up(error)
         for run in waiting:
             run.passed(index)
         ranks.wait()
         if ranks.rank == 0 and index < len(stream.starts) - 1 and stream.own:
             for layer in layers:
                 stream.store.pool(layer, index).delete()
-    return [load_sae(made_by(folder, run.index), lens.device) for run in runs]
+    lost = [diverged(folder, run.index) for run in runs]
+    if all(lost):
+        raise Diverged(lost[0] or "")
+    return [load_sae(made_by(folder, run.index), lens.device) for run, why in zip(runs, lost, strict=True) if why is None]
 
 
 def made_by(folder: Path, index: int) -> Path:
     """Where the SAE of a run's number `index` is saved."""
     return folder / "runs" / f"{index:03d}" / "sae"
+
+
+def diverged(folder: Path, index: int) -> str | None:
+    """Why a run's number `index` was given up; None where it was not."""
+    path = folder / "runs" / f"{index:03d}" / "diverged.txt"
+    return path.read_text() if path.exists() else None
 
 
 def curve_of(folder: Path, index: int) -> list[tuple[int, dict[str, float]]]:
@@ -229,7 +246,7 @@ class _Run:
         saved, self._notes = checkpoint.newest(self.folder / "checkpoints")  # drops what cannot be read
         self.steps_done = saved.step if saved else 0
         self.as_of_all: Callable[[Progress], Progress] = lambda report: report
-        self.done = (self.folder / "sae" / "cfg.json").exists()
+        self.done = (self.folder / "sae" / "cfg.json").exists() or (self.folder / "diverged.txt").exists()
 
     def needs(self, pool: int) -> bool:
         """Whether there are steps to do on a pool; the last one calibrates too, the first one scales."""
@@ -341,6 +358,12 @@ class _Run:
             f"Training on {self.cfg.site.hook} {what} at step {self.steps_done}. {last}; lower lr, or train with "
             "step_dtype float32."
         )
+
+    def given_up(self, error: Diverged) -> Progress:
+        """Leave the run as it is for good; a report that says so."""
+        (self.folder / "diverged.txt").write_text(str(error))
+        self.done = True
+        return self._report(note=f"{error} It is given up; the other runs go on.")
 
     def _report(self, rate: float = 0.0, values: dict[str, float] | None = None, note: str | None = None) -> Progress:
         batch, step = self.cfg.batch, self.steps_done if values else None

@@ -26,7 +26,7 @@ from server.store.jobs import JobRecord
 from server.store.sweeps import run_names, sweep_name
 
 APP = "headscope"
-VERSION = "1"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
+VERSION = "2"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
 QUEUE = "gpu"
 PRIORITY = {"evaluate": 1, "harvest": 1, "train": 2, "sweep": 3}  # what a person waits for comes before new work
 NAME_LENGTH = 60

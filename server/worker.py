@@ -49,7 +49,7 @@ from sae_core.probes import read_texts
 from sae_core.progress import Progress, relayed
 from sae_core.saes import SAE, load_sae
 from sae_core.stability import check_same_site
-from sae_core.train import activations_of, curve_of, made_by, train_many
+from sae_core.train import activations_of, curve_of, diverged, made_by, train_many
 from server import doctor, estimates, jobs
 from server.db import Database
 from server.downloads import sha256_of
@@ -258,7 +258,7 @@ def _train(run: Run, cfg: TrainConfig) -> None:
     _train_all(run, [cfg], lens, rows)
 
 
-def _evaluate(run: Run, cfg: TrainConfig, index: int = 0, of: int = 1) -> dict[str, Any]:
+def _evaluate(run: Run, cfg: TrainConfig, index: int = 0, nth: int = 0, of: int = 1) -> dict[str, Any]:
     lens = _lens(run, cfg.model)
     expected = estimates.train_seconds(cfg, Shape.of(lens.info), run.worker.speed)
     if not run.clock.expected:
@@ -268,7 +268,7 @@ def _evaluate(run: Run, cfg: TrainConfig, index: int = 0, of: int = 1) -> dict[s
     reports = evaluate(lens, sae, rows, _activations(run, run.folder, lens, rows, cfg))
 
     def one_of_many(report: Progress) -> Progress:
-        return replace(report, done=index * report.total + report.done, total=of * report.total)
+        return replace(report, done=nth * report.total + report.done, total=of * report.total)
 
     return run.follow(relayed(reports, one_of_many)).model_dump(mode="json")
 
@@ -311,18 +311,23 @@ def _follow(run: Run, cfg: TrainConfig, name: str) -> None:
 def sweep_job(run: Run) -> None:
     """Many training runs on one stream of activations: all are trained, then each is evaluated and published."""
     cfg = SweepConfig.model_validate(run.job.config)
-    runs = cfg.runs(run.step("train", lambda: _train_sweep(run, cfg)))
-    names = run_names(run.id, cfg, runs)
-    for index, (one, name) in enumerate(zip(runs, names, strict=True)):
-        metrics = run.step(f"evaluate {index}", partial(_evaluate, run, one, index, len(runs)))
+    trained = run.step("train", lambda: _train_sweep(run, cfg))
+    runs = cfg.runs(trained["n_layers"])
+    made = [
+        (index, one, name)
+        for index, (one, name) in enumerate(zip(runs, run_names(run.id, cfg, runs), strict=True))
+        if index not in trained["diverged"]
+    ]
+    for nth, (index, one, name) in enumerate(made):
+        metrics = run.step(f"evaluate {index}", partial(_evaluate, run, one, index, nth, len(made)))
         run.step(f"publish {index}", partial(_publish_sae, run, one, name, metrics, index))
-    for index, (one, name) in enumerate(zip(runs, names, strict=True)):
+    for index, one, name in made:
         run.step(f"follow {index}", partial(_follow, run, one, name))
     shutil.rmtree(run.folder / "runs", ignore_errors=True)
 
 
-def _train_sweep(run: Run, cfg: SweepConfig) -> int:
-    """Train every run; how many layers the model has, which says what the runs are."""
+def _train_sweep(run: Run, cfg: SweepConfig) -> dict[str, Any]:
+    """Train every run; how many layers the model has, which says what the runs are, and which of them diverged."""
     lens = _lens(run, cfg.base.model)
     runs, shape, speed = cfg.runs(lens.info.n_layers), Shape.of(lens.info), run.worker.speed
     for one in runs:
@@ -334,7 +339,8 @@ def _train_sweep(run: Run, cfg: SweepConfig) -> int:
     rows = _rows(run, lens, cfg.base.corpus, cfg.base)
     run.say(f"{len(runs)} SAEs are trained on one stream of activations.")
     _train_all(run, runs, lens, rows)
-    return lens.info.n_layers
+    lost = [index for index in range(len(runs)) if diverged(run.folder, index)]
+    return {"n_layers": lens.info.n_layers, "diverged": lost}
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation job
@@ -403,7 +409,7 @@ def harvest_job(run: Run) -> None:
     run.step("choose", lambda: hand.choose([files.shard(shard) for shard in shards], files.selection))
 
     # ---- visit and describe ----
-    parts = sweep.visit_parts(hand.selection(files.selection), config)
+    parts = sweep.visit_parts([hand.selection(files.selection)], config)
     paths = [files.part(index) for index in range(len(parts))]
     for part, path in zip(parts, paths, strict=True):
         run.step(f"visit {part.start}", partial(hand.visit, files.selection, part, path))
@@ -462,7 +468,7 @@ class _Hands:
     def visit(self, selection: Path, part: range, path: Path) -> None:
         """The examples of one part, in fp32."""
         chosen = self.selection(selection)
-        reports = sweep.visit(self.lens, self.sae, self.rows, chosen, part, self.cfg.harvest, path)
+        reports = sweep.visit(self.lens, [self.sae], self.rows, [chosen], part, self.cfg.harvest, [path])
         self.run.follow(relayed(reports, _within(part.start, len(chosen.rows))))
 
     def features(self, files: sweep.Files, parts: list[Path]) -> None:

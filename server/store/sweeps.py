@@ -48,7 +48,7 @@ class SweepRun:
     expansion: int
     seed: int
     state: str
-    """waiting, training, trained (all are, and evaluation has begun), evaluated."""
+    """waiting, training, trained (all are, and evaluation has begun), evaluated; diverged, known at the sweep's end."""
     step: int | None
     """Of the newest point of its curves."""
     l0: float | None
@@ -147,9 +147,10 @@ def sweep(session: Session, job_id: str) -> SweepRecord:
     runs = cfg.runs(n_layers or 1) if n_layers or cfg.layers != "all" else ()
     made = {row.run: row for row in session.execute(_MADE, {"job": job_id})}
     newest = {row.run: row for row in session.execute(_NEWEST, {"job": job_id})}
-    names, trained = run_names(job_id, cfg, runs), job.phase == "evaluate"
+    names = run_names(job_id, cfg, runs)
+    missing = "diverged" if job.status == jobs.DONE else "trained" if job.phase == "evaluate" else "training"
     found = [
-        _run(index, cfg.label(one), names[index], one, made.get(index), newest.get(index), trained)
+        _run(index, cfg.label(one), names[index], one, made.get(index), newest.get(index), missing)
         for index, one in enumerate(runs)
     ]
     return SweepRecord(
@@ -197,7 +198,7 @@ _NEWEST = sa.select(JobPoint.run, JobPoint.step, JobPoint.values).join(
 
 
 def _run(
-    index: int, label: str, sae: str, cfg: TrainConfig, made: sa.Row[Any] | None, newest: sa.Row[Any] | None, trained: bool
+    index: int, label: str, sae: str, cfg: TrainConfig, made: sa.Row[Any] | None, newest: sa.Row[Any] | None, missing: str
 ) -> SweepRun:
     metrics = made.metrics if made else {}
     values = newest.values if newest else {}
@@ -211,7 +212,7 @@ def _run(
         k=cfg.k,
         expansion=cfg.expansion,
         seed=cfg.seed,
-        state="evaluated" if made else "trained" if trained else "training" if newest else "waiting",
+        state="evaluated" if made else "waiting" if missing == "training" and not newest else missing,
         step=newest.step if newest else None,
         l0=fit.get("l0", values.get("l0")),
         fvu=fit.get("fvu", values.get("fvu")),

@@ -19,7 +19,7 @@ from sae_core.errors import CacheBusy, CacheMismatch, Diverged, EmptyCorpus, Fen
 from sae_core.presets import PRESETS
 from sae_core.progress import Progress
 from sae_core.saes import SAE, load_sae, save_sae
-from sae_core.train import train, train_many
+from sae_core.train import diverged, train, train_many
 from sae_core.trainer import Trainer
 
 N_ATOMS, D_IN, ACTIVE, CONTEXT = 24, 16, 2, 16
@@ -65,9 +65,9 @@ def config(**changes: Any) -> TrainConfig:
     return TrainConfig(**(base | changes))
 
 
-def run(cfg: TrainConfig, lens: Any, rows: Any, folder: Path, stop_after: int | None = None) -> tuple[list[Progress], SAE | None]:
-    """Everything `train` yields and what it returns; closed after `stop_after` reports, as a stopping worker does."""
-    generator, reports = train(cfg, lens, rows, folder), list[Progress]()
+def finish(generator: Any, stop_after: int | None = None) -> tuple[list[Progress], Any]:
+    """Everything a generator yields and what it returns; closed after `stop_after` reports, as a stopping worker does."""
+    reports = list[Progress]()
     while stop_after is None or len(reports) < stop_after:
         try:
             reports.append(next(generator))
@@ -75,6 +75,11 @@ def run(cfg: TrainConfig, lens: Any, rows: Any, folder: Path, stop_after: int | 
             return reports, end.value
     generator.close()
     return reports, None
+
+
+def run(cfg: TrainConfig, lens: Any, rows: Any, folder: Path, stop_after: int | None = None) -> tuple[list[Progress], SAE | None]:
+    """Train one SAE."""
+    return finish(train(cfg, lens, rows, folder), stop_after)
 
 
 def same(a: SAE | None, b: SAE | None) -> bool:
@@ -240,14 +245,8 @@ def test_save_and_load_give_the_same_sae_and_damage_is_named(rows: Any, tmp_path
 
 
 def run_many(cfgs: list[TrainConfig], lens: Any, rows: Any, folder: Path, stop_after: int | None = None) -> Any:
-    generator, reports = train_many(cfgs, lens, rows, folder), list[Progress]()
-    while stop_after is None or len(reports) < stop_after:
-        try:
-            reports.append(next(generator))
-        except StopIteration as end:
-            return reports, end.value
-    generator.close()
-    return reports, None
+    """Train several."""
+    return finish(train_many(cfgs, lens, rows, folder), stop_after)
 
 
 def siblings(**changes: Any) -> list[TrainConfig]:
@@ -355,15 +354,6 @@ def test_a_cache_that_another_run_fills_is_left_alone(rows: Any, tmp_path: Path)
         next(train(config(cache="shared"), KnownDictionary(), rows, tmp_path / "a", tmp_path / "caches"))  # type: ignore[arg-type]
 
 
-def finish(generator: Any) -> tuple[list[Progress], SAE]:
-    reports = []
-    while True:
-        try:
-            reports.append(next(generator))
-        except StopIteration as end:
-            return reports, end.value
-
-
 # ---- what goes wrong ----
 
 
@@ -387,6 +377,20 @@ def test_a_loss_that_is_no_number_stops_it_and_names_step_and_checkpoint(rows: A
     with pytest.raises(Diverged, match=r"blocks\.0\.attn\.hook_z .* at step 2\d\. The last good checkpoint is step 2\d"):
         run(config(), KnownDictionary(), rows, tmp_path)
     assert checkpoint.newest_step(tmp_path / "runs/000/checkpoints") <= 21
+
+
+def test_one_that_diverges_among_several_is_given_up_and_the_others_are_made(rows: Any, tmp_path: Path) -> None:
+    cfgs = [config(), config(lr=1e30), config(k=3)]
+    reports, made = finish(train_many(cfgs, KnownDictionary(), rows, tmp_path))  # type: ignore[arg-type]
+    assert [sae.cfg.k for sae in made] == [cfgs[0].k, 3]
+    assert [diverged(tmp_path, index) is None for index in range(3)] == [True, False, True]
+    (said,) = [report.note for report in reports if report.note]
+    assert "given up" in said
+    again, same_ones = finish(train_many(cfgs, KnownDictionary(), rows, tmp_path))  # type: ignore[arg-type]
+    assert [report.phase for report in again] == [], "what is made and what is given up stays so"
+    assert all(same(one, other) for one, other in zip(made, same_ones, strict=True))
+    with pytest.raises(Diverged, match="at step"):
+        finish(train_many(cfgs[1:2], KnownDictionary(), rows, tmp_path / "alone"))  # type: ignore[arg-type]
 
 
 def test_a_full_disk_while_saving_loses_nothing_that_was_saved(
