@@ -1,12 +1,20 @@
 """The model and the text that benchmarks work on: SmolLM2-135M-Instruct and the demo's text, fetched once into the cache."""
 
+import sys
+import tempfile
+from collections.abc import Generator
 from pathlib import Path
+from typing import TypeVar
 
 from sae_core.config import CorpusSource, ModelSource, RowsConfig
 from sae_core.corpus import Rows, prepare_rows
 from sae_core.lens import Lens, load_lens
-from server.demo import MODEL_SHA256, fetch_model, fetch_text
+from sae_core.saes.base import SAE, load_sae, save_sae
+from sae_core.train import train
+from server.demo import MODEL_SHA256, demo_config, fetch_model, fetch_text
 from server.settings import Settings
+
+T = TypeVar("T")
 
 NAME = "smollm2-135m-instruct"
 
@@ -35,9 +43,29 @@ def rows(loaded: Lens, cfg: RowsConfig, place: Path) -> Rows:
         tokenizer_fingerprint=loaded.tokenizer_fingerprint,
         folder=place,
     )
+    return finished(making)
+
+
+def demo_rows(loaded: Lens) -> Rows:
+    """The rows that the demo trains on; kept in the cache."""
+    return rows(loaded, demo_config(slow=False).rows, Settings().cache / "bench" / "demo-rows")
+
+
+def demo_sae(loaded: Lens) -> SAE:
+    """The demo's SAE, 4,608 features on layer 17; trained on first use, which takes minutes, and kept in the cache."""
+    place, cfg = Settings().cache / "bench" / "smollm2-l17", demo_config(slow=False)
+    if not (place / "cfg.json").exists():
+        print(f"Training the demo's SAE into {place}; once, some minutes.", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix="headscope-bench-") as folder:
+            save_sae(finished(train(cfg, loaded, demo_rows(loaded), Path(folder) / "run")), place)
+    return load_sae(place)
+
+
+def finished(running: Generator[object, None, T]) -> T:
+    """What a generator returns, its reports left aside."""
     while True:
         try:
-            next(making)
+            next(running)
         except StopIteration as end:
-            made: Rows = end.value
-            return made
+            found: T = end.value
+            return found

@@ -1,0 +1,134 @@
+"""Packed columns: what comes back is what went in, within the error stated; sums stay; what was written before is still read."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sae_core.records import ExampleRecord
+from server.packing import ACTS, DFA, ERROR, F4, FLOOR, decode, encode, pack, pack_acts, pack_dfa, read_acts, read_dfa
+
+
+def example(seed: int, *, n_heads: int = 9, start: int = 0, dest: int = 40, n: int = 32, spread: float = 3.0) -> ExampleRecord:
+    """An example whose numbers reach over some orders of magnitude, as DFA does."""
+    rng = np.random.default_rng(seed)
+    width = dest - start + 1
+    places = np.sort(rng.choice(n_heads * width, min(n, n_heads * width), replace=False))
+    value = (rng.choice([-1, 1], len(places)) * 10 ** rng.normal(-1, spread / 3, len(places))).astype(np.float32)
+    order = np.argsort(-np.abs(value), kind="stable")
+    others = rng.choice(np.setdiff1d(np.arange(start, start + 64), [dest]), rng.integers(0, 9), replace=False)
+    pos = np.sort(np.append(others, dest)).astype(np.uint16)
+    acts = (10 ** rng.normal(0, 0.5, len(pos))).astype(np.float32)
+    return ExampleRecord(
+        feature=0, band=0, rank=0, row=3, dest=dest, start=start, act=float(acts[pos == dest][0]), preact=1.0, bias=-0.1, gap=0.0,
+        abs_dfa=float(np.abs(value).sum()), acts_pos=pos, acts_value=acts,
+        dfa_src=(places % width + start)[order].astype(np.uint16), dfa_head=(places // width)[order].astype(np.uint8),
+        dfa_value=value[order], dropped=rng.normal(0, 0.2, n_heads).astype(np.float32),
+        before=rng.normal(0, 0.2, n_heads).astype(np.float32) * np.float32(start > 0),
+    )  # fmt: skip
+
+
+def stored(e: ExampleRecord, acts: bytes, dfa: bytes) -> SimpleNamespace:
+    return SimpleNamespace(start=e.start, dest=e.dest, act=e.act, acts=acts, dfa=dfa, dropped=b"", before=b"")
+
+
+def written(*examples: ExampleRecord) -> list[SimpleNamespace]:
+    return [stored(e, a, d) for e, a, d in zip(examples, pack_acts(examples), pack_dfa(examples), strict=True)]
+
+
+def plain(e: ExampleRecord) -> SimpleNamespace:
+    """As harvests were written before."""
+    acts = np.array(list(zip(e.acts_pos, e.acts_value, strict=True)), ACTS)
+    dfa = np.array(list(zip(e.dfa_src, e.dfa_head, e.dfa_value, strict=True)), DFA)
+    row = stored(e, acts.tobytes(), dfa.tobytes())
+    row.dropped, row.before = pack(e.dropped, F4), pack(e.before, F4)
+    return row
+
+
+def check(e: ExampleRecord, row: SimpleNamespace, error: float = ERROR) -> None:
+    """`row` says what `e` does."""
+    acts, dfa = read_acts(row), read_dfa(row)
+    np.testing.assert_array_equal(acts.pos, e.acts_pos)
+    np.testing.assert_allclose(acts.value, e.acts_value, rtol=error, atol=FLOOR * e.acts_value.max())
+    assert dict(zip(acts.pos, acts.value, strict=True))[e.dest] == e.act
+
+    largest = float(np.abs(np.concatenate([e.dfa_value, e.dropped, e.before])).max())
+    found = dict(zip(zip(dfa.src.tolist(), dfa.head.tolist(), strict=True), dfa.value.tolist(), strict=True))
+    put = dict(zip(zip(e.dfa_src.tolist(), e.dfa_head.tolist(), strict=True), e.dfa_value.tolist(), strict=True))
+    assert found.keys() == put.keys()
+    for place, value in put.items():
+        assert found[place] == pytest.approx(value, rel=error, abs=1.1 * FLOOR * largest)
+    assert (np.diff(np.abs(dfa.value)) <= 0).all()  # largest first
+
+    parts = (e.dfa_value, e.dropped, e.before)
+    assert dfa.total == pytest.approx(sum(p.astype(np.float64).sum() for p in parts), abs=1e-7 * (e.abs_dfa + largest))
+    heads = np.bincount(e.dfa_head, e.dfa_value.astype(np.float64), len(e.dropped)) + e.dropped + e.before
+    left = float(np.abs(e.dropped).sum() + np.abs(e.before).sum()) + error * e.abs_dfa
+    slack = 2 * error * left + 3 * len(heads) * FLOOR * largest
+    np.testing.assert_allclose(np.bincount(dfa.head, dfa.value, len(e.dropped)) + dfa.dropped + dfa.before, heads, atol=slack)
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n_heads=st.integers(1, 40),
+    start=st.integers(0, 70),
+    reach=st.integers(0, 63),
+    n=st.integers(1, 300),
+    spread=st.floats(0, 6),
+)
+def test_what_comes_back_is_what_went_in_within_the_error_stated(
+    seed: int, n_heads: int, start: int, reach: int, n: int, spread: float
+) -> None:
+    shape = {"n_heads": n_heads, "start": start, "dest": start + reach, "n": n, "spread": spread}
+    many = [example(seed + i, **shape) for i in range(3)]  # type: ignore[arg-type]
+    for e, row in zip(many, written(*many), strict=True):
+        check(e, row)
+
+
+def test_examples_packed_together_are_packed_as_each_alone() -> None:
+    many = [example(i, start=5 * (i % 2), n=3 + 7 * i) for i in range(8)]
+    assert written(*many) == [row for e in many for row in written(e)]
+    assert pack_acts([]) == []
+
+
+def test_the_layout_of_harvests_written_before_is_still_read() -> None:
+    for start in (0, 20):
+        e = example(1, start=start)
+        check(e, plain(e), error=1e-7)
+
+
+def test_a_row_of_today_takes_less_than_half_of_what_it_took() -> None:
+    many = [example(i) for i in range(50)]
+
+    def size(row: SimpleNamespace) -> int:
+        return len(row.acts) + len(row.dfa) + len(row.dropped) + len(row.before)
+
+    assert sum(map(size, written(*many))) < 0.5 * sum(size(plain(e)) for e in many)
+
+
+def test_what_is_not_there_takes_no_room() -> None:
+    e = example(2, dest=10)
+    alone = replace(e, acts_pos=np.array([10], np.uint16), acts_value=np.array([e.act], np.float32))
+    assert pack_acts([alone]) == [b""]
+    assert read_acts(stored(alone, b"", b"")).value.tolist() == [e.act]
+    shown_whole, cut = replace(e, before=0 * e.before), replace(e, before=e.before + 1)
+    sizes = [len(blob) for blob in pack_dfa([shown_whole, cut])]
+    assert sizes[1] - sizes[0] in (12, 15)  # nine heads more, in 12 bits each
+    assert not read_dfa(stored(shown_whole, b"", pack_dfa([shown_whole])[0])).before.any()
+
+
+def test_an_example_of_zeros_has_no_entries_and_sums_to_nothing() -> None:
+    e, none = example(3), np.zeros(0)
+    e = replace(e, dfa_src=none, dfa_head=none, dfa_value=none, dropped=0 * e.dropped, before=0 * e.before)
+    found = read_dfa(written(e)[0])
+    assert (len(found.src), found.total, found.dropped.tolist()) == (0, 0.0, [0.0] * 9)
+
+
+def test_a_code_has_a_sign_and_keeps_zero_and_the_largest() -> None:
+    value, top = np.array([2.0, -2.0, 0.0, 1e-9, 2e-5, -1.0]), np.full(6, 2.0)
+    codes = encode(value, top)
+    assert codes.max() < 4096
+    assert decode(codes, 2.0).tolist() == [2.0, -2.0, 0.0, 0.0, 2 * 2 ** (-2046 / 128), -1.0]
