@@ -21,7 +21,7 @@ the sources, and c_f is the only bias.
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -40,20 +40,23 @@ class WritesLogits(Protocol):
 
 
 class SparseDFA(NamedTuple):
-    """The largest entries of one example's DFA, and what became of the rest: kept + dropped + before = the full sum per head."""
+    """The largest entries of n examples' DFA, one example after the other, and what became of the rest: kept + dropped +
+    before = the full sum per head."""
 
-    src: NDArray[np.int32]
-    """[n] Source positions of the kept entries, counted in the row."""
-    head: NDArray[np.int32]
-    """[n] Their heads."""
+    kept: NDArray[np.int32]
+    """[n] Entries kept of each example."""
+    src: NDArray[np.uint16]
+    """[sum of kept] Source positions of the kept entries, counted in the row."""
+    head: NDArray[np.uint8]
+    """Their heads."""
     value: NDArray[np.float32]
-    """[n] Their signed values, largest size first."""
+    """Their signed values, of each example largest size first."""
     dropped: NDArray[np.float32]
-    """[n_heads] Sum of the entries inside the window that were not kept."""
+    """[n, n_heads] Sum of the entries inside the window that were not kept."""
     before: NDArray[np.float32]
-    """[n_heads] Sum of the entries at sources before the window."""
-    abs_dfa: float
-    """Sum of |DFA| over the whole row."""
+    """[n, n_heads] Sum of the entries at sources before the window."""
+    abs_dfa: NDArray[np.float32]
+    """[n] Sum of |DFA| over the whole row."""
 
 
 class TopTokens(NamedTuple):
@@ -150,6 +153,10 @@ DISTANCES = (0, *(2**i for i in range(14)))
 """First distance of each bucket of `spread`: 0, 1, 2 to 3, 4 to 7, ..., 4096 to 8191, and all beyond."""
 
 
+SPREAD = len(DISTANCES) + 3
+"""Columns of `Spread`, side by side."""
+
+
 class Spread(NamedTuple):
     """Where the |DFA| of n examples comes from, as shares of the whole |DFA| of each."""
 
@@ -179,39 +186,70 @@ def spread(dfa: Tensor, dest: Tensor, starts: Tensor) -> Spread:
     return Spread(distance, (by_source * starts).sum(1), _entropy(by_head), _entropy(by_source))
 
 
+def spread_sample(mean: NDArray[np.floating[Any]], n: int) -> dict[str, Any]:
+    """What is stored of a feature's spread: from the mean over its n kept examples of `Spread`'s columns, side by side.
+
+    {"n", "distance": [[low, high, share], ...] with low <= distance < high up to the last that has a part, "start_share", and
+    "heads" and "sources", effective numbers: exp of the mean entropy. {} without examples.
+    """
+    if not n:
+        return {}
+    shares, (start, heads, sources) = mean[: len(DISTANCES)], mean[len(DISTANCES) :].tolist()
+    used = int(np.flatnonzero(shares > 0).max(initial=-1)) + 1
+    ends = [*DISTANCES[1:], 2 * DISTANCES[-1]]
+    return {
+        "n": n,
+        "distance": [[DISTANCES[i], ends[i], round(float(shares[i]), 4)] for i in range(used)],
+        "start_share": round(start, 4),
+        "heads": round(math.exp(heads), 3),
+        "sources": round(math.exp(sources), 3),
+    }
+
+
 def _entropy(shares: Tensor) -> Tensor:
-    return torch.special.entr(shares).sum(-1)
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
+    return entropy
 
 
-def sparsify_dfa(dfa: Tensor, *, share: float, max_entries: int, start: int) -> SparseDFA:
-    """Keep the entries of dfa [n_heads, src] by size until they hold `share` of the whole |DFA|, or are `max_entries`.
+def sparsify_dfa(dfa: Tensor, *, share: float, max_entries: int, start: NDArray[np.integer[Any]]) -> SparseDFA:
+    """Keep the entries of dfa [n, n_heads, src] by size until they hold `share` of their example's whole |DFA|, or are
+    `max_entries`.
 
-    Sources before `start` (the shown window) are not kept one by one: each head has one sum for them. Entries that are
+    Sources before `start` [n] (the shown window) are not kept one by one: each head has one sum for them. Entries that are
     exactly 0 are never kept. Equal sizes keep the lower head, then the earlier source. What is dropped is summed from its
     own entries in fp32, never taken as a difference of large sums.
     """
     full = dfa.detach().cpu().numpy().astype(np.float32)
-    n_src = full.shape[1]
-    sizes = np.abs(full, dtype=np.float64)
-    abs_dfa = float(sizes.sum())
-    flat = sizes[:, start:].ravel()
-    width = n_src - start
-    # Only the largest can be kept, so only they are sorted: by size, ties by place (stable on the negated sizes).
-    order = np.argsort(-flat, kind="stable")[:max_entries]
-    held = np.cumsum(flat[order])
+    n, _, n_src = full.shape
+    inside = (np.arange(n_src) >= start[:, None])[:, None]  # [n, 1, src]
+    abs_dfa = np.abs(full).sum((1, 2), dtype=np.float64)
+    size = np.where(inside, np.abs(full), np.float32(0)).reshape(n, -1)
+    # One whole number orders entries by size, ties by place: the bits of a positive fp32 rise with it. A partition of such
+    # keys finds the largest in a tenth of the time that sorting all takes, and as exactly.
+    place = np.arange(size.shape[1], dtype=np.uint64)
+    keys = (size.view(np.uint32).astype(np.uint64) << np.uint64(32)) | (np.uint64(2**32 - 1) - place)
+    k = min(max_entries, size.shape[1])
+    largest = -np.sort(-np.partition(keys, size.shape[1] - k, axis=1)[:, size.shape[1] - k :].astype(np.int64), axis=1)
+    at = 2**32 - 1 - (largest & (2**32 - 1))
+    held = np.take_along_axis(size, at, axis=1).astype(np.float64)
     # The entry that crosses the share is kept too; a window that holds less than the share keeps all it may.
-    count = min(int(np.searchsorted(held, share * abs_dfa * (1 - 1e-12))) + 1, int(np.count_nonzero(flat[order])))
-    kept = order[:count]
-    head, src = np.divmod(kept, max(width, 1))
-    rest = full[:, start:].copy()
-    rest[head, src] = 0
+    short = (held.cumsum(1) < (share * abs_dfa * (1 - 1e-12))[:, None]).sum(1)
+    count = np.minimum(short + 1, (held > 0).sum(1))
+    chosen = np.arange(k) < count[:, None]
+    which, at = np.nonzero(chosen)[0], at[chosen]
+    head, src = np.divmod(at, n_src)
+    value = full.reshape(n, -1)[which, at]
+    before = np.where(inside, np.float32(0), full).sum(2)
+    rest = np.where(inside, full, np.float32(0))
+    rest[which, head, src] = 0
     return SparseDFA(
-        src=(src + start).astype(np.int32),
-        head=head.astype(np.int32),
-        value=full[head, src + start],
-        dropped=rest.sum(axis=1, dtype=np.float32),
-        before=full[:, :start].sum(axis=1, dtype=np.float32),
-        abs_dfa=abs_dfa,
+        kept=count.astype(np.int32),
+        src=src.astype(np.uint16),
+        head=head.astype(np.uint8),
+        value=value,
+        dropped=rest.sum(2),
+        before=before,
+        abs_dfa=abs_dfa.astype(np.float32),
     )
 
 

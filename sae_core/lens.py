@@ -55,6 +55,7 @@ CHECK_TOKENS = 24  # length of the load-time batch, unless a sliding window asks
 CHECK_WINDOW = 512  # ... up to this; beyond a longer window the fast handle is not trusted
 CHECK_HOOKS: tuple[str, ...] = ("hook_z", "hook_v", "hook_pattern", "hook_out")
 LOGITS_AT_ONCE = 2**26  # elements of one logits tensor (256 MiB in fp32)
+PARTS_GAP = 1e-4  # how far the parts of a residual stream may miss it, as a share of their sizes
 STALE_SECONDS = 3600  # a conversion that was left unfinished for so long has died
 
 
@@ -95,6 +96,33 @@ class AttentionRead(NamedTuple):
     """[b, src, n_kv_heads, d_head], the value bias included."""
     pattern: Tensor
     """[b, n_heads, dest, src]; 0 where src > dest."""
+
+
+class StreamRead(NamedTuple):
+    """The residual stream before one layer's attention, in the parts that were added up to it; fp32."""
+
+    names: tuple[str, ...]
+    """`embedding`, `position` (where the model adds one), then `attention 0`, `MLP 0`, `attention 1`, ... up to the layer."""
+    parts: Tensor
+    """[n_parts, b, pos, d_model]; their sum is the stream. What a block adds is taken after any norm that follows it."""
+    scale: Tensor
+    """[b, pos]: what the layer's norm divides the stream of each token by, its epsilon included; 1 where it has no norm."""
+    attention: AttentionRead
+    """What the same pass gave in the layer."""
+
+
+class ValueMap(NamedTuple):
+    """How the stream becomes one layer's values once the norm's scale is frozen: linear, so that each part has its own.
+
+    v[src, kv] = stream[src] . matrix[kv] / scale[src] + norm_bias[kv] + v_bias[kv]
+    """
+
+    matrix: Tensor
+    """[n_kv_heads, d_model, d_head]: W_V with the norm's centring and gain folded in."""
+    norm_bias: Tensor
+    """[n_kv_heads, d_head]: the norm's own bias through W_V; 0 where it has none."""
+    v_bias: Tensor
+    """[n_kv_heads, d_head]: 0 where the model has none."""
 
 
 Replace = Callable[[Tensor], Tensor]
@@ -241,6 +269,84 @@ class Lens:
             layer: AttentionRead(got["hook_z"].flatten(2), got["hook_v"], got["hook_pattern"]) for layer, got in found.items()
         }
 
+    def follow_attention(
+        self, tokens: Tensor, layers: Sequence[int], look: Callable[[int, AttentionRead], None], *, to_end: bool = False
+    ) -> Tensor | None:
+        """Call `look` with each of the layers and its attention as soon as the pass has it, so that the pattern of one layer is
+        held at a time, however many there are.
+
+        The pass stops at z of the last layer; with `to_end` it goes on to the final norm, and gives what enters that,
+        [b, pos, d_model]. Raises as `read_attention`.
+        """
+        for layer in layers:
+            self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        waiting: dict[int, dict[str, Tensor]] = {layer: {} for layer in layers}
+        final: list[Tensor] = []
+
+        def take(value: Tensor, *, hook: Any, layer: int, name: str) -> None:  # noqa: ARG001 - TransformerLens passes it
+            waiting[layer][name] = value.detach()
+            if len(waiting[layer]) == len(names):
+                got = waiting.pop(layer)
+                look(layer, AttentionRead(got["hook_z"].flatten(2), got["hook_v"], got["hook_pattern"]))
+                if not waiting and not to_end:
+                    raise _Stop
+
+        def end(value: Tensor, *, hook: Any) -> None:  # noqa: ARG001 - as above
+            final.append(value.detach())
+            raise _Stop
+
+        names = ("hook_z", "hook_v", "hook_pattern")
+        taps: list[tuple[str, Callable[..., None]]] = [
+            (f"blocks.{layer}.attn.{name}", functools.partial(take, layer=layer, name=name))
+            for layer in waiting
+            for name in names
+        ]
+        if to_end:
+            taps.append(("ln_final.hook_in", end))
+        if taps:
+            with self._lock, torch.no_grad(), contextlib.suppress(_Stop), self._bridge.hooks(fwd_hooks=taps):
+                _run(self._model, tokens)
+        return final[0] if final else None
+
+    def read_stream(self, tokens: Tensor, layer: int) -> StreamRead:
+        """The residual stream before the layer, part by part, with what its attention read; one pass, which stops at z.
+
+        Raises LayerOutOfRange, UsageError for tokens that the model cannot take, and UnsupportedModel where the parts that
+        can be seen do not add up to the stream, or the stream does not give v through the layer's norm and W_V.
+        """
+        self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        position = ["pos_embed.hook_out"] if "pos_embed" in self._bridge._modules else []
+        added = {
+            f"{kind} {block}": f"blocks.{block}.{hook}"
+            for block in range(layer)
+            for kind, hook in (("attention", "hook_attn_out"), ("MLP", "hook_mlp_out"))
+        }
+        ends = {"blocks.0.hook_in", f"blocks.{layer}.hook_in"}
+        own = [f"blocks.{layer}.attn.{hook}" for hook in ("hook_v", "hook_pattern", "hook_z")]
+        with self._taps([*ends, *position, *added.values(), *own], stop=True) as found:
+            _run(self._model, tokens)
+        if missing := [hook for hook in (*ends, *position, *added.values()) if hook not in found]:
+            self._refuse_parts(f"{missing[0]} cannot be seen")
+        names, parts = ["embedding"], [found["blocks.0.hook_in"]]
+        if position:
+            names.append("position")
+            parts.append(found[position[0]].expand_as(parts[0]))
+            parts[0] = parts[0] - parts[1]
+        names += added
+        parts += [found[hook] for hook in added.values()]
+        v, pattern, z = (found[hook] for hook in own)
+        stream = found[f"blocks.{layer}.hook_in"]
+        read = StreamRead(
+            tuple(names),
+            torch.stack(parts),
+            _norm_scale(stream, self._first_norm(layer)),
+            AttentionRead(z.flatten(2), v, pattern),
+        )
+        self._check_parts(read, stream, layer)
+        return read
+
     def token_losses(self, tokens: Tensor, layer: int | None = None, replace: Replace | Out | None = None) -> Tensor:
         """Cross-entropy of each next token: [b, pos - 1] in nats, fp32.
 
@@ -304,6 +410,24 @@ class Lens:
         b_O: Tensor | None = self._bridge.blocks[layer].attn.b_O
         return None if b_O is None else b_O.detach().flatten()
 
+    def v_bias(self, layer: int) -> Tensor | None:
+        """[n_kv_heads, d_head]: what every v holds whatever its token is; None where the model has no such bias.
+
+        Raises LayerOutOfRange, and UnsupportedModel where v does not come from one affine map.
+        """
+        _, bias = self._value_projection(layer)
+        return bias.view(self.info.n_kv_heads, self.info.d_head) if bias.any() else None
+
+    def value_map(self, layer: int) -> ValueMap:
+        """How the stream before the layer becomes its v. Raises as `v_bias` does."""
+        matrix, bias = self._value_projection(layer)
+        gain, norm_bias, centres = _norm_parts(self._first_norm(layer), matrix.shape[0], self.device)
+        folded = gain[:, None] * matrix
+        # Centring takes the mean off the stream; off the matrix's columns it does the same to the product.
+        folded = folded - folded.mean(0) if centres else folded
+        shape = (self.info.n_kv_heads, self.info.d_head)
+        return ValueMap(folded.view(-1, *shape).transpose(0, 1).contiguous(), (norm_bias @ matrix).view(shape), bias.view(shape))
+
     def logit_weights(self, vectors: Tensor, layer: int) -> Tensor:
         """What directions of z write straight to the logits: [n, d_in] -> [n, d_vocab], centred over the vocabulary.
 
@@ -320,7 +444,65 @@ class Lens:
         logits: Tensor = normed @ self._unembed.weight.T
         return logits - logits.mean(-1, keepdim=True)
 
+    def head_logits(self, z: Tensor, layer: int, final: Tensor, tokens: Tensor) -> Tensor:
+        """What each head writes straight to the logit of a token, above what it writes to the mean token: [n, n_heads].
+
+        At n destinations: z [n, d_in] of the layer, what enters the final norm there, final [n, d_model], and the tokens [n].
+        As `logit_weights`, but with the norms' 1/rms as they are at the destinations ("frozen"): so all that is written to the
+        stream adds up to the token's logit above the mean, but for the biases of the norms and of the unembedding, the
+        model's constant multipliers and a soft cap on the logits.
+        """
+        self.check_layer(layer)
+        block, W_O = self._bridge.blocks[layer], self.W_O(layer)
+        written = torch.einsum("nhd,hdm->nhm", z.view(len(z), *W_O.shape[:2]), W_O)
+        if "ln1_post" in block._modules:
+            b_O = self.b_O(layer)
+            whole = written.sum(1) if b_O is None else written.sum(1) + b_O
+            written = _through_frozen_norm(written, block.ln1_post.original_component, whole)
+        normed = _through_frozen_norm(written, self._bridge.ln_final.original_component, final)
+        return torch.einsum("nhm,nm->nh", normed, self._unembed.weight.detach()[tokens] - self._mean_unembedding)
+
+    @functools.cached_property
+    def _mean_unembedding(self) -> Tensor:
+        mean: Tensor = self._unembed.weight.detach().mean(0)
+        return mean
+
     # Within
+
+    def _value_projection(self, layer: int) -> tuple[Tensor, Tensor]:
+        """W_V [d_model, n_kv_heads * d_head] and its bias, asked of the projection itself, since models store them in many
+        ways. hook_v is the projection's output, or this is not the v that attention used."""
+        self.check_layer(layer)
+        attn = self._bridge.blocks[layer].attn
+        projection = getattr(attn._modules.get("v"), "original_component", None)
+        if projection is None or attn.hook_v is not attn.v.hook_out:
+            raise UnsupportedModel(f"The values of {self.info.name} cannot be taken apart: they come from no one projection.")
+        with torch.no_grad():
+            bias: Tensor = projection(torch.zeros(1, 1, self.info.d_model, device=self.device))[0, 0]
+            matrix: Tensor = projection(torch.eye(self.info.d_model, device=self.device)[None])[0] - bias
+        return matrix, bias
+
+    def _first_norm(self, layer: int) -> nn.Module | None:
+        """The norm between the stream and the layer's attention; None where there is none, as in OLMo 2."""
+        block = self._bridge.blocks[layer]
+        return block.ln1.original_component if "ln1" in block._modules else None
+
+    def _check_parts(self, read: StreamRead, stream: Tensor, layer: int) -> None:
+        """Per token, against the sizes of what is summed: large parts cancel, and fp32 rounds each."""
+        sizes = read.parts.norm(dim=-1).sum(0)
+        gap = float(((read.parts.sum(0) - stream).norm(dim=-1) / sizes.clamp_min(1e-12)).max())
+        if not gap <= PARTS_GAP:
+            self._refuse_parts(f"what its blocks are seen to add misses the stream before layer {layer} by {gap:.1%}")
+        values = self.value_map(layer)
+        by_map = torch.einsum("bsd,kde->bske", stream / read.scale[..., None], values.matrix) + values.norm_bias + values.v_bias
+        gap = _gap(by_map, read.attention.v)
+        if not gap <= 10 * PARTS_GAP:
+            self._refuse_parts(f"its norm and W_V do not give the values of layer {layer} (off by {gap:.1%})")
+
+    def _refuse_parts(self, why: str) -> NoReturn:
+        raise UnsupportedModel(
+            f"{self.info.name} cannot be split by component: {why}. Its DFA by head and source is not affected.", field="layer"
+        )
 
     def _checked_tokens(self, tokens: Tensor) -> Tensor:
         if tokens.ndim != 2 or tokens.is_floating_point():
@@ -340,20 +522,26 @@ class Lens:
 
     @contextlib.contextmanager
     def _bridge_taps(self, hooks: dict[int, tuple[str, ...]], *, stop: bool) -> Iterator[dict[int, dict[str, Tensor]]]:
-        """Collects the hooks named, by layer, from the bridge's pass run inside; `stop` ends it when the last has fired."""
+        """`_taps` on hooks of the layers' attention; what they collect is there, by layer, when the pass has ended."""
         found: dict[int, dict[str, Tensor]] = {layer: {} for layer in hooks}
-        wanted = sum(len(names) for names in hooks.values())
+        places = {f"blocks.{layer}.attn.{name}": (layer, name) for layer, names in hooks.items() for name in names}
+        with self._taps(list(places), stop=stop) as named:
+            yield found
+        for place, value in named.items():
+            layer, name = places[place]
+            found[layer][name] = value
 
-        def keep(value: Tensor, *, hook: Any, layer: int, name: str) -> None:  # noqa: ARG001 - TransformerLens passes it
-            found[layer][name] = value.detach()
-            if stop and sum(map(len, found.values())) == wanted:
+    @contextlib.contextmanager
+    def _taps(self, names: Sequence[str], *, stop: bool) -> Iterator[dict[str, Tensor]]:
+        """Collects the hooks named from the bridge's pass run inside; `stop` ends it when the last has fired."""
+        found: dict[str, Tensor] = {}
+
+        def keep(value: Tensor, *, hook: Any, name: str) -> None:  # noqa: ARG001 - TransformerLens passes it
+            found[name] = value.detach()
+            if stop and len(found) == len(names):
                 raise _Stop
 
-        taps = [
-            (f"blocks.{layer}.attn.{name}", functools.partial(keep, layer=layer, name=name))
-            for layer, names in hooks.items()
-            for name in names
-        ]
+        taps = [(name, functools.partial(keep, name=name)) for name in names]
         # no_grad, not inference_mode: callers train on what comes back.
         with self._lock, torch.no_grad(), contextlib.suppress(_Stop), self._bridge.hooks(fwd_hooks=taps):
             yield found
@@ -807,22 +995,52 @@ def _gap(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
-def _through_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """What of a norm is the same for every token: centring, if it is a LayerNorm, and its gain; not 1/rms, not the bias.
+class _Norm(NamedTuple):
+    """What of a norm is the same for every token."""
 
-    The norm itself is asked, since models store gains as w or as 1 + w. A vector of +s and -s has mean 0 and rms s, so
-    the norm gives back gain x sign + bias; a constant vector gives just the bias if, and only if, the norm centres.
-    """
-    d = x.shape[-1]
-    sign = torch.ones(d, device=x.device)
+    gain: Tensor
+    """[d]"""
+    bias: Tensor
+    """[d]"""
+    centres: bool
+
+
+def _norm_parts(norm: nn.Module | None, d: int, device: torch.device) -> _Norm:
+    """The norm itself is asked, since models store gains as w or as 1 + w. A vector of +s and -s has mean 0 and rms s, so
+    the norm gives back gain x sign + bias; a constant vector gives just the bias if, and only if, the norm centres."""
+    sign = torch.ones(d, device=device)
+    if norm is None:
+        return _Norm(sign, torch.zeros_like(sign), centres=False)
     sign[1::2] = -1
     with torch.no_grad():
-        bias = norm(torch.zeros(1, 1, d, device=x.device))[0, 0]
+        bias = norm(torch.zeros(1, 1, d, device=device))[0, 0]
         gain = (norm(1e3 * sign[None, None])[0, 0] - bias) * sign  # 1e3 makes the norm's epsilon vanish
-        constant = norm(torch.ones(1, 1, d, device=x.device))[0, 0] - bias
-        centres = bool(constant.norm() < 0.5 * gain.norm())  # in fact either 0 or the gain
-        shared: Tensor = (x - x.mean(-1, keepdim=True) if centres else x) * gain
-    return shared
+        constant = norm(torch.ones(1, 1, d, device=device))[0, 0] - bias
+    return _Norm(gain, bias, centres=bool(constant.norm() < 0.5 * gain.norm()))  # in fact either 0 or the gain
+
+
+def _through_norm(x: Tensor, norm: nn.Module) -> Tensor:
+    """x as the norm's centring, if it is a LayerNorm, and gain make it; not its 1/rms, not its bias."""
+    gain, _, centres = _norm_parts(norm, x.shape[-1], x.device)
+    through: Tensor = (x - x.mean(-1, keepdim=True) if centres else x) * gain
+    return through
+
+
+def _norm_scale(x: Tensor, norm: nn.Module | None) -> Tensor:
+    """What the norm divides x [..., d] by, [...], from what goes in and what comes out, so that its epsilon is in it."""
+    if norm is None:
+        return torch.ones_like(x[..., 0])
+    _, bias, _ = _norm_parts(norm, x.shape[-1], x.device)
+    before = _through_norm(x, norm)
+    with torch.no_grad():
+        after = norm(x) - bias
+    scale = before.square().sum(-1) / (before * after).sum(-1)
+    return torch.where(scale.isfinite(), scale, 1.0)  # zeros stay zeros whatever divides them
+
+
+def _through_frozen_norm(x: Tensor, norm: nn.Module, whole: Tensor) -> Tensor:
+    """`_through_norm` of x [n, parts, d], divided by what the norm divides `whole` [n, d] by; not its bias."""
+    return _through_norm(x, norm) / _norm_scale(whole, norm)[:, None, None]
 
 
 # Tokenizers

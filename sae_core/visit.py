@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_core import attribution, families
-from sae_core.choice import Floats, Ints, Selection
+from sae_core.choice import Ints, Selection
 from sae_core.config import HarvestConfig
 from sae_core.progress import Clock, Progress
 from sae_core.tally import save_arrays
@@ -103,7 +103,10 @@ class _Visitor:
             w, one = self.w_all[feature], (read.z[i], read.v[i], read.pattern[i], excluded[i])
             found = _attribute(self.sae, w, feature, dest, *one)
             shares, source = families.measure(found.dfa, tokens[i], dest, self.rows.row_start)
-            self.parts.add(found, shares, tokens[i][source], dest, chosen, here)
+            starts = tokens[i] == self.rows.row_start
+            starts[0] = True
+            spread = torch.column_stack(attribution.spread(found.dfa, dest, starts))
+            self.parts.add(found, torch.cat([shares, spread], 1), tokens[i][source], dest, chosen, here)
 
     def save(self, path: Path, visited: NDArray[np.int32], lens: "Lens") -> None:
         """Write what was found in those of the part's rows that hold examples."""
@@ -129,20 +132,21 @@ def _attribute(
     [n_heads, dest, src]. The pre-activation comes from z alone, the DFA from v and pattern alone: that they agree is the
     identity which is checked."""
     _, bias = sae.affine(feature)
-    preact = (z[dest] * w).sum(1) + bias
+    scale, seen = sae.token_scale(z), sae.scaled(z)  # [pos, 1] or None, [pos, d_in]
+    preact = (seen[dest] * w).sum(1) + bias
     least = sae.least(z)  # [pos, 1], or None
     act = sae.activate(preact, feature, None if least is None else least[dest, 0])
     act = torch.where(excluded[dest], 0.0, act)
-    acts = sae.activate(z @ w.T + bias, feature, least).masked_fill(excluded[:, None], 0.0).T
-    by_head = w.view(len(w), sae.cfg.n_heads, sae.cfg.d_head)
+    acts = sae.activate(seen @ w.T + bias, feature, least).masked_fill(excluded[:, None], 0.0).T
+    by_head = (w if scale is None else w * scale[dest]).view(len(w), sae.cfg.n_heads, sae.cfg.d_head)
     dfa = attribution.dfa(v, pattern[:, dest].transpose(0, 1), by_head)
     return _Attributed(acts, act, preact, bias, dfa)
 
 
-def window_start(dest: int, context: int, window: int) -> int:
-    """First position shown: 0 for a row that fits; else three quarters of the window lie before the destination, as far as
-    the row goes, since sources are what a reader looks for."""
-    return 0 if context <= window else min(max(dest - 3 * window // 4, 0), context - window)
+def window_start(dest: Ints, context: int, window: int) -> Ints:
+    """First position shown, [n] for dest [n]: 0 for a row that fits; else three quarters of the window lie before the
+    destination, as far as the row goes, since sources are what a reader looks for."""
+    return np.zeros_like(dest) if context <= window else np.clip(dest - 3 * window // 4, 0, context - window)
 
 
 class _Visited:
@@ -150,62 +154,64 @@ class _Visited:
 
     def __init__(self, cfg: HarvestConfig) -> None:
         self.cfg = cfg
-        self.examples: list[dict[str, Any]] = []
-        self.acts: list[tuple[Ints, Floats]] = []
-        self.sparse: list[attribution.SparseDFA] = []
+        self.rows: list[dict[str, NDArray[Any]]] = []  # the columns of one row's examples each
 
     def add(
         self, found: _Attributed, shares: Tensor, source_token: Tensor, dest: Tensor, selection: Selection, here: slice
     ) -> None:
-        """Take in the examples `here` of the selection. One that does not fire in fp32 is left out."""
+        """Take in the examples `here` of the selection, with the columns of `families.measure` and `attribution.spread` side
+        by side. One that does not fire in fp32 is left out."""
         gap = attribution.identity_gap(found.dfa, found.bias, found.preact)
         numbers = torch.stack([found.act, found.preact, found.bias, gap], 1).cpu().numpy()
-        dfa, acts, measures = found.dfa.cpu(), found.acts.cpu().numpy(), shares.cpu().numpy()
-        positions, sources = dest.tolist(), source_token.tolist()
-        for i in np.flatnonzero(numbers[:, 0] > 0).tolist():
-            start = window_start(positions[i], selection.context, self.cfg.window)
-            active = np.flatnonzero(acts[i, start : start + self.cfg.window]) + start
-            self.acts.append((active, acts[i, active]))
-            self.sparse.append(
-                attribution.sparsify_dfa(dfa[i], share=self.cfg.dfa_share, max_entries=self.cfg.dfa_entries, start=start)
-            )
-            at = here.start + i
-            self.examples.append(
-                {
-                    "feature": selection.feature[at],
-                    "band": selection.band[at],
-                    "row": selection.row[at],
-                    "dest": positions[i],
-                    "start": start,
-                    "act": numbers[i, 0],
-                    "preact": numbers[i, 1],
-                    "bias": numbers[i, 2],
-                    "gap": numbers[i, 3],
-                    "source_token": sources[i],
-                    "measures": measures[i],
-                }
-            )
+        fired = np.flatnonzero(numbers[:, 0] > 0)
+        at, (act, preact, bias, gaps) = here.start + fired, numbers[fired].T
+        positions, measures = dest.cpu().numpy()[fired], shares.cpu().numpy()[fired]
+        start = window_start(positions, selection.context, self.cfg.window)
+        acts = found.acts.cpu().numpy()[fired]
+        column = np.arange(acts.shape[1])
+        shown = (acts != 0) & (column >= start[:, None]) & (column < start[:, None] + self.cfg.window)
+        which, where = shown.nonzero()
+        dfa = attribution.sparsify_dfa(
+            found.dfa[torch.from_numpy(fired).to(found.dfa.device)],
+            share=self.cfg.dfa_share,
+            max_entries=self.cfg.dfa_entries,
+            start=start,
+        )
+        self.rows.append(
+            {
+                "feature": selection.feature[at],
+                "band": selection.band[at],
+                "row": selection.row[at],
+                "dest": positions,
+                "start": start,
+                "act": act,
+                "preact": preact,
+                "bias": bias,
+                "gap": gaps,
+                "source_token": source_token.cpu().numpy()[fired],
+                "abs_dfa": dfa.abs_dfa,
+                "measures": measures[:, : len(families.MEASURES)],
+                "spread": measures[:, len(families.MEASURES) :],
+                "acts_n": shown.sum(1),
+                "acts_pos": where,
+                "acts_value": acts[which, where],
+                "dfa_n": dfa.kept,
+                "dfa_src": dfa.src,
+                "dfa_head": dfa.head,
+                "dfa_value": dfa.value,
+                "dropped": dfa.dropped,
+                "before": dfa.before,
+            }
+        )
 
     def save(self, path: Path, rows: NDArray[np.int32], tokens: NDArray[np.int32], n_heads: int, lens: "Lens") -> None:
         """Write it all, with the part's rows [u], their tokens [u, context] and these tokens' texts, aside and renamed."""
         known = np.unique(tokens)
-        arrays = {name: np.array([e[name] for e in self.examples], dtype=kind) for name, kind in COLUMNS.items()}
-        arrays |= {
-            "abs_dfa": np.array([s.abs_dfa for s in self.sparse], dtype=np.float32),
-            "measures": np.array([e["measures"] for e in self.examples], dtype=np.float32).reshape(-1, len(families.MEASURES)),
-            "acts_n": np.array([len(pos) for pos, _ in self.acts], dtype=np.int32),
-            "acts_pos": _joined([pos for pos, _ in self.acts], np.uint16),
-            "acts_value": _joined([value for _, value in self.acts], np.float32),
-            "dfa_n": np.array([len(s.value) for s in self.sparse], dtype=np.int32),
-            "dfa_src": _joined([s.src for s in self.sparse], np.uint16),
-            "dfa_head": _joined([s.head for s in self.sparse], np.uint8),
-            "dfa_value": _joined([s.value for s in self.sparse], np.float32),
-            "dropped": np.array([s.dropped for s in self.sparse], dtype=np.float32).reshape(-1, n_heads),
-            "before": np.array([s.before for s in self.sparse], dtype=np.float32).reshape(-1, n_heads),
-            "rows": rows,
-            "tokens": tokens,
-            "known": known,
-        }
+        widths = {"measures": len(families.MEASURES), "spread": attribution.SPREAD, "dropped": n_heads, "before": n_heads}
+        arrays: dict[str, NDArray[Any]] = {"rows": rows, "tokens": tokens, "known": known}
+        for name, kind in COLUMNS.items():
+            nothing = np.zeros((0, widths[name]) if name in widths else 0, dtype=kind)
+            arrays[name] = np.concatenate([nothing, *(row[name] for row in self.rows)]).astype(kind)
         save_arrays(path, arrays, {"texts": lens.token_texts(known.tolist())})
 
 
@@ -220,8 +226,16 @@ COLUMNS: dict[str, type[np.generic]] = {
     "bias": np.float32,
     "gap": np.float32,
     "source_token": np.int32,  # the token that gave most to the feature, row starts left out
+    "abs_dfa": np.float32,
+    "measures": np.float32,  # [n, len(MEASURES)]
+    "spread": np.float32,  # [n, SPREAD]
+    "acts_n": np.int32,  # how many of acts_pos and acts_value are each example's
+    "acts_pos": np.uint16,
+    "acts_value": np.float32,
+    "dfa_n": np.int32,  # how many of dfa_src, dfa_head and dfa_value
+    "dfa_src": np.uint16,
+    "dfa_head": np.uint8,
+    "dfa_value": np.float32,
+    "dropped": np.float32,  # [n, n_heads]
+    "before": np.float32,  # [n, n_heads]
 }
-
-
-def _joined(parts: Sequence[NDArray[Any]], dtype: type[np.generic]) -> NDArray[Any]:
-    return np.concatenate([np.zeros(0, dtype=dtype), *parts]).astype(dtype)

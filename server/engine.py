@@ -1,7 +1,8 @@
 """Live questions on typed text: a small internal ASGI app on 127.0.0.1 that keeps a model and its SAEs warm.
 
 `POST /attribute` answers with the full DFA matrix [head][source] of one feature at one destination, in fp32, with the
-identity gap of that very answer. The web asks it with a shared secret; nobody else can. One question at a time.
+identity gap of that very answer; `POST /components` with the same DFA by component: what embedding and earlier blocks put
+into each source. The web asks it with a shared secret; nobody else can. One question at a time.
 """
 
 import hmac
@@ -11,19 +12,21 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 from fastapi import Depends, FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from torch import Tensor
 
 from sae_core import attribution, machine
+from sae_core.components import by_component
 from sae_core.errors import HeadscopeError, NotFound, UsageError
-from sae_core.lens import Lens, load_lens
+from sae_core.lens import AttentionRead, Lens, load_lens
 from sae_core.saes import SAE
 from server.db import Database
-from server.live import SECRET_HEADER, LiveAttribution, LiveQuestion
+from server.live import SECRET_HEADER, ComponentsQuestion, LiveAttribution, LiveComponents, LiveQuestion
 from server.settings import Settings
 from server.store import registry
 from server.worker import open_sae
@@ -57,13 +60,21 @@ class Engine:
     def attribute(self, question: LiveQuestion) -> LiveAttribution:
         """Answer a question."""
         with self._turn:
-            self._asked = time.monotonic()
-            lens, sae = self._open(question.sae)
-            if not 0 <= question.index < sae.cfg.d_sae:
-                raise NotFound(
-                    f"{question.sae} has the features 0 to {sae.cfg.d_sae - 1}; there is no {question.index}.", field="index"
-                )
-            return answer(lens, sae, self._row(lens, question), question)
+            return answer(*self._asked_for(question), question)
+
+    def components(self, question: ComponentsQuestion) -> LiveComponents:
+        """Answer a question for components."""
+        with self._turn:
+            return answer_components(*self._asked_for(question), question)
+
+    def _asked_for(self, question: LiveQuestion) -> tuple[Lens, SAE, list[int]]:
+        self._asked = time.monotonic()
+        lens, sae = self._open(question.sae)
+        if not 0 <= question.index < sae.cfg.d_sae:
+            raise NotFound(
+                f"{question.sae} has the features 0 to {sae.cfg.d_sae - 1}; there is no {question.index}.", field="index"
+            )
+        return lens, sae, self._row(lens, question)
 
     def rest(self) -> bool:
         """Give the memory back if nobody has asked for a while; whether it did."""
@@ -118,37 +129,96 @@ class Engine:
         return tokens
 
 
+class _Place(NamedTuple):
+    """One feature on one row, and the destination that was asked for."""
+
+    activations: Tensor
+    """[pos]"""
+    preacts: Tensor
+    """[pos], from z alone."""
+    excluded: Tensor
+    """bool [pos]"""
+    dest: int
+    w: Tensor
+    """[n_heads, d_head]: the feature's direction on raw z at `dest`, with the token's scale where the SAE norms tokens."""
+    bias: Tensor
+    """[1]"""
+
+
+def _placed(read: AttentionRead, sae: SAE, question: LiveQuestion) -> _Place:
+    feature = torch.tensor([question.index], device=read.z.device)
+    w, bias = sae.affine(feature)
+    z, excluded, scale = read.z[0], sae.excluded(read.z)[0], sae.token_scale(read.z[0])
+    preacts = sae.scaled(z) @ w[0] + bias[0]
+    acts = sae.activate(preacts[:, None], feature, sae.least(z))[:, 0].masked_fill(excluded, 0.0)
+    dest = question.dest
+    if dest is None:
+        dest = int(preacts.masked_fill(excluded, -torch.inf).argmax()) if not excluded.all() else len(z) - 1
+    elif not 0 <= dest < len(z):
+        raise UsageError(f"The text has the positions 0 to {len(z) - 1}; there is no {dest}.", field="dest")
+    at_dest = w[0] if scale is None else w[0] * scale[dest]
+    return _Place(acts, preacts, excluded, dest, at_dest.view(sae.cfg.n_heads, sae.cfg.d_head), bias)
+
+
 @torch.no_grad()
 def answer(lens: Lens, sae: SAE, tokens: list[int], question: LiveQuestion) -> LiveAttribution:
     """The feature on these tokens, and what each (head, source) gave to it at one destination.
 
     The pre-activation comes from z alone, the DFA from v and pattern alone; that they agree is the gap given back.
     """
-    read = lens.read_attention(torch.tensor([tokens], device=lens.device), sae.cfg.site.layer)
-    feature = torch.tensor([question.index], device=lens.device)
-    w, bias = sae.affine(feature)
-    z, excluded = read.z[0], sae.excluded(read.z)[0]
-    preacts = z @ w[0] + bias[0]  # [pos]
-    acts = sae.activate(preacts[:, None], feature, sae.least(z))[:, 0].masked_fill(excluded, 0.0)
-    dest = question.dest
-    if dest is None:
-        dest = int(preacts.masked_fill(excluded, -torch.inf).argmax()) if not excluded.all() else len(tokens) - 1
-    elif not 0 <= dest < len(tokens):
-        raise UsageError(f"The text has the positions 0 to {len(tokens) - 1}; there is no {dest}.", field="dest")
-    by_head = w.view(1, sae.cfg.n_heads, sae.cfg.d_head)
-    dfa = attribution.dfa(read.v[0], read.pattern[0][:, dest][None], by_head)
-    gap = attribution.identity_gap(dfa, bias, preacts[dest : dest + 1])
+    layer = sae.cfg.site.layer
+    read = lens.read_attention(torch.tensor([tokens], device=lens.device), layer)
+    at = _placed(read, sae, question)
+    v, pattern, constant = read.v[0], read.pattern[0][:, at.dest][None], None
+    if question.split_bias:
+        v_bias = lens.v_bias(layer)
+        none = torch.zeros_like(v[0])
+        dfa, constant = attribution.split_value_bias(v, pattern, at.w[None], none if v_bias is None else v_bias)
+    else:
+        dfa = attribution.dfa(v, pattern, at.w[None])
+    terms = dfa if constant is None else torch.cat([dfa, constant[..., None]], dim=2)
+    gap = attribution.identity_gap(terms, at.bias, at.preacts[at.dest : at.dest + 1])
     return LiveAttribution(
         sae=question.sae,
         index=question.index,
         tokens=tokens,
         texts=lens.token_texts(tokens),
-        activations=acts.tolist(),
-        preacts=preacts.tolist(),
-        excluded=excluded.tolist(),
-        dest=dest,
+        activations=at.activations.tolist(),
+        preacts=at.preacts.tolist(),
+        excluded=at.excluded.tolist(),
+        dest=at.dest,
         dfa=dfa[0].tolist(),
-        bias=float(bias[0]),
+        value_bias=None if constant is None else constant[0].tolist(),
+        bias=float(at.bias[0]),
+        gap=float(gap[0]),
+    )
+
+
+@torch.no_grad()
+def answer_components(lens: Lens, sae: SAE, tokens: list[int], question: ComponentsQuestion) -> LiveComponents:
+    """What each earlier part of the model put into the sources of the feature at one destination. The pre-activation comes
+    from z alone; that the components add up to it is the gap given back."""
+    head = question.head
+    if head is not None and not 0 <= head < sae.cfg.n_heads:
+        raise UsageError(f"{question.sae} has the heads 0 to {sae.cfg.n_heads - 1}; there is no {head}.", field="head")
+    layer = sae.cfg.site.layer
+    stream = lens.read_stream(torch.tensor([tokens], device=lens.device), layer)
+    at = _placed(stream.attention, sae, question)
+    found = by_component(stream, lens.value_map(layer), at.w, at.dest)
+    gap = attribution.identity_gap(found.given[None], at.bias, at.preacts[at.dest : at.dest + 1])
+    return LiveComponents(
+        sae=question.sae,
+        index=question.index,
+        tokens=tokens,
+        texts=lens.token_texts(tokens),
+        dest=at.dest,
+        head=head,
+        names=list(found.names),
+        given=(found.given.sum(1) if head is None else found.given[:, head]).tolist(),
+        by_head=found.given.sum(2).tolist(),
+        dfa=(found.dfa.sum(0) if head is None else found.dfa[head]).tolist(),
+        bias=float(at.bias[0]),
+        preact=float(at.preacts[at.dest]),
         gap=float(gap[0]),
     )
 
@@ -200,5 +270,9 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
     @app.post("/attribute")
     def attribute(question: LiveQuestion) -> LiveAttribution:
         return engine.attribute(question)
+
+    @app.post("/components")
+    def components(question: ComponentsQuestion) -> LiveComponents:
+        return engine.components(question)
 
     return app

@@ -28,12 +28,22 @@ class LiveQuestion(BaseModel):
     """Token ids of a whole row, row start included, in place of text."""
     dest: int | None = None
     """Destination position; None takes the position with the largest pre-activation."""
+    split_bias: bool = False
+    """Take what the values' bias gave out of the sources: `dfa` is then of the values less their bias, and
+    `LiveAttribution.value_bias` says what the bias gave through each head."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
         if (self.text is None) == (self.tokens is None):
             raise ValueError("give either text or tokens")
         return self
+
+
+class ComponentsQuestion(LiveQuestion):
+    """Which earlier parts of the model put into the sources what the heads moved?"""
+
+    head: int | None = None
+    """Of this head alone; None sums over heads."""
 
 
 class LiveAttribution(BaseModel):
@@ -54,10 +64,39 @@ class LiveAttribution(BaseModel):
     """Positions that are no destinations: the row start and attention sinks."""
     dest: int
     dfa: list[list[float]]
-    """[head][source]: what each gave at `dest`; with `bias` they sum to `preacts[dest]`."""
+    """[head][source]: what each gave at `dest`; with `value_bias` and `bias` they sum to `preacts[dest]`."""
+    value_bias: list[float] | None = None
+    """[head]: what the values' bias gave, whatever the sources were; None where it was not asked for, and all is in `dfa`."""
     bias: float
+    """The SAE's own: c of its affine map."""
     gap: float
-    """|sum of DFA + bias - preact| / (sum of |DFA| + |bias|)."""
+    """|sum of DFA and biases - preact| / (sum of |DFA| + |biases|)."""
+
+
+class LiveComponents(BaseModel):
+    """What each earlier part of the model gave to a feature at one destination, with pattern and norm frozen."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    sae: str
+    index: int
+    tokens: list[int]
+    texts: list[str]
+    dest: int
+    head: int | None
+    names: list[str]
+    """`embedding`, `position`, `attention 0`, `MLP 0`, ...; then `norm bias` and `value bias` where the model has them."""
+    given: list[list[float]]
+    """[component][source], of the head asked for or summed over heads; they sum to `dfa`."""
+    by_head: list[list[float]]
+    """[component][head], sources summed."""
+    dfa: list[float]
+    """[source]: from values and pattern alone."""
+    bias: float
+    preact: float
+    """w . z + c at the destination, from z alone."""
+    gap: float
+    """|sum of all components of all heads + bias - preact| / (sum of their sizes + |bias|)."""
 
 
 class Live:
@@ -74,6 +113,10 @@ class Live:
     def attribute(self, question: LiveQuestion) -> LiveAttribution:
         """Ask; raises `EngineAway`, or the very error that the engine met."""
         return LiveAttribution.model_validate(self._ask("POST", "/attribute", question.model_dump()))
+
+    def components(self, question: ComponentsQuestion) -> LiveComponents:
+        """Ask for the components; raises as `attribute`."""
+        return LiveComponents.model_validate(self._ask("POST", "/components", question.model_dump()))
 
     def loaded(self) -> str | None:
         """Name of the model that is warm; `EngineAway` when there is no engine."""

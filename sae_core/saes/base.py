@@ -10,12 +10,16 @@ scale s is folded in at save):
 Every architecture comes down to these five tensors: they differ in how they are trained and in what their thresholds are.
 For one feature, preact_f = w_f . z + c_f with w_f = W_enc[:, f] and c_f = b_enc[f] - w_f . b_dec. That affine map is
 all that attribution needs (Kissane et al. 2024, section 3).
+
+Imported SAEs may norm each token first (`input_norm`): what stands for z above is then z[t] s[t] with s[t] = sqrt(d_in) / |z[t]|,
+and the reconstruction is divided by s[t]. A number per token, so the map stays affine in z[t] once s[t] is held:
+attribution multiplies w_f by the destination's s[t] and is as exact as without.
 """
 
 import hashlib
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import torch
 from pydantic import ValidationError
@@ -24,7 +28,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sae_core.config import SAEConfig
-from sae_core.errors import UnreadableSAE
+from sae_core.errors import SAEMismatch, UnreadableSAE
+from sae_core.sparse import part_rows, true_at
+
+if TYPE_CHECKING:
+    from sae_core.lens import LensInfo
 
 WEIGHTS = "sae.safetensors"
 CONFIG = "cfg.json"
@@ -72,9 +80,20 @@ class SAE(nn.Module):
         floor = self.threshold[features]
         return preacts * (preacts > (floor if least is None else torch.maximum(floor, least)))
 
+    def token_scale(self, z: Tensor) -> Tensor | None:
+        """What each token's z [..., d_in] is multiplied by before all else: [..., 1]; None where that is nothing."""
+        if self.cfg.input_norm == "none":
+            return None
+        return self.cfg.d_in**0.5 / z.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def scaled(self, z: Tensor) -> Tensor:
+        """z [..., d_in] as the affine map sees it: itself, or times `token_scale`."""
+        scale = self.token_scale(z)
+        return z.float() if scale is None else z.float() * scale
+
     def preacts(self, z: Tensor) -> Tensor:
         """Pre-activations [..., d_sae] of z [..., d_in]."""
-        return (z.float() - self.b_dec) @ self.W_enc + self.b_enc
+        return (self.scaled(z) - self.b_dec) @ self.W_enc + self.b_enc
 
     def encode(self, z: Tensor) -> Tensor:
         """Activations [..., d_sae] of z [..., d_in], dense."""
@@ -82,23 +101,36 @@ class SAE(nn.Module):
         return self.activate(preacts, torch.arange(self.cfg.d_sae, device=z.device), self.least(z, preacts))
 
     def encode_sparse(self, z: Tensor) -> SparseActs:
-        """The nonzero activations of z [n, d_in], without the dense product that `activate` would write."""
-        preacts = self.preacts(z)
-        least = self.least(z, preacts)
-        on = preacts > (self.threshold if least is None else torch.maximum(self.threshold, least))
-        token, feature = on.nonzero(as_tuple=True)
-        return SparseActs(token, feature, preacts[token, feature])
+        """The nonzero activations of z [n, d_in]. Pre-activations are made some tokens at a time and looked at in the cache."""
+        x, d_sae = self.scaled(z) - self.b_dec, self.cfg.d_sae
+        rows = part_rows(d_sae, torch.float32, z.device)
+        buffer = torch.empty(min(rows, len(x)), d_sae, device=z.device)
+        indices, values = [torch.zeros(0, dtype=torch.int64, device=z.device)], [torch.zeros(0, device=z.device)]
+        for begun in range(0, len(x), rows):
+            part = slice(begun, begun + rows)
+            preacts = torch.addmm(self.b_enc, x[part], self.W_enc, out=buffer[: len(x[part])])
+            least = self.least(z[part], preacts)
+            on = preacts > (self.threshold if least is None else torch.maximum(self.threshold, least))
+            index = true_at(on.view(-1))
+            values.append(preacts.view(-1)[index])
+            indices.append(index + begun * d_sae)
+        index = torch.cat(indices)
+        return SparseActs(index // d_sae, index % d_sae, torch.cat(values))
 
-    def decode(self, f: Tensor) -> Tensor:
-        """Reconstruction [..., d_in] of activations [..., d_sae]."""
-        return f @ self.W_dec + self.b_dec
+    def decode(self, f: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Reconstruction [..., d_in] of activations [..., d_sae]; `scale` is `token_scale` of the z they came from."""
+        if scale is None and self.cfg.input_norm != "none":
+            raise ValueError("this SAE norms each token, so its reconstruction needs the tokens' scale")
+        found = f @ self.W_dec + self.b_dec
+        return found if scale is None else found / scale
 
     def forward(self, z: Tensor) -> Tensor:
         """Reconstruction of z [..., d_in]."""
-        return self.decode(self.encode(z))
+        return self.decode(self.encode(z), self.token_scale(z))
 
     def affine(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """(w [n, d_in], c [n]) with preact = w . z + c on raw z, for `features` [n]."""
+        """(w [n, d_in], c [n]) with preact = w . z + c on raw z, for `features` [n]; w . z s + c with s = `token_scale`, where
+        there is one."""
         w = self.W_enc[:, features].T
         return w, self.b_enc[features] - w @ self.b_dec
 
@@ -161,3 +193,28 @@ def load_sae(folder: Path, device: str | torch.device = "cpu") -> SAE:
         if not torch.isfinite(tensors[name]).all():
             raise UnreadableSAE(f"{name} in {folder / WEIGHTS} holds values that are not finite.")
     return ARCHITECTURES[cfg.arch](cfg, tensors).to(device)
+
+
+def check_fits(cfg: SAEConfig, model: "LensInfo", name: str) -> None:
+    """Raise SAEMismatch where an SAE must not be used with a model: what it says of other z than those it was trained on
+    would be wrong without looking so."""
+
+    def refuse(why: str, remedy: str) -> NoReturn:
+        raise SAEMismatch(f"The SAE {name} does not fit {model.name}: {why}; {remedy}.", field="sae")
+
+    if cfg.site.layer >= model.n_layers:
+        refuse(f"it reads layer {cfg.site.layer}, and the last one is {model.n_layers - 1}", "use the model that it was made for")
+    if cfg.d_in != model.d_in:
+        refuse(f"it reads z of width {cfg.d_in}, and here z has {model.d_in}", "use the model that it was made for")
+    if (cfg.n_heads, cfg.d_head) != (model.n_heads, model.d_head):
+        heads = f"{cfg.n_heads} heads of {cfg.d_head}, and here there are {model.n_heads} of {model.d_head}"
+        refuse(f"it was made for {heads}", "use the model that it was made for")
+    for what, words in (("folded", "with the norms folded in"), ("centred", "centred")):
+        there, here = bool(cfg.processing.get(what)), bool(model.processing.get(what))
+        if there != here:
+            refuse(
+                f"it was trained on weights {'' if there else 'not '}{words}, and here they are {'' if here else 'not '}so",
+                "convert it",
+            )
+    if cfg.model_fingerprint != model.fingerprint:
+        refuse("it was trained on other weights than those of that name now", "put the old weights back, or train a new SAE")

@@ -1,5 +1,6 @@
 """`/saes/{sae}/features/{index}`: one feature, its examples taken apart by head and source token."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qs
 
@@ -57,9 +58,11 @@ def check_head(door: Door, head: int | None) -> None:
         raise UsageError(f"Head {head} does not exist: {door.sae.name} has heads 0 to {door.sae.n_heads - 1}.", field="head")
 
 
-def about(view: View, text: str = "", answer: FeatureExample | None = None, trouble: str = "") -> dict[str, Any]:
-    """What the template needs beside the feature: the chosen view, and the typed text with its answer."""
-    return {"view": view, "text": text, "answer": answer, "trouble": trouble}
+def about(
+    view: View, text: str = "", answer: FeatureExample | None = None, tokens: Sequence[int] = (), trouble: str = ""
+) -> dict[str, Any]:
+    """What the template needs beside the feature: the chosen view, and the typed text with its tokens and its answer."""
+    return {"view": view, "text": text, "answer": answer, "tokens": ",".join(map(str, tokens)), "trouble": trouble}
 
 
 async def form(request: Request) -> dict[str, str]:
@@ -74,18 +77,19 @@ def try_text(request: Request, sae: str, index: int, read: Read, form: Annotated
     door = find_sae(read, sae)
     page = feature_page(read, door, index)
     text = form.get("text", "")
-    answer, trouble = None, ""
+    answer, tokens, trouble = None, [], ""
     try:
-        answer = ask(request, door, index, text, form.get("dest", ""))
+        found = ask(request, door, index, text, form.get("dest", ""))
+        answer, tokens = as_example(found), found.tokens
     except HeadscopeError as error:
         # The page stays as it is: the sentence stands beside the box, and the text is kept.
         trouble = str(error)
-    known = about(View(context="full"), text, answer, trouble)
+    known = about(View(context="full"), text, answer, tokens, trouble)
     return reply(request, page, "feature.html", block="_try.html", **known)
 
 
-def ask(request: Request, door: Door, index: int, text: str, dest: str) -> FeatureExample:
-    """The engine's answer in the form of an example."""
+def ask(request: Request, door: Door, index: int, text: str, dest: str) -> LiveAttribution:
+    """The engine's answer."""
     if not text.strip():
         raise UsageError("Type some text first.", field="text")
     if len(text) > LONGEST_TEXT:
@@ -93,7 +97,7 @@ def ask(request: Request, door: Door, index: int, text: str, dest: str) -> Featu
     if dest and not (dest.isascii() and dest.isdigit()):
         raise UsageError(f"'{dest}' is no token position; leave it empty for the strongest.", field="dest")
     question = LiveQuestion(sae=door.sae.name, index=index, text=text, dest=int(dest) if dest else None)
-    return as_example(engine(request).attribute(question))
+    return engine(request).attribute(question)
 
 
 def engine(request: Request) -> Live:
@@ -106,12 +110,13 @@ def engine(request: Request) -> Live:
 
 
 def as_example(answer: LiveAttribution) -> FeatureExample:
-    """A live answer holds the full matrix, so nothing is dropped and nothing lies before the window."""
+    """A live answer holds the full matrix, so nothing is dropped and nothing lies before the window. What a value bias gave
+    stands with the bias, where it was asked for apart."""
     entries = [DfaEntry(src, head, value) for head, row in enumerate(answer.dfa) for src, value in enumerate(row)]
     entries.sort(key=lambda entry: -abs(entry.value))
     total, size = sum(entry.value for entry in entries), sum(abs(entry.value) for entry in entries)
     none = (0.0,) * len(answer.dfa)
-    preact = answer.preacts[answer.dest]
+    preact, bias = answer.preacts[answer.dest], answer.bias + sum(answer.value_bias or ())
     return FeatureExample(
         band=0,
         rank=0,
@@ -125,8 +130,8 @@ def as_example(answer: LiveAttribution) -> FeatureExample:
         before=none,
         abs_dfa=size,
         dfa_sum=total,
-        bias=answer.bias,
+        bias=bias,
         preact=preact,
         act=answer.activations[answer.dest],
-        gap=abs(total + answer.bias - preact) / (size + abs(answer.bias) or 1.0),
+        gap=abs(total + bias - preact) / (size + abs(bias) or 1.0),
     )

@@ -15,8 +15,8 @@ from sae_core.config import SAEConfig, Site
 from sae_core.errors import EngineAway, NotFound, SAEMismatch, UsageError
 from sae_core.saes import ARCHITECTURES, save_sae
 from sae_core.saes.base import shapes
-from server.engine import Engine, create_engine
-from server.live import SECRET_HEADER, Live, LiveQuestion
+from server.engine import Engine, answer, answer_components, create_engine
+from server.live import SECRET_HEADER, ComponentsQuestion, Live, LiveQuestion
 from server.settings import Settings
 from server.store import registry
 from tests.jobs.conftest import Home
@@ -155,6 +155,8 @@ def test_the_web_gets_typed_answers_and_the_very_errors(engine: Engine, served: 
     assert live.loaded() is None
     assert live.attribute(QUESTION) == engine.attribute(QUESTION)
     assert live.loaded() == "tiny"
+    asked = ComponentsQuestion(sae="hand", index=3, text=QUESTION.text, head=2)
+    assert live.components(asked) == engine.components(asked)
     with pytest.raises(NotFound, match="features 0 to 15") as caught:
         live.attribute(QUESTION.model_copy(update={"index": 99}))
     assert (caught.value.field, caught.value.status) == ("index", 404)
@@ -166,3 +168,78 @@ def test_an_engine_that_is_away_is_said_to_be_away(settings: Settings) -> None:
     with pytest.raises(EngineAway, match="headscope engine"):
         live.attribute(QUESTION)
     live.close()
+
+
+# ---- the value bias apart ----
+
+
+def test_the_value_bias_apart_leaves_the_sum_as_it_was(engine: Engine) -> None:
+    # The tiny Llama has a bias on its values; what it gave is no merit of any source.
+    whole, apart = engine.attribute(QUESTION), engine.attribute(QUESTION.model_copy(update={"split_bias": True}))
+    assert whole.value_bias is None
+    assert apart.value_bias is not None
+    assert min(abs(value) for value in apart.value_bias) > 1e-4
+    for head, (before, after, constant) in enumerate(zip(whole.dfa, apart.dfa, apart.value_bias, strict=True)):
+        assert sum(after) + constant == pytest.approx(sum(before), abs=1e-4), head
+        assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 1e-4
+    assert apart.gap <= 1e-4
+
+
+# ---- components ----
+
+
+def test_components_account_for_the_pre_activation_and_for_every_sources_dfa(engine: Engine) -> None:
+    question = ComponentsQuestion(sae="hand", index=3, text=QUESTION.text)
+    parts, whole = engine.components(question), engine.attribute(QUESTION)
+    assert parts.names == ["embedding", "attention 0", "MLP 0", "value bias"]
+    assert (parts.dest, parts.preact, parts.texts) == (whole.dest, whole.preacts[whole.dest], whole.texts)
+    size = sum(abs(value) for row in parts.given for value in row) + abs(parts.bias)
+    assert abs(sum(map(sum, parts.given)) + parts.bias - parts.preact) <= 1e-4 * size
+    assert parts.gap <= 1e-4
+    for source in range(len(parts.texts)):
+        given = sum(row[source] for row in parts.given)
+        assert given == pytest.approx(sum(row[source] for row in whole.dfa), abs=1e-4 * size)
+        assert given == pytest.approx(parts.dfa[source], abs=1e-4 * size)
+    for row, by_head in zip(parts.given, parts.by_head, strict=True):
+        assert sum(by_head) == pytest.approx(sum(row), abs=1e-4 * size)
+
+
+def test_components_of_one_head_sum_to_its_dfa(engine: Engine) -> None:
+    whole = engine.attribute(QUESTION)
+    for head in range(4):
+        parts = engine.components(ComponentsQuestion(sae="hand", index=3, text=QUESTION.text, head=head))
+        assert parts.dfa == pytest.approx(whole.dfa[head], abs=1e-4)
+        assert [sum(given) for given in zip(*parts.given, strict=True)] == pytest.approx(whole.dfa[head], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"head": 4}, UsageError, "heads 0 to 3; there is no 4"),
+        ({"dest": 99}, UsageError, "no 99"),
+        ({"index": 16}, NotFound, "15"),
+    ],
+)
+def test_components_that_cannot_be_had_get_a_sentence(
+    engine: Engine, change: dict[str, object], error: type[Exception], said: str
+) -> None:
+    question = ComponentsQuestion(sae="hand", index=3, text=QUESTION.text)
+    with pytest.raises(error, match=said):
+        engine.components(question.model_copy(update=change))
+
+
+def test_an_sae_that_norms_tokens_adds_up_in_live_answers(engine: Engine, home: Home) -> None:
+    with home.db.read() as session:
+        record = registry.sae(session, "hand")
+    lens, sae = engine._open("hand")
+    normed = ARCHITECTURES["relu"](
+        record.config.model_copy(update={"arch": "relu", "input_norm": "token"}),
+        {name: getattr(sae, name) for name in shapes(sae.cfg)},
+    )
+    question = ComponentsQuestion(sae="hand", index=3, text=QUESTION.text)
+    tokens = engine._row(lens, question)
+    given, parts = answer(lens, normed, tokens, question), answer_components(lens, normed, tokens, question)
+    z = lens.read_z(torch.tensor([tokens]), [1])[1][0]
+    assert given.preacts == pytest.approx(normed.preacts(z)[:, 3].tolist(), abs=1e-3)
+    assert given.preacts != pytest.approx(sae.preacts(z)[:, 3].tolist(), abs=1e-1)
+    assert max(given.gap, parts.gap) <= 1e-4
