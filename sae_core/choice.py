@@ -1,7 +1,7 @@
 """Which examples a harvest keeps: the shards' tallies merged, the strongest without near-duplicates, fair draws from bands."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sae_core.config import HarvestConfig
+from sae_core.measures import bucket
+from sae_core.partners import partners
 from sae_core.records import HarvestTotals
 from sae_core.tally import N_CELLS, Firings, Tally, cells, keys, load_arrays, save_arrays
 
@@ -59,6 +61,18 @@ class Selection:
     heads: NDArray[np.float64]
     """[F, n_heads] sums of w_k . z_k over every firing."""
     heads_squares: NDArray[np.float64]
+    position_tokens: NDArray[np.int64]
+    """[B] tokens swept by bucket of positions (`measures.bucket`)."""
+    position_count: NDArray[np.int64]
+    """[F, B] firings there."""
+    position_total: NDArray[np.float64]
+    """[F, B] their sum."""
+    coded_tokens: int
+    """Tokens in the sample that partners come from."""
+    partner: NDArray[np.int32]
+    """[F, PARTNERS] features that fire with it, strongest first; -1 where there are not so many."""
+    partner_both: NDArray[np.int32]
+    partner_phi: Floats
     band_cells: NDArray[np.int16]
     """[F, bands + 1], descending: band b (from 1) is made of the cells band_cells[b] .. band_cells[b - 1] (exclusive)."""
     feature: NDArray[np.int32]
@@ -81,6 +95,21 @@ class Selection:
         """What the whole harvest counts."""
         return HarvestTotals(self.n_tokens, self.n_rows, int((self.count > 0).sum()), self.context)
 
+    @property
+    def by_feature(self) -> dict[str, NDArray[Any]]:
+        """What the features' records take over as it is, [F, ...] each."""
+        same = ("position_count", "position_total", "partner", "partner_both", "partner_phi")
+        spread = {
+            "position_tokens": np.broadcast_to(self.position_tokens, self.position_count.shape),
+            "coded_tokens": np.full(self.n_features, self.coded_tokens),
+        }
+        return {name: getattr(self, name) for name in same} | spread
+
+    def without_sums(self) -> "Selection":
+        """The same choice without what only the features' description reads: little memory, for a visit of many SAEs."""
+        heavy = ("histogram", "heads", "heads_squares", "position_count", "position_total", "band_cells")
+        return replace(self, **{name: getattr(self, name)[:0].copy() for name in heavy})
+
     def save(self, path: Path) -> None:
         """Write it aside and rename it."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -93,6 +122,19 @@ class Selection:
         arrays, whole = load_arrays(path)
         values: dict[str, Any] = {**arrays, **whole}
         return cls(**values)
+
+
+def positions(context: int, tokens: Ints, count: Ints, total: NDArray[np.float64]) -> list[list[Any]]:
+    """[[first position, last, firings, tokens, mean activation]] of the buckets [B] of a row that hold tokens; none for a
+    feature that never fires."""
+    found: list[list[Any]] = []
+    if not count.any():
+        return found
+    for which, (n_tokens, n_fired, value) in enumerate(zip(tokens.tolist(), count.tolist(), total.tolist(), strict=True)):
+        low, high = bucket((1 << which) >> 1)
+        if n_tokens:
+            found.append([low, min(high, context - 1), n_fired, n_tokens, round(value / n_fired, 5) if n_fired else 0.0])
+    return found
 
 
 def merged(paths: Sequence[Path]) -> Tally:
@@ -133,6 +175,7 @@ def choose(paths: Sequence[Path], sae: "SAE", rows: "Rows", cfg: HarvestConfig, 
     band = np.concatenate([np.zeros(len(top["row"]), dtype=np.int16), band])
     order = np.lexsort((pos, band, feature, row))
     visited, first = np.unique(row[order], return_index=True)
+    together = partners(tally.codes, tally.n_features)
     selection = Selection(
         n_tokens=tally.n_tokens,
         n_rows=tally.n_rows,
@@ -145,6 +188,13 @@ def choose(paths: Sequence[Path], sae: "SAE", rows: "Rows", cfg: HarvestConfig, 
         histogram=tally.histogram.numpy(),
         heads=tally.heads.numpy(),
         heads_squares=tally.heads_squares.numpy(),
+        position_tokens=tally.position_tokens.numpy(),
+        position_count=tally.position_count.numpy(),
+        position_total=tally.position_total.numpy(),
+        coded_tokens=together.n_tokens,
+        partner=together.feature,
+        partner_both=together.both,
+        partner_phi=together.phi,
         band_cells=edges,
         feature=feature[order],
         row=row[order],

@@ -40,7 +40,7 @@ from torch import Tensor
 from sae_core.activations import Activations
 from sae_core.corpus import Rows
 from sae_core.lens import Out
-from sae_core.measures import AT_ONCE, Firing, Sums, alignment, neighbour_cosine
+from sae_core.measures import AT_ONCE, Firing, Sums, alignment, bucket, neighbour_cosine
 from sae_core.probes import Probe, ProbeTexts, probe
 from sae_core.progress import Progress, relayed
 from sae_core.saes import SAE
@@ -273,11 +273,6 @@ def _recovered(sae: Interval, ablated: Interval, said: str, notes: list[str]) ->
     return None
 
 
-def bucket(position: int) -> tuple[int, int]:
-    """The positions (first, last) that are reported together with `position`: 0, 1, 2 to 3, 4 to 7, 8 to 15 and so on."""
-    return (0, 0) if position == 0 else (1 << position.bit_length() - 1, (1 << position.bit_length()) - 1)
-
-
 def _losses_by_position(change: Tensor, first: int) -> list[PositionLoss]:
     found = []
     positions = [bucket(first + column) for column in range(change.shape[1])]
@@ -398,7 +393,7 @@ class _Fit:
         sae = self._sae
         for part, at in zip(_parts(z, sae), _parts(position, sae), strict=True):
             acts = sae.encode(part)
-            z_hat, active = sae.decode(acts), firing.add(acts)
+            z_hat, active = sae.decode(acts, sae.token_scale(part)), firing.add(acts)
             self.strength += float(acts.double().sum())
             for low, high in dict.fromkeys(map(bucket, at.tolist())):
                 here = (at >= low) & (at <= high)

@@ -1,31 +1,37 @@
-"""One sweep of a corpus through a model and an SAE: each feature's statistics, its examples, and their DFA.
+"""One sweep of a corpus through a model and SAEs of it: each feature's statistics, its examples, and their DFA.
 
     scan     every row once, in shards, in whatever precision is fast: counts, histograms, head sums, candidates (tally.py)
-    choose   the shards' tallies merged; which examples to keep, hence which rows to visit (choice.py)
+    choose   the shards' tallies merged; which examples to keep, hence which rows to visit (choice.py); who fires together
+             (partners.py)
     visit    these rows once more in fp32 with v and pattern: every stored number of an example comes from here (visit.py)
     features what is said of each feature: the scan's sums, the decoder's logits and neighbours, the family (describe.py)
 
 Each step writes one file aside and renames it, and does nothing when the file is there, so a harvest that was killed goes
-on where it stopped. The scan's shards, and the visit's parts, may be done in any order by any number of workers.
+on where it stopped. The scan's shards, and the visit's parts, may be done in any order by any number of workers. SAEs of
+several layers share the passes of scan and visit, in which each layer's z is read as the pass comes by it; each SAE has
+files, and a result, of its own.
 
 Arrays in files carry their shapes in the comments where they are made. Rows are indices into `Rows.train`.
 """
 
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from sae_core.choice import OVERSAMPLE, Selection, choose, shards, swept_rows
 from sae_core.config import HarvestConfig
-from sae_core.describe import FeatureTable, examples, features, row_records
+from sae_core.describe import features
+from sae_core.feature_table import FeatureTable, examples, row_records
 from sae_core.progress import Clock, Progress
 from sae_core.records import ExampleRecord
-from sae_core.tally import Firings, Tallier, Tally, by_head, head_parts
+from sae_core.tally import PENDING, PENDING_OF_ALL, Batch, Tallier, Tally, by_head, coded_share, head_parts
 from sae_core.visit import visit, visit_parts, visited_rows
 
 if TYPE_CHECKING:
@@ -38,11 +44,14 @@ __all__ = [
     "FeatureTable",
     "Files",
     "HarvestResult",
+    "Seen",
     "Selection",
     "choose",
     "examples",
     "features",
+    "files_of",
     "harvest",
+    "harvest_many",
     "row_records",
     "scan_shard",
     "shards",
@@ -56,55 +65,103 @@ __all__ = [
 # ---- scan ----
 
 
+Z_BYTES = 2**29
+"""Of z held at once: with many layers or long rows a pass takes fewer rows than `batch_rows`."""
+
+
 def scan_shard(
     lens: "Lens",
-    sae: "SAE",
+    saes: Sequence["SAE"],
     rows: "Rows",
     shard: range,
     cfg: HarvestConfig,
-    path: Path,
-    activations: "Activations | None" = None,
+    paths: Sequence[Path],
+    activations: "Mapping[int, Activations] | None" = None,
+    before: Sequence[NDArray[np.int64]] = (),
 ) -> Generator[Progress, None, None]:
-    """Sweep the rows of one shard and write its tally to `path`; progress in tokens of this shard.
+    """Sweep the rows of one shard, all layers in one pass, and write each SAE's tally to its path.
 
-    z is read from `activations` where they hold the whole shard. A file that is there is left alone.
+    z is read from `activations`, by layer, where they hold the whole shard at every layer. A file that is there is left alone.
+    Progress in tokens of this shard, with `firings` and `live` features so far, of all SAEs and of all shards `before` (each
+    SAE's firings [F]) as well.
+
+    Every pass has the same number of rows: what a row gives does not depend on how the sweep is cut or where it ends.
     """
-    if path.exists():
+    todo = [i for i, path in enumerate(paths) if not path.exists()]
+    if not todo:
         return
-    device = sae.W_enc.device
-    w = by_head(sae.W_enc.T, sae.cfg.n_heads)
-    cached = activations if activations is not None and activations.n_rows >= shard.stop else None
-    tally = Tally.empty(
-        sae.cfg.d_sae,
-        sae.cfg.n_heads,
-        first_row=shard.start,
-        top=OVERSAMPLE * cfg.top_k,
-        sample=2 * cfg.per_band + 2,
-        seed=cfg.seed,
-        device=device,
-    )
-    tallier, n_tokens, clock = Tallier(tally), 0, Clock("scan", len(shard) * rows.context)
-    for low in range(shard.start, shard.stop, cfg.batch_rows):
-        high = min(low + cfg.batch_rows, shard.stop)
-        z = _read_z(lens, sae.cfg.site.layer, rows, low, high, cfg) if cached is None else cached.read_z(low, high)
-        z = z.to(device)
-        swept = ~sae.excluded(z)
+    share, pending = coded_share(swept_rows(rows, cfg) * rows.context), max(1, min(PENDING, PENDING_OF_ALL // len(saes)))
+    scanners = [_Scanner(saes[i], shard, cfg, rows.context, share, pending) for i in todo]
+    known = [before[i] for i in todo] if before else [np.zeros(1, dtype=np.int64) for _ in todo]
+    layers = sorted({sae.cfg.site.layer for sae in saes})
+    read = partial(_read_z, lens, layers, rows, cfg)
+    if activations is not None and all(layer in activations and activations[layer].n_rows >= shard.stop for layer in layers):
+        read = partial(_cached_z, activations, layers)
+    per_row = 4 * rows.context * len(layers) * max(sae.cfg.d_in for sae in saes)
+    at_once = max(1, min(cfg.batch_rows, Z_BYTES // per_row))
+    clock = Clock("scan", len(shard) * rows.context)
+    for low in range(shard.start, shard.stop, at_once):
+        high = min(low + at_once, shard.stop)
+        z = read(low, high, at_once)
+        for scanner in scanners:
+            scanner.take_in(z[scanner.layer], low)
+        counts = [scanner.tallier.tally.count.cpu().numpy() + count for scanner, count in zip(scanners, known, strict=True)]
+        values = {"firings": float(sum(c.sum() for c in counts)), "live": float(sum((c > 0).sum() for c in counts))}
+        yield replace(clock.at((high - shard.start) * rows.context), values=values)
+    for i, scanner in zip(todo, scanners, strict=True):
+        scanner.tallier.finish(len(shard)).save(paths[i])
+
+
+class _Scanner:
+    """One SAE on a sweep."""
+
+    def __init__(self, sae: "SAE", shard: range, cfg: HarvestConfig, context: int, share: float, pending: int) -> None:
+        self.sae, self.layer, self.device = sae, sae.cfg.site.layer, sae.W_enc.device
+        self.w = by_head(sae.W_enc.T, sae.cfg.n_heads)
+        tally = Tally.empty(
+            sae.cfg.d_sae,
+            sae.cfg.n_heads,
+            first_row=shard.start,
+            top=OVERSAMPLE * cfg.top_k,
+            sample=2 * cfg.per_band + 2,
+            seed=cfg.seed,
+            context=context,
+            share=share,
+            device=self.device,
+        )
+        self.tallier = Tallier(tally, pending)
+
+    def take_in(self, z: Tensor, first_row: int) -> None:
+        """Tally what the SAE makes of z [b, pos, d_in] of the rows from `first_row`."""
+        z = z.to(self.device)
+        swept = ~self.sae.excluded(z)
         row, pos = swept.nonzero(as_tuple=True)
         destinations = z[swept].float()
-        acts = sae.encode_sparse(destinations)
-        given = head_parts(destinations, w, acts.token, acts.feature)
-        tallier.add(Firings(acts.feature, low + row[acts.token], pos[acts.token], acts.value), given)
-        n_tokens += len(row)
-        yield clock.at((high - shard.start) * rows.context)
-    tallier.finish(n_tokens, len(shard)).save(path)
+        acts = self.sae.encode_sparse(destinations)
+        given = head_parts(self.sae.scaled(destinations), self.w, acts.token, acts.feature)
+        self.tallier.add(Batch(first_row + row, pos, acts.token, acts.feature, acts.value, given))
 
 
-def _read_z(lens: "Lens", layer: int, rows: "Rows", low: int, high: int, cfg: HarvestConfig) -> Tensor:
+def _read_z(
+    lens: "Lens", layers: Sequence[int], rows: "Rows", cfg: HarvestConfig, low: int, high: int, at_once: int
+) -> dict[int, Tensor]:
+    """z of rows low .. high by layer, from a pass of `at_once` rows: the last row is repeated where there are fewer."""
     from sae_core.lens import resolve_dtype  # TransformerLens takes seconds to import; a cached sweep needs none of it
 
     dtype = resolve_dtype(cfg.model_dtype, lens.device)
-    tokens = torch.from_numpy(rows.train[low:high].astype(np.int64))
-    return lens.read_z(tokens.to(lens.device), [layer], dtype)[layer]
+    which = np.minimum(np.arange(low, low + at_once), high - 1)
+    tokens = torch.from_numpy(rows.train[which].astype(np.int64))
+    return {layer: z[: high - low] for layer, z in lens.read_z(tokens.to(lens.device), layers, dtype).items()}
+
+
+def _cached_z(
+    activations: "Mapping[int, Activations]",
+    layers: Sequence[int],
+    low: int,
+    high: int,
+    at_once: int,  # noqa: ARG001 - one face with `_read_z`
+) -> dict[int, Tensor]:
+    return {layer: activations[layer].read_z(low, high) for layer in layers}
 
 
 # ---- the whole ----
@@ -150,6 +207,11 @@ class Files:
         return self.folder / "features.npz"
 
 
+def files_of(folder: Path, n_saes: int) -> list[Files]:
+    """Where a harvest of so many SAEs keeps what it knows of each: a lone one has the folder to itself."""
+    return [Files(folder)] if n_saes == 1 else [Files(folder / f"sae-{i:03d}") for i in range(n_saes)]
+
+
 def harvest(
     lens: "Lens",
     sae: "SAE",
@@ -162,26 +224,59 @@ def harvest(
 
     The folder belongs to one SAE, one set of rows and one config. Yields progress in tokens (scan) and rows (visit).
     """
-    files, n_rows = Files(folder), swept_rows(rows, cfg)
+    cached = None if activations is None else {sae.cfg.site.layer: activations}
+    results = yield from harvest_many(lens, [sae], rows, cfg, folder, cached)
+    return results[0]
+
+
+def harvest_many(
+    lens: "Lens",
+    saes: Sequence["SAE"],
+    rows: "Rows",
+    cfg: HarvestConfig,
+    folder: Path,
+    activations: "Mapping[int, Activations] | None" = None,
+) -> Generator[Progress, None, list[HarvestResult]]:
+    """`harvest` for several SAEs of one model, of any of its layers, which share every model pass; `activations` by layer."""
+    files, n_rows = files_of(folder, len(saes)), swept_rows(rows, cfg)
     todo = shards(n_rows, cfg)
-    yield from _together(
-        "scan",
-        "tokens",
-        n_rows * rows.context,
-        ((len(s) * rows.context, scan_shard(lens, sae, rows, s, cfg, files.shard(s), activations)) for s in todo),
-    )
-    yield Progress("choose", 0, len(todo), "shards")
-    selection = choose([files.shard(s) for s in todo], sae, rows, cfg, files.selection)
-    ranges = visit_parts([selection], cfg)
-    paths = tuple(files.part(i) for i in range(len(ranges)))
+    seen = Seen(saes)
+
+    def scan(shard: range) -> Generator[Progress, None, None]:
+        paths = [file.shard(shard) for file in files]
+        yield from scan_shard(lens, saes, rows, shard, cfg, paths, activations, seen.counts)
+        seen.add(paths)
+
+    yield from _together("scan", "tokens", n_rows * rows.context, ((len(s) * rows.context, scan(s)) for s in todo))
+    selections = []
+    for i, (sae, file) in enumerate(zip(saes, files, strict=True)):
+        yield Progress("choose", i, len(saes), "SAEs")
+        selections.append(choose([file.shard(s) for s in todo], sae, rows, cfg, file.selection))
+    ranges = visit_parts(selections, cfg)
     yield from _together(
         "visit",
         "rows",
-        len(selection.rows),
-        ((len(r), visit(lens, [sae], rows, [selection], r, cfg, [p])) for r, p in zip(ranges, paths, strict=True)),
+        len(visited_rows(selections)),
+        ((len(r), visit(lens, saes, rows, selections, r, cfg, [file.part(i) for file in files])) for i, r in enumerate(ranges)),
     )
-    yield Progress("features", 0, sae.cfg.d_sae, "features")
-    return HarvestResult(selection, features(lens, sae, selection, paths, cfg, files.features), paths)
+    results = []
+    for i, (sae, file, selection) in enumerate(zip(saes, files, selections, strict=True)):
+        yield Progress("features", i, len(saes), "SAEs")
+        parts = tuple(file.part(part) for part in range(len(ranges)))
+        results.append(HarvestResult(selection, features(lens, sae, selection, parts, cfg, file.features), parts))
+    return results
+
+
+class Seen:
+    """How often each feature has fired in the shards that are done, for those who watch."""
+
+    def __init__(self, saes: Sequence["SAE"]) -> None:
+        self.counts = [np.zeros(sae.cfg.d_sae, dtype=np.int64) for sae in saes]
+
+    def add(self, shard: Sequence[Path]) -> None:
+        """Take in a shard's files, one per SAE."""
+        for count, path in zip(self.counts, shard, strict=True):
+            count += Tally.count_of(path)
 
 
 def _together(
@@ -191,6 +286,6 @@ def _together(
     before = 0
     for size, piece in pieces:
         for report in piece:
-            yield Progress(phase, before + report.done, total, unit, report.rate)
+            yield replace(report, phase=phase, done=before + report.done, total=total, unit=unit)
         before += size
         yield Progress(phase, before, total, unit)

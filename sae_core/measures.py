@@ -19,6 +19,11 @@ TINY = 1e-12  # stands for a norm of zero, so that a division gives 0 rather tha
 AT_ONCE = 2**25  # elements of one matrix of cosines or activations (128 MiB in fp32)
 
 
+def bucket(position: int) -> tuple[int, int]:
+    """The positions (first, last) that are reported together with `position`: 0, 1, 2 to 3, 4 to 7, 8 to 15 and so on."""
+    return (0, 0) if position == 0 else (1 << position.bit_length() - 1, (1 << position.bit_length()) - 1)
+
+
 class Sums:
     """What tokens add up to, coordinate by coordinate."""
 

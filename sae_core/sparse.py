@@ -64,7 +64,7 @@ class Preacts:
     def parts(self) -> Iterator[Tensor]:
         """The pre-activations of consecutive tokens, in `dtype`; a part is overwritten when the next is asked for."""
         x, weights, bias = self.x.to(self.dtype), self.W_enc_t.to(self.dtype).T, self.b_enc.to(self.dtype)
-        rows = _rows(self.shape[1], self.dtype, self.device)
+        rows = part_rows(self.shape[1], self.dtype, self.device)
         buffer = torch.empty(min(rows, len(x)), self.shape[1], dtype=self.dtype, device=self.device)
         for part in torch.split(x, rows):
             yield torch.addmm(bias, part, weights, out=buffer[: len(part)])
@@ -85,16 +85,25 @@ class Preacts:
         return code._replace(value=value)
 
 
-def _rows(d_sae: int, dtype: torch.dtype, device: torch.device) -> int:
+def part_rows(d_sae: int, dtype: torch.dtype, device: torch.device) -> int:
     """How many tokens' pre-activations are looked at together."""
     fit = PART_BYTES.get(device.type, PART_BYTES["cuda"]) // (d_sae * dtype.itemsize)
     return max(64, fit // 64 * 64)
 
 
+def true_at(mask: Tensor) -> Tensor:
+    """int64: where a mask [n] is true, ascending. Most of a code is not: eight entries are looked at together first."""
+    if len(mask) % 8:
+        return mask.nonzero().squeeze(1)
+    eights = mask.view(torch.int64).nonzero().squeeze(1)
+    inside = mask.view(-1, 8)[eights].view(-1).nonzero().squeeze(1)
+    return eights[inside // 8] * 8 + inside % 8
+
+
 def _parts(preacts: Tensor | Preacts) -> Iterator[Tensor]:
     if isinstance(preacts, Preacts):
         return preacts.parts()
-    return iter(torch.split(preacts, _rows(preacts.shape[1], preacts.dtype, preacts.device)))
+    return iter(torch.split(preacts, part_rows(preacts.shape[1], preacts.dtype, preacts.device)))
 
 
 # ---- selection ----

@@ -3,13 +3,15 @@
 Everything here merges exactly: tallies of disjoint rows, merged in any order, give what one tally of all the rows gives
 (counts and examples to the bit, float sums up to rounding). Memory depends on the number of features, not of tokens.
 
-A firing is (row, pos, feature, value > 0). Two sets of firings are kept:
+A firing is (row, pos, feature, value > 0). Three sets of firings are kept:
 
 top      per feature the `top` strongest, one per row; ties go to the smaller row, then the smaller position.
 sample   per feature and cell of value (a quarter octave) the `sample` firings with the smallest hashed keys. The key of a
          firing is a hash of (row, pos, feature, seed), so it knows nothing of batches, shards or workers; the firings with
          the m smallest keys of any union of cells are a uniform draw without replacement of m firings of that union
          (m <= sample), whatever the counts of its cells: no weights are needed.
+codes    all firings of some tokens: those whose hashed (row, pos, seed) lies below a bar that follows from the length of the
+         whole sweep, so that about CODED_TOKENS tokens are below it. From them follows which features fire together.
 """
 
 import errno
@@ -20,7 +22,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -42,7 +44,11 @@ EDGES: NDArray[np.float32] = (2.0 ** (LOWEST + np.arange(N_BINS + 1) / OCTAVE_BI
 CELL_EDGES = EDGES[::CELL_BINS]
 PENDING = 1 << 21
 """Firings gathered before they are sorted into what is kept: bounds memory, and makes the sorts cheap per firing."""
+PENDING_OF_ALL = 1 << 24
+"""The same for all SAEs of a sweep together (256 MiB)."""
 MAX_CONTEXT = 1 << 16
+CODED_TOKENS = 1 << 17
+"""Tokens of a sweep whose whole codes are kept; all of them in a sweep no longer than this."""
 
 
 @dataclass(frozen=True)
@@ -82,18 +88,45 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
+def token_ids(row: Tensor, pos: Tensor) -> Tensor:
+    """int64 [n]: one number for each (row, pos), in their order."""
+    return row.long() * MAX_CONTEXT + pos.long()
+
+
+def _token_mix(row: Tensor, pos: Tensor, seed: int) -> Tensor:
+    salt = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) - (1 << 63)
+    return _mix(token_ids(row, pos) ^ salt)
+
+
 def keys(firings: Firings, seed: int) -> Tensor:
     """int64 [n], uniform in 0 .. 2^63: a hash of each firing's (row, pos, feature) and the seed."""
-    token = firings.row.long() * MAX_CONTEXT + firings.pos.long()
-    salt = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]) - (1 << 63)
-    mixed = _mix(_mix(token ^ salt) + firings.feature.long() * 0x1E3779B97F4A7C15)
+    mixed = _mix(_token_mix(firings.row, firings.pos, seed) + firings.feature.long() * 0x1E3779B97F4A7C15)
     return mixed & ((1 << 63) - 1)
+
+
+def is_coded(row: Tensor, pos: Tensor, seed: int, share: float) -> Tensor:
+    """bool [n]: whether the whole codes of the tokens (row, pos) are kept, where `share` of all are. Hashed on their own,
+    so that the choice of tokens knows nothing of the choice of examples."""
+    if share >= 1:
+        return torch.ones(len(row), dtype=torch.bool, device=row.device)
+    mixed = _mix(_token_mix(row, pos, seed) - 0x1E3779B97F4A7C15)  # as of a feature that there is not
+    return (mixed & ((1 << 63) - 1)) < int(share * (1 << 63))
+
+
+def coded_share(n_tokens: int) -> float:
+    """Share of a sweep's tokens whose codes are kept."""
+    return min(1.0, CODED_TOKENS / max(n_tokens, 1))
 
 
 def bins(value: Tensor) -> Tensor:
     """int64 [n]: the histogram bin of each value; EDGES[bin] <= value < EDGES[bin + 1] within the ends."""
     inner = torch.from_numpy(EDGES[1:-1]).to(value.device)
     return torch.bucketize(value, inner, right=True)
+
+
+def n_buckets(context: int) -> int:
+    """How many buckets (`measures.bucket`) the positions of a row fall into; position p is in bucket p.bit_length()."""
+    return (context - 1).bit_length() + 1
 
 
 def ranks(groups: Tensor) -> Tensor:
@@ -145,12 +178,62 @@ def smallest_keys(firings: Firings, k: int, seed: int, n_features: int) -> tuple
     return firings.take(kept), cell[kept]
 
 
+@dataclass(frozen=True)
+class Codes:
+    """Which features fire on some tokens."""
+
+    token: Tensor
+    """int64 [S], ascending: `token_ids` of the tokens, those on which nothing fires among them."""
+    n: Tensor
+    """int64 [S]: how many features fire on each."""
+    feature: Tensor
+    """int32 [sum n]: the features, token by token."""
+
+    @classmethod
+    def empty(cls) -> "Codes":
+        """Of no token."""
+        whole = torch.zeros(0, dtype=torch.int64)
+        return cls(whole, whole, whole.int())
+
+    @classmethod
+    def union(cls, parts: Sequence["Codes"]) -> "Codes":
+        """The codes of disjoint sets of tokens as one, the same whatever the order of the parts."""
+        token, n, feature = (torch.cat([getattr(part, name) for part in parts]) for name in ("token", "n", "feature"))
+        if bool((token[1:] > token[:-1]).all()):
+            return cls(token, n, feature)
+        order = token.argsort()
+        starts, lengths = (n.cumsum(0) - n)[order], n[order]
+        first = (starts - (lengths.cumsum(0) - lengths)).repeat_interleave(lengths)
+        return cls(token[order], lengths, feature[first + torch.arange(len(feature))])
+
+
+class Batch(NamedTuple):
+    """What one SAE makes of some tokens."""
+
+    row: Tensor
+    """[T] rows of the tokens swept, excluded ones left out."""
+    pos: Tensor
+    """[T] their positions."""
+    token: Tensor
+    """[n] ascending: index of each firing's token among these."""
+    feature: Tensor
+    """[n]"""
+    value: Tensor
+    """float32 [n], > 0"""
+    heads: Tensor
+    """float32 [n, n_heads]: w_k . z_k, what each head gave."""
+
+
 @dataclass
 class Tally:
     """What a pass keeps of a set of rows."""
 
     n_features: int
     n_heads: int
+    context: int
+    """Tokens in a row."""
+    share: float
+    """Share of the tokens whose codes are kept."""
     top: int
     sample: int
     seed: int
@@ -175,8 +258,15 @@ class Tally:
     """float64 [F, n_heads]: sum over firings of w_k . z_k, which is the sum over sources of the head's DFA."""
     heads_squares: Tensor
     """float64 [F, n_heads]: sum of its squares."""
+    position_tokens: Tensor
+    """int64 [B]: tokens swept in each bucket of positions (`n_buckets`)."""
+    position_count: Tensor
+    """int64 [F, B]: firings there."""
+    position_total: Tensor
+    """float64 [F, B]: their sum."""
     tops: Firings
     samples: Firings
+    codes: Codes
 
     @classmethod
     def empty(
@@ -188,14 +278,19 @@ class Tally:
         top: int,
         sample: int,
         seed: int,
+        context: int,
+        share: float = 1.0,
         device: torch.device | str = "cpu",
     ) -> Self:
         """The tally of no rows."""
         zeros = torch.zeros(n_features, dtype=torch.float64, device=device)
         per_head = torch.zeros(n_features, n_heads, dtype=torch.float64, device=device)
+        by_position = torch.zeros(n_features, n_buckets(context), dtype=torch.float64, device=device)
         return cls(
             n_features=n_features,
             n_heads=n_heads,
+            context=context,
+            share=share,
             top=top,
             sample=sample,
             seed=seed,
@@ -210,8 +305,12 @@ class Tally:
             histogram=torch.zeros(n_features, N_BINS, dtype=torch.int64, device=device),
             heads=per_head,
             heads_squares=per_head.clone(),
+            position_tokens=torch.zeros(n_buckets(context), dtype=torch.int64, device=device),
+            position_count=by_position.long(),
+            position_total=by_position,
             tops=Firings.empty(device),
             samples=Firings.empty(device),
+            codes=Codes.empty(),
         )
 
     def merge(self, other: "Tally") -> None:
@@ -219,12 +318,13 @@ class Tally:
         self.first_row = min(self.first_row, other.first_row)
         self.n_tokens += other.n_tokens
         self.n_rows += other.n_rows
-        for name in ("count", "total", "squares", "histogram", "heads", "heads_squares"):
+        for name in SUMS:
             getattr(self, name).add_(getattr(other, name))
         self.highest = torch.maximum(self.highest, other.highest)
         self.lowest = torch.minimum(self.lowest, other.lowest)
         self.tops = strongest(Firings.cat([self.tops, other.tops]), self.top)
         self.samples, _ = smallest_keys(Firings.cat([self.samples, other.samples]), self.sample, self.seed, self.n_features)
+        self.codes = Codes.union([self.codes, other.codes])
 
     def save(self, path: Path) -> None:
         """Write it aside and rename it, so that a file that is there is whole."""
@@ -233,15 +333,24 @@ class Tally:
         arrays |= {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor and f.name != "histogram"}
         for name in ("tops", "samples"):
             arrays |= {f"{name}.{column}": getattr(getattr(self, name), column) for column in COLUMNS}
-        whole = {name: getattr(self, name) for name in _WHOLE}
-        save_arrays(path, {name: tensor.cpu().numpy() for name, tensor in arrays.items()}, whole)
+        saved: dict[str, NDArray[Any]] = {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+        narrow = np.uint16 if self.n_features <= 1 << 16 else np.int32
+        saved |= {
+            "codes.token": self.codes.token.numpy(),
+            "codes.n": self.codes.n.numpy().astype(np.int32),
+            "codes.feature": self.codes.feature.numpy().astype(narrow),
+        }
+        save_arrays(path, saved, {name: getattr(self, name) for name in _WHOLE})
 
     @classmethod
     def load(cls, path: Path, device: torch.device | str = "cpu") -> Self:
         """The tally in `path`."""
         arrays, whole = load_arrays(path)
+        coded = (arrays.pop(f"codes.{name}") for name in ("token", "n", "feature"))
+        kinds = (np.int64, np.int64, np.int32)
+        codes = Codes(*(torch.from_numpy(array.astype(kind)) for array, kind in zip(coded, kinds, strict=True)))
         tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-        made = {name: whole[name] for name in ("first_row", "top", "sample", "seed")}
+        made = {name: whole[name] for name in ("first_row", "top", "sample", "seed", "context", "share")}
         tally = cls.empty(whole["n_features"], whole["n_heads"], **made, device=device)
         tally.n_tokens, tally.n_rows = whole["n_tokens"], whole["n_rows"]
         tally.histogram.view(-1)[tensors.pop("bin")] = tensors.pop("bin_count")
@@ -249,6 +358,7 @@ class Tally:
             setattr(tally, name, Firings(*(tensors.pop(f"{name}.{column}") for column in COLUMNS)))
         for name, tensor in tensors.items():
             setattr(tally, name, tensor)
+        tally.codes = codes
         return tally
 
     @staticmethod
@@ -257,40 +367,79 @@ class Tally:
         with np.load(path, allow_pickle=False) as file:
             return int(json.loads(file["values"].tobytes())["first_row"])
 
+    @staticmethod
+    def count_of(path: Path) -> NDArray[np.int64]:
+        """The firings [F] of the tally in `path`, without reading the rest."""
+        with np.load(path, allow_pickle=False) as file:
+            count: NDArray[np.int64] = file["count"]
+        return count
 
-_WHOLE = ("n_features", "n_heads", "top", "sample", "seed", "first_row", "n_tokens", "n_rows")
+
+SUMS = (
+    "count",
+    "total",
+    "squares",
+    "histogram",
+    "heads",
+    "heads_squares",
+    "position_tokens",
+    "position_count",
+    "position_total",
+)
+"""What adds up over rows."""
+_WHOLE = ("n_features", "n_heads", "context", "share", "top", "sample", "seed", "first_row", "n_tokens", "n_rows")
 
 
 class Tallier:
     """Builds a tally batch by batch; `finish` gives it. Batches may come in any order."""
 
-    def __init__(self, tally: Tally) -> None:
+    def __init__(self, tally: Tally, pending: int = PENDING) -> None:
         self.tally = tally
         device = tally.count.device
+        self._most = pending
         self._pending: list[Firings] = []
         self._n_pending = 0
+        self._codes: list[Codes] = []
         # What a firing must beat to be kept; most never do, so after a while little is left to sort.
         self._bar = torch.zeros(tally.n_features, device=device)
         self._key_bar = torch.full((tally.n_features * N_CELLS,), (1 << 63) - 1, dtype=torch.int64, device=device)
+        self._bucket = torch.tensor([p.bit_length() for p in range(tally.context)], device=device)
 
-    def add(self, firings: Firings, heads: Tensor) -> None:
-        """Take in firings [n] with what each head gave to them, w_k . z_k, float32 [n, n_heads]."""
-        tally, size = self.tally, self.tally.n_features
-        feature, value = firings.feature.long(), firings.value.double()
-        tally.count += torch.bincount(feature, minlength=size)
-        tally.total += torch.bincount(feature, weights=value, minlength=size)
-        tally.squares += torch.bincount(feature, weights=value.square(), minlength=size)
+    def add(self, batch: Batch) -> None:
+        """Take in the firings of some tokens."""
+        tally = self.tally
+        # ---- sums ----
+        feature, value = batch.feature.long(), batch.value
+        bucket, width = self._bucket[batch.pos.long()], tally.position_tokens.shape[0]
+        tally.position_tokens += torch.bincount(bucket, minlength=width)
+        tally.n_tokens += len(batch.row)
+        where = feature * width + bucket[batch.token]
+        position_count = torch.bincount(where, minlength=tally.n_features * width).view(-1, width)
+        tally.position_count += position_count
+        tally.count += position_count.sum(1)
+        position_total = torch.bincount(where, weights=value.double(), minlength=tally.n_features * width).view(-1, width)
+        tally.position_total += position_total
+        tally.total += position_total.sum(1)
+        add_by_feature(tally.squares, feature, value.double().square())
         for head in range(tally.n_heads):
-            given = heads[:, head].double()
-            tally.heads[:, head] += torch.bincount(feature, weights=given, minlength=size)
-            tally.heads_squares[:, head] += torch.bincount(feature, weights=given.square(), minlength=size)
-        tally.highest.scatter_reduce_(0, feature, firings.value, "amax")
-        tally.lowest.scatter_reduce_(0, feature, firings.value, "amin")
-        narrow = [column.to(torch.int32) for column in (firings.feature, firings.row, firings.pos)]
-        self._pending.append(Firings(narrow[0], narrow[1], narrow[2], firings.value))
+            given = batch.heads[:, head].double()
+            add_by_feature(tally.heads[:, head], feature, given)
+            add_by_feature(tally.heads_squares[:, head], feature, given.square())
+        tally.highest.scatter_reduce_(0, feature, value, "amax")
+        tally.lowest.scatter_reduce_(0, feature, value, "amin")
+        # ---- what may be kept ----
+        self._keep_codes(batch)
+        row, pos = (column.to(torch.int32)[batch.token] for column in (batch.row, batch.pos))
+        self._pending.append(Firings(batch.feature.to(torch.int32), row, pos, value))
         self._n_pending += len(feature)
-        if self._n_pending >= PENDING:
+        if self._n_pending >= self._most:
             self._digest()
+
+    def _keep_codes(self, batch: Batch) -> None:
+        chosen = is_coded(batch.row, batch.pos, self.tally.seed, self.tally.share)
+        n = torch.bincount(batch.token, minlength=len(batch.row))[chosen]
+        features = batch.feature[chosen[batch.token]].to(torch.int32)
+        self._codes.append(Codes(token_ids(batch.row[chosen], batch.pos[chosen]).cpu(), n.cpu(), features.cpu()))
 
     def _digest(self) -> None:
         if not self._pending:
@@ -311,16 +460,23 @@ class Tallier:
         last = ranks(cell) == tally.sample - 1
         self._key_bar[cell[last]] = keys(tally.samples.take(last), tally.seed)
 
-    def finish(self, n_tokens: int, n_rows: int) -> Tally:
-        """The tally of all that was added, out of `n_tokens` tokens in `n_rows` rows."""
+    def finish(self, n_rows: int) -> Tally:
+        """The tally of all that was added, out of `n_rows` rows."""
         self._digest()
-        self.tally.n_tokens, self.tally.n_rows = n_tokens, n_rows
+        self.tally.codes = Codes.union([self.tally.codes, *self._codes])
+        self._codes = []
+        self.tally.n_rows = n_rows
         return self.tally
+
+
+def add_by_feature(sums: Tensor, feature: Tensor, value: Tensor) -> None:
+    """Add values [n] to the sums [F] of their features [n]."""
+    sums += torch.bincount(feature, weights=value, minlength=len(sums))
 
 
 def by_head(w: Tensor, n_heads: int) -> Tensor:
     """[F, d_in] -> [n_heads, F, d_head], contiguous: as `head_parts` reads it."""
-    return w.view(len(w), n_heads, -1).transpose(0, 1).contiguous()
+    return w.view(len(w), n_heads, w.shape[1] // n_heads).transpose(0, 1).contiguous()
 
 
 def head_parts(z: Tensor, w: Tensor, token: Tensor, feature: Tensor) -> Tensor:

@@ -26,9 +26,11 @@ from sae_core.config import (
     EvaluateJob,
     HarvestConfig,
     HarvestJob,
+    InductionStudy,
     ModelSource,
     RowsConfig,
     Site,
+    SpecificityStudy,
     SweepConfig,
     TrainConfig,
 )
@@ -48,9 +50,9 @@ from server import doctor as doctors
 from server import estimates, jobs, terminal, tracking, up
 from server.db import Database, sqlite_path
 from server.jobs import Jobs, slug
-from server.options import built, given, options, takes
+from server.options import built, given, options, split_texts, takes
 from server.settings import Settings
-from server.store import registry, sweeps
+from server.store import registry, stored_harvests, studies, sweeps
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
@@ -66,9 +68,15 @@ app = typer.Typer(
 db_app = typer.Typer(help="The database.", no_args_is_help=True)
 model_app = typer.Typer(help="Language models, registered by name.", no_args_is_help=True)
 corpus_app = typer.Typer(help="Bodies of text, registered by name.", no_args_is_help=True)
+study_app = typer.Typer(
+    help="Questions put to a feature, or to the heads of a model; the answers have pages.", no_args_is_help=True
+)
 app.add_typer(db_app, name="db")
 app.add_typer(model_app, name="model")
 app.add_typer(corpus_app, name="corpus")
+harvests_app = typer.Typer(help="Harvests that are stored.", no_args_is_help=True)
+app.add_typer(harvests_app, name="harvests")
+app.add_typer(study_app, name="study")
 
 Data = Annotated[
     Path | None,
@@ -265,25 +273,38 @@ def sweep(
     _train(settings, raw, listed, name=name, revision=revision, watch=watch)
 
 
-@app.command(epilog="Example: [bold]headscope harvest --sae gpt2-l5-1a2b3c --tokens 4000000[/bold]")
+@app.command(
+    epilog="Examples: [bold]headscope harvest --sae gpt2-l5-1a2b3c --tokens 4000000[/bold]; "
+    "[bold]headscope harvest --model gpt2[/bold]"
+)
 @takes(options(HarvestConfig))
 def harvest(
-    sae: Annotated[str, typer.Option("--sae", help="Name of the SAE.")],
+    saes: Annotated[
+        list[str] | None,
+        typer.Option("--sae", help="Name of an SAE; repeat it for several of one model, which share every pass."),
+    ] = None,
+    model: Annotated[str | None, typer.Option("--model", help="All SAEs of this model, in one pass.")] = None,
     corpus: Annotated[str | None, typer.Option("--corpus", help="Text to sweep.", show_default="the training's")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="With a worker running: stay and show progress.")] = False,
     data: Data = None,
     device: Device = None,
     **values: Any,
 ) -> None:
-    """Sweep text through an SAE that exists: statistics, examples and their attribution, published when complete."""
+    """Sweep text through SAEs that exist: statistics, examples and their attribution, published when complete."""
     harvest_config = built(HarvestConfig, given(values, HarvestConfig))
     with _opened(_settings(data=data, device=device)) as (settings, db):
         _give_token(settings)
-        with db.read() as session:
-            record = registry.sae(session, sae)
-        found, rows = _corpus_for(db, record, corpus, "sweep")
-        rows = rows or RowsConfig(context=record.config.context, tokens=harvest_config.tokens, heldout_tokens=0)
-        cfg = HarvestJob(sae=sae, corpus=found.name, rows=rows, harvest=harvest_config)
+        records = _swept(db, saes or [], model)
+        texts = [_corpus_for(db, record, corpus, "sweep") for record in records]
+        found, rows = texts[0]
+        if any((other.name, rows_) != (found.name, rows) for other, rows_ in texts):
+            raise UsageError(
+                f"{records[0].name} and others of these SAEs were trained on other rows of text, and one sweep reads the same "
+                "rows for all; harvest those of each training together.",
+                field="sae",
+            )
+        rows = rows or RowsConfig(context=records[0].config.context, tokens=harvest_config.tokens, heldout_tokens=0)
+        cfg = HarvestJob(saes=tuple(r.name for r in records), corpus=found.name, rows=rows, harvest=harvest_config)
         queue = Jobs(settings, db)
         alive = queue.worker_alive()
         if not alive:
@@ -292,11 +313,13 @@ def harvest(
             registry.add_corpus(session, found.name, found.source)
         job_id = queue.enqueue_harvest(cfg)
         job = queue.get(job_id)
-        if job.status == "done":
-            _say(f"{job_id} is done already: the same sweep of the same SAE would give the same numbers.")
+        with db.read() as session:
+            there = stored_harvests.n_made_by(session, job_id) == len(cfg.saes)
+        if job.status == "done" and there:
+            _say(f"{job_id} is done already: the same sweep would give the same numbers.")
             return
-        if job.status in ("failed", "cancelled"):
-            queue.retry(job_id)
+        if job.ended:
+            queue.retry(job_id, even_done=True)
         _say(f"Queued {job_id}.")
         if not alive:
             _work_here(settings, db, job_id)
@@ -371,6 +394,223 @@ def evaluate(
         console.print_json(json.dumps(metrics))
     else:
         _table(("measure", "value"), terminal.measures(metrics), "")
+
+
+# --------------------------------------------------------------------------------------------------------------- studies
+
+
+TEXTS, EXPRESSION = "<text>,...", "<expression>"
+AsJson = Annotated[bool, typer.Option("--json", help="Wait for the end and print one JSON object.")]
+
+
+@study_app.command(
+    "specificity",
+    epilog='Examples: [bold]headscope study specificity --sae mine --feature 14 --induction " board"[/bold]; '
+    '[bold]headscope study specificity --sae mine --feature 7 --tokens " he, she" --not-regex "[.!?] \\w+"[/bold]',
+)
+@takes(options(SpecificityStudy, skip=("kind", "sae", "feature", "corpus", "rows", "proxies")))
+def study_specificity(
+    sae: Annotated[str, typer.Option("--sae", help="Name of the SAE.")],
+    feature: Annotated[int, typer.Option("--feature", help="Index of the feature.")],
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tokens",
+            help="The token is one of these, spaces and all; a comma that belongs to one has a backslash before it.",
+            metavar=TEXTS,
+        ),
+    ] = None,
+    regex: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--regex", help="A match ends where the row's text, up to and including the token, ends.", metavar=EXPRESSION
+        ),
+    ] = None,
+    token_regex: Annotated[
+        list[str] | None, typer.Option("--token-regex", help="The token's own text matches.", metavar=EXPRESSION)
+    ] = None,
+    induction: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--induction",
+            help="One of these is next by induction: the token stood earlier in the row, followed by it.",
+            metavar=TEXTS,
+        ),
+    ] = None,
+    not_tokens: Annotated[
+        list[str] | None, typer.Option("--not-tokens", help="The token is none of these.", metavar=TEXTS)
+    ] = None,
+    not_regex: Annotated[list[str] | None, typer.Option("--not-regex", help="No match ends there.", metavar=EXPRESSION)] = None,
+    not_token_regex: Annotated[
+        list[str] | None, typer.Option("--not-token-regex", help="The token's own text does not match.", metavar=EXPRESSION)
+    ] = None,
+    not_induction: Annotated[
+        list[str] | None, typer.Option("--not-induction", help="None of these is next by induction.", metavar=TEXTS)
+    ] = None,
+    corpus: Annotated[str | None, typer.Option("--corpus", help="Text to read.", show_default="the training's")] = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Hold a feature against a proxy that you write: how specific and how sensitive it is, with examples of where they differ.
+
+    Several proxies, or one given several times, must all hold.
+    """
+    proxies = [
+        proxy | {"negated": negated}
+        for negated, written in (
+            (False, (tokens, regex, token_regex, induction)),
+            (True, (not_tokens, not_regex, not_token_regex, not_induction)),
+        )
+        for proxy in _proxies(*written)
+    ]
+    if not proxies:
+        raise UsageError(
+            "Say what the feature is held against: --tokens, --regex, --token-regex or --induction.", field="proxies"
+        )
+    raw = {"sae": sae, "feature": feature, "proxies": proxies} | given(values, SpecificityStudy)
+    built(SpecificityStudy, raw | {"corpus": "checked-later"}, OF_STUDY)
+    with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
+        _give_token(settings)
+        with db.read() as session:
+            record = registry.sae(session, sae)
+        found, rows = _corpus_for(db, record, corpus, "read")
+        cfg = built(SpecificityStudy, raw | {"corpus": found.name}, OF_STUDY)
+        rows = rows or RowsConfig(context=record.config.context, tokens=cfg.tokens_swept, heldout_tokens=0)
+        jobs.check_feature(record, feature)
+        with db.write() as session:
+            registry.add_corpus(session, found.name, found.source)
+        _study(settings, db, cfg.model_copy(update={"rows": rows}), as_json=as_json, watch=watch)
+
+
+@study_app.command(
+    "induction",
+    epilog="Examples: [bold]headscope study induction --model gpt2 --layers 5[/bold]; "
+    "[bold]headscope study induction --model smollm2 --corpus ./texts --samples 400[/bold]",
+)
+@takes(options(InductionStudy, skip=("kind", "model", "corpus", "rows")))
+def study_induction(
+    model: LanguageModel,
+    corpus: Annotated[
+        str | None,
+        typer.Option("--corpus", help="Real text to see them in; none leaves it out.", show_default="of the model's newest SAE"),
+    ] = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Find the heads that do induction, and tell those that need a long repeated prefix from those that need one token."""
+    raw = given(values, InductionStudy)
+    built(InductionStudy, raw | {"model": "checked-later"}, OF_STUDY)
+    with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
+        _give_token(settings)
+        found = _find_model(db, model, revision)
+        with db.read() as session:
+            trained = studies.training_of(session, found.name)
+        asked = corpus if corpus is not None else trained.corpus if trained else "none"
+        text = None if asked == "none" else _find_corpus(db, asked)
+        cfg = built(InductionStudy, raw | {"model": found.name, "corpus": text.name if text else None}, OF_STUDY)
+        if text:
+            same = trained is not None and trained.corpus == text.name
+            own = RowsConfig(context=cfg.length, tokens=cfg.text_rows * cfg.length, heldout_tokens=0)
+            cfg = cfg.model_copy(update={"rows": trained.rows if trained and same else own})
+        if text and text.new:
+            _check_text(text.source)
+        with db.write() as session:
+            registry.add_model(session, found.name, found.source)
+            if text:
+                registry.add_corpus(session, text.name, text.source)
+        _study(settings, db, cfg, as_json=as_json, watch=watch)
+
+
+OF_STUDY = {f"proxies.{name}": "" for name in ("texts", "pattern")}
+
+
+def _proxies(
+    tokens: list[str] | None, regex: list[str] | None, token_regex: list[str] | None, induction: list[str] | None
+) -> Iterator[dict[str, Any]]:
+    """The proxies that were written, not checked yet."""
+    for kind, texts in (("tokens", tokens), ("induction", induction)):
+        for text in texts or ():
+            if not text:
+                raise UsageError(f"--{kind} is empty; name one token or more, such as --{kind} ' board'.", field=kind)
+            yield {"kind": kind, "texts": split_texts(text)}
+    for on, name, patterns in (("text", "regex", regex), ("token", "token-regex", token_regex)):
+        for pattern in patterns or ():
+            if not pattern:
+                raise UsageError(f"--{name} is empty; write an expression, such as --{name} '[0-9]$'.", field=name)
+            yield {"kind": "regex", "pattern": pattern, "on": on}
+
+
+def _study(settings: Settings, db: Database, cfg: SpecificityStudy | InductionStudy, *, as_json: bool, watch: bool) -> None:
+    """Queue a study, or make it here when no worker runs; what is known already is shown."""
+    queue = Jobs(settings, db)
+    alive = queue.worker_alive()
+    job_id = queue.enqueue_study(cfg)
+    if (job := queue.get(job_id)).status == "done":
+        _say(f"{job_id} is done already: the same question would get the same answer.")
+    else:
+        if not alive:
+            doctors.need_worker_extra()
+        if job.status in ("failed", "cancelled"):
+            queue.retry(job_id)
+        _say(f"Queued {job_id}.")
+        if not alive:
+            _work_here(settings, db, job_id)
+        elif watch or as_json:
+            _end(db, _watch_here(db, job_id))
+        else:
+            return
+    with db.read() as session:
+        made = studies.of_job(session, job_id)
+        found = studies.study(session, made) if made is not None else None
+    if found is None:
+        return
+    if as_json:
+        console.print_json(json.dumps(found.result))
+    else:
+        _table(("measure", "value"), terminal.study(found.result), "")
+        _say(f"Its plots are at /studies/{found.id}.")
+
+
+# -------------------------------------------------------------------------------------------------------------- harvests
+
+
+@harvests_app.command("list")
+def harvests_list(data: Data = None) -> None:
+    """Harvests that are stored: those that are shown, those that were replaced, those that are being written."""
+    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        rows = [
+            (
+                str(h.id),
+                h.sae,
+                h.status,
+                f"{h.n_tokens:,}",
+                f"{h.n_live:,}",
+                f"{h.n_examples:,}",
+                f"{h.created_at:%Y-%m-%d %H:%M}",
+            )
+            for h in stored_harvests.stored(session)
+        ]
+    names = ("id", "SAE", "state", "tokens", "live features", "examples", "begun")
+    _table(names, rows, "Nothing has been harvested; `headscope harvest` does it.")
+
+
+@harvests_app.command("delete", epilog="Example: [bold]headscope harvests delete 3[/bold]")
+def harvests_delete(
+    harvest_id: Annotated[int, typer.Argument(metavar="ID", help="As `headscope harvests list` says it.")],
+    force: Annotated[bool, typer.Option("--force", help="Even the one that the pages show.")] = False,
+    data: Data = None,
+) -> None:
+    """Delete a stored harvest: its features and examples. Pages stay usable meanwhile."""
+    with _opened(_settings(data=data)) as (_, db):
+        stored_harvests.delete(db, harvest_id, force=force)
+        _say(f"Harvest {harvest_id} is deleted.")
 
 
 # ------------------------------------------------------------------------------------------------------------- registers
@@ -579,6 +819,21 @@ def _find_corpus(db: Database, asked: str) -> _Found[CorpusSource]:
         if same := registry.corpus_at(session, source):
             return _Found(same.name, source, new=False)
     return _Found(_free_name(asked.removeprefix("hf:"), set(known)), source, new=True)
+
+
+def _swept(db: Database, names: list[str], model: str | None) -> list[registry.SAERecord]:
+    """The SAEs that are named, or all of a model."""
+    if bool(names) == (model is not None):
+        raise UsageError(
+            "Say which SAEs to sweep: --sae names one and may be repeated, --model takes all of a model.", field="sae"
+        )
+    with db.read() as session:
+        if model is None:
+            return [registry.sae(session, name) for name in sorted(set(names))]
+        found = registry.saes_of_model(session, registry.model(session, model).id)
+    if not found:
+        raise UsageError(f"{model} has no SAE yet; `headscope train` makes one.", field="model")
+    return found
 
 
 def _corpus_for(

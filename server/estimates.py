@@ -8,9 +8,9 @@ estimate: within a factor of two or so before the start, better with every batch
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from sae_core.config import EvaluateJob, HarvestConfig, TrainConfig
+from sae_core.config import EvaluateJob, HarvestConfig, InductionStudy, RowsConfig, TrainConfig
 from sae_core.progress import Progress
 
 
@@ -80,6 +80,7 @@ ROWS_PER_SECOND = 10_000.0  # examples written to the database
 def train_seconds(cfg: TrainConfig, shape: Shape, speed: Speed) -> dict[str, float]:
     """Seconds of each phase of a training job, harvests included as one phase `harvests`."""
     tokens, d_sae = cfg.rows.tokens, cfg.expansion * shape.d_in
+    swept = Swept(cfg.site.layer, d_sae, cfg.k)
     forward = shape.pass_flops(cfg.site.layer + 1) / (speed.best * EFFICIENCY["pass"])
     step = 3 * 2.0 * shape.d_in * d_sae / (speed.best * EFFICIENCY["step"])
     evaluated = cfg.rows.heldout_tokens * shape.pass_flops(cfg.site.layer + 1) + 4 * 128 * cfg.rows.context * shape.full_flops
@@ -88,7 +89,7 @@ def train_seconds(cfg: TrainConfig, shape: Shape, speed: Speed) -> dict[str, flo
         "collect": tokens * forward,
         "train": tokens * cfg.passes * step,
         "evaluate": 2.0 + evaluated / (speed.float32 * EFFICIENCY["visit"]),
-        "harvests": sum(sum(harvest_seconds(h, cfg, shape, speed, cached=True).values()) for h in cfg.harvests),
+        "harvests": sum(sum(harvest_seconds(h, [swept], cfg.rows, shape, speed, cached=True).values()) for h in cfg.harvests),
     }
 
 
@@ -108,18 +109,49 @@ def evaluate_seconds(cfg: EvaluateJob, layer: int, shape: Shape, speed: Speed) -
     return 2.0 + (read * shape.pass_flops(layer + 1) + scored) / (speed.float32 * EFFICIENCY["visit"])
 
 
-def harvest_seconds(cfg: HarvestConfig, train: TrainConfig, shape: Shape, speed: Speed, *, cached: bool) -> dict[str, float]:
-    """Seconds of each phase of a harvest; `cached` when the training's activations are still on disk."""
-    tokens, context, d_sae = min(cfg.tokens, train.rows.tokens), train.rows.context, train.expansion * shape.d_in
-    n_examples = d_sae * (cfg.top_k + cfg.bands * cfg.per_band)
+class Swept(NamedTuple):
+    """An SAE, as far as the cost of sweeping it goes."""
+
+    layer: int
+    d_sae: int
+    k: int
+
+
+def scan_seconds(tokens: int, layer: int, model: Sized, speed: Speed) -> float:
+    """Seconds of reading z of one layer in fp32."""
+    return 1.0 + tokens * Shape.of(model).pass_flops(layer + 1) / (speed.float32 * EFFICIENCY["visit"])
+
+
+def induction_seconds(cfg: InductionStudy, model: Sized, speed: Speed) -> dict[str, float]:
+    """Seconds of each phase of a study of induction heads. How many heads there are to cut prefixes for is not known before;
+    one in twelve is a guess."""
+    shape = Shape.of(model)
+    depth = model.n_layers if cfg.layers == "all" else max(cfg.layers) + 1
+    per_token = shape.pass_flops(depth) / (speed.float32 * EFFICIENCY["pass"])
+    to_end = shape.pass_flops(model.n_layers) / (speed.float32 * EFFICIENCY["pass"])
+    layers = model.n_layers if cfg.layers == "all" else len(cfg.layers)
+    found = {"synthetic": 1.0 + cfg.samples * cfg.prefixes * cfg.length * to_end}
+    if cfg.corpus:
+        cut = 2 * cfg.cuts * layers * model.n_heads / 12
+        found |= {"text": cfg.text_rows * cfg.rows.context * per_token, "cut": cut * cfg.rows.context * per_token}
+    return found
+
+
+def harvest_seconds(
+    cfg: HarvestConfig, saes: Sequence[Swept], rows: RowsConfig, shape: Shape, speed: Speed, *, cached: bool
+) -> dict[str, float]:
+    """Seconds of each phase of a harvest of some SAEs in one pass; `cached` when their activations are on disk."""
+    tokens, context = min(cfg.tokens, rows.tokens), rows.context
+    per_feature = cfg.top_k + cfg.bands * cfg.per_band
+    d_sae, n_examples = sum(sae.d_sae for sae in saes), sum(sae.d_sae for sae in saes) * per_feature
     visited = min(tokens // context, n_examples)
-    forward = shape.pass_flops(train.site.layer + 1)
+    forward = shape.pass_flops(max(sae.layer for sae in saes) + 1)
     read = 0.0 if cached else forward / (speed.best * EFFICIENCY["pass"])
     return {
         "scan": tokens * (read + 2.0 * shape.d_in * d_sae / (speed.float32 * EFFICIENCY["encode"])),
-        "choose": 1.0 + n_examples / 50_000,
+        "choose": len(saes) + n_examples / 50_000,
         "visit": visited * context * forward / (speed.float32 * EFFICIENCY["visit"]) + n_examples / 20_000,
-        "features": 1.0 + d_sae * 2.0 * shape.d_model * shape.d_vocab / (speed.float32 * EFFICIENCY["pass"]),
+        "features": len(saes) + d_sae * 2.0 * shape.d_model * shape.d_vocab / (speed.float32 * EFFICIENCY["pass"]),
         "write": n_examples / ROWS_PER_SECOND,
     }
 

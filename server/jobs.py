@@ -16,8 +16,8 @@ from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from dbos import error as dbos_error
 from sqlalchemy.orm import Session
 
-from sae_core.config import EvaluateJob, HarvestJob, SweepConfig, TrainConfig
-from sae_core.errors import DatabaseTooOld, LayerOutOfRange
+from sae_core.config import EvaluateJob, HarvestJob, InductionStudy, SpecificityStudy, SweepConfig, TrainConfig, said
+from sae_core.errors import DatabaseTooOld, LayerOutOfRange, NotFound, UsageError
 from server.db import Database
 from server.settings import Settings
 from server.store import jobs as store
@@ -28,8 +28,9 @@ from server.store.sweeps import run_names, sweep_name
 APP = "headscope"
 VERSION = "2"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
 QUEUE = "gpu"
-PRIORITY = {"evaluate": 1, "harvest": 1, "train": 2, "sweep": 3}  # what a person waits for comes before new work
+PRIORITY = {"evaluate": 1, "study": 1, "harvest": 1, "train": 2, "sweep": 3}  # what a person waits for comes before new work
 NAME_LENGTH = 60
+TITLE_LENGTH = 300
 SWEEP_NAME_LENGTH = 36  # what tells a run from its siblings is added to it, and both must fit a harvest's id
 MANY_LAYERS = 200  # more than any model has, while it is not known how many this one has
 
@@ -80,12 +81,25 @@ class Jobs:
         return job_id
 
     def enqueue_harvest(self, cfg: HarvestJob, parent: str | None = None, *, seconds_left: float | None = None) -> str:
-        """Queue a harvest and give its id, which follows from the SAE and the config: asked twice, it runs once."""
+        """Queue a harvest and give its id, which follows from the SAEs and the config: asked twice, it runs once.
+
+        Raises UsageError where the SAEs read different models.
+        """
         job_id = harvest_id(cfg)
         with self._db.write() as session:
-            registry.sae(session, cfg.sae)
+            models = {(record := registry.sae(session, name)).model_id: record.name for name in cfg.saes}
+            if len(models) > 1:
+                names = " and ".join(sorted(models.values())[:2])
+                raise UsageError(
+                    f"{names} read different models, and a harvest is one pass through one; harvest each on its own.", field="sae"
+                )
             registry.corpus(session, cfg.corpus)
-            title = f"Harvest {cfg.sae} over {cfg.harvest.tokens:,} tokens of {cfg.corpus}"
+            swept = (
+                cfg.saes[0]
+                if len(cfg.saes) == 1
+                else f"{len(cfg.saes)} SAEs of {registry.model_by_id(session, next(iter(models))).name}"
+            )
+            title = f"Harvest {swept} over {cfg.harvest.tokens:,} tokens of {cfg.corpus}"
             store.create(
                 session, job_id, "harvest", title, cfg.model_dump(mode="json"), parent_id=parent, seconds_left=seconds_left
             )
@@ -106,6 +120,25 @@ class Jobs:
         self.release()
         return f"{base}-{n}"
 
+    def enqueue_study(self, cfg: SpecificityStudy | InductionStudy) -> str:
+        """Queue a study and give its id, which follows from the config: asked twice, it runs once."""
+        job_id = study_id(cfg)
+        with self._db.write() as session:
+            if isinstance(cfg, SpecificityStudy):
+                check_feature(registry.sae(session, cfg.sae), cfg.feature)
+                title = f"Feature {cfg.feature} of {cfg.sae} against: {said(cfg.proxies)}"
+            else:
+                model = registry.model(session, cfg.model)
+                for layer in () if cfg.layers == "all" else cfg.layers:
+                    check_layer(model.name, model, layer)
+                title = f"Induction heads of {cfg.model}, {_named(cfg.layers)}"
+            if cfg.corpus is not None:
+                registry.corpus(session, cfg.corpus)
+            shown = title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 1]}…"
+            store.create(session, job_id, "study", shown, cfg.model_dump(mode="json"))
+        self.release()
+        return job_id
+
     def cancel(self, job_id: str) -> JobRecord:
         """Cancel a job, queued or running; a worker that runs it notices at its next batch. An ended job stays as it is."""
         with self._db.write() as session:
@@ -115,10 +148,10 @@ class Jobs:
             self.release()
         return self.get(job_id)
 
-    def retry(self, job_id: str) -> JobRecord:
-        """Run a failed or cancelled job again, from what it left on disk."""
+    def retry(self, job_id: str, *, even_done: bool = False) -> JobRecord:
+        """Run a failed or cancelled job again, from what it left on disk; `even_done`, when what it made was deleted."""
         with self._db.write() as session:
-            store.requeue(session, job_id)
+            store.requeue(session, job_id, even_done=even_done)
         self.client.delete_workflow(job_id)  # DBOS keeps an ended workflow's id; a fresh one may not reuse it
         self.release()
         return self.get(job_id)
@@ -235,21 +268,41 @@ class Shape(Protocol):
 def check_shape(name: str, model: Shape, runs: Sequence[TrainConfig]) -> None:
     """Refuse, as far as the model is known, a layer that it lacks and an SAE with fewer features than may be active."""
     for run in runs:
-        if model.n_layers is not None and run.site.layer >= model.n_layers:
-            raise LayerOutOfRange(
-                f"{name} has layers 0 to {model.n_layers - 1}; there is no layer {run.site.layer}.", field="layer"
-            )
+        check_layer(name, model, run.site.layer)
         if model.n_heads is not None and model.d_head is not None:
             run.check_width(model.n_heads * model.d_head)
 
 
+def check_layer(name: str, model: Shape, layer: int) -> None:
+    """Refuse, as far as the model is known, a layer that it lacks."""
+    if model.n_layers is not None and layer >= model.n_layers:
+        raise LayerOutOfRange(f"{name} has layers 0 to {model.n_layers - 1}; there is no layer {layer}.", field="layer")
+
+
+def check_feature(sae: registry.SAERecord, feature: int) -> None:
+    """Refuse a feature that the SAE lacks."""
+    if feature >= sae.config.d_sae:
+        raise NotFound(
+            f"{sae.name} has {sae.config.d_sae:,} features, counted from 0, so there is no feature {feature}.", field="feature"
+        )
+
+
 def _layers(cfg: SweepConfig) -> str:
-    if cfg.layers == "all":
+    return _named(cfg.layers if cfg.layers == "all" else cfg.layers or (cfg.base.site.layer,))
+
+
+def _named(layers: Sequence[int] | str) -> str:
+    if isinstance(layers, str):
         return "all layers"
-    listed = cfg.layers or (cfg.base.site.layer,)
-    return f"layer{'s' if len(listed) > 1 else ''} {', '.join(map(str, listed))}"
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
+
+
+def study_id(cfg: SpecificityStudy | InductionStudy) -> str:
+    """The one id of this study."""
+    of = f"{cfg.sae}-{cfg.feature}" if isinstance(cfg, SpecificityStudy) else slug(cfg.model)
+    return f"study-{of}-{cfg.hash()}"
 
 
 def harvest_id(cfg: HarvestJob) -> str:
-    """The one id of this harvest of this SAE."""
-    return f"harvest-{cfg.sae}-{cfg.hash()}"
+    """The one id of this harvest of these SAEs."""
+    return f"harvest-{cfg.saes[0] if len(cfg.saes) == 1 else f'{len(cfg.saes)}-saes'}-{cfg.hash()}"

@@ -8,7 +8,8 @@ What happens to a training job, top to bottom:
     follow     queue the config's harvests; each replaces the one before
 
 A sweep trains many SAEs in one such step, then evaluates and publishes one after the other. An evaluation of an SAE that
-exists measures it and puts the numbers in the place of the old ones. And what happens to a harvest: scan (a step per shard),
+exists measures it and puts the numbers in the place of the old ones. A study puts a question to a feature or to a model's heads
+and keeps what it finds. And what happens to a harvest: scan (a step per shard),
 choose, visit (a step per part), features, write (a step per part), publish.
 
 Steps run at least once, their effects appear once: every write checks in its own transaction that this attempt still owns
@@ -37,25 +38,27 @@ from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowE
 from sqlalchemy.orm import Session
 
 from sae_core import harvest as sweep
-from sae_core import machine
+from sae_core import heads, machine
 from sae_core.activations import Activations, about
-from sae_core.config import EvaluateJob, HarvestJob, SweepConfig, TrainConfig
+from sae_core.config import EvaluateJob, HarvestJob, InductionStudy, SpecificityStudy, SweepConfig, TrainConfig, study_job
 from sae_core.corpus import Rows, prepare_rows
-from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SAEMismatch, SlotTaken
+from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SlotTaken
 from sae_core.evaluate import evaluate
 from sae_core.lens import Lens, load_lens
 from sae_core.parallel import check_processes, train_parallel
 from sae_core.probes import read_texts
 from sae_core.progress import Progress, relayed
-from sae_core.saes import SAE, load_sae
+from sae_core.saes import SAE, check_fits, load_sae
 from sae_core.stability import check_same_site
+from sae_core.studies import induction
+from sae_core.studies.specificity import specificity
 from sae_core.train import activations_of, curve_of, diverged, made_by, train_many
 from server import doctor, estimates, jobs
 from server.db import Database
 from server.downloads import sha256_of
 from server.estimates import Shape
 from server.settings import Settings
-from server.store import harvests, registry
+from server.store import harvests, registry, studies
 from server.store import jobs as store
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
@@ -76,6 +79,9 @@ SAID = {
     "train": "Training.",
     "evaluate": "Evaluating on held-out rows and on repeated random tokens.",
     "scan": "Sweeping the corpus for firings.",
+    "synthetic": "Reading random tokens with a prefix copied.",
+    "text": "Looking for induction in real text.",
+    "cut": "Cutting repeated prefixes down to one token.",
     "choose": "Choosing examples.",
     "visit": "Visiting the chosen rows with attention patterns.",
     "features": "Describing the features.",
@@ -245,7 +251,7 @@ def train_job(run: Run) -> None:
     run.step("train", lambda: _train(run, cfg))
     metrics = run.step("evaluate", lambda: _evaluate(run, cfg))
     run.step("publish", lambda: _publish_sae(run, cfg, name, metrics))
-    run.step("follow", lambda: _follow(run, cfg, name))
+    run.step("follow", lambda: _follow(run, [(cfg, name)]))
 
 
 def _train(run: Run, cfg: TrainConfig) -> None:
@@ -295,12 +301,21 @@ def _publish_sae(run: Run, cfg: TrainConfig, name: str, metrics: dict[str, Any],
     run.say(f"The SAE is in {home}.")
 
 
-def _follow(run: Run, cfg: TrainConfig, name: str) -> None:
-    for config in cfg.harvests:
-        job = HarvestJob(sae=name, corpus=cfg.corpus, rows=cfg.rows, harvest=config)
-        model = run.worker.model_shape(cfg.model)
-        seconds = estimates.harvest_seconds(config, cfg, model, run.worker.speed, cached=True) if model else {}
-        run.worker.jobs.enqueue_harvest(job, parent=run.id, seconds_left=sum(seconds.values()) or None)
+def _follow(run: Run, made: Sequence[tuple[TrainConfig, str]]) -> None:
+    """Queue the harvests that the configs ask for; SAEs of which the nth is to be the same are swept together."""
+    for nth in range(max((len(cfg.harvests) for cfg, _ in made), default=0)):
+        alike: dict[tuple[str, str, str], list[tuple[TrainConfig, str]]] = {}
+        for cfg, name in made:
+            if nth < len(cfg.harvests):
+                alike.setdefault((cfg.corpus, cfg.rows.hash(), cfg.harvests[nth].hash()), []).append((cfg, name))
+        for members in alike.values():
+            first = members[0][0]
+            config = first.harvests[nth]
+            job = HarvestJob(saes=tuple(name for _, name in members), corpus=first.corpus, rows=first.rows, harvest=config)
+            model = run.worker.model_shape(first.model)
+            swept = [estimates.Swept(cfg.site.layer, cfg.expansion * model.d_in, cfg.k) for cfg, _ in members] if model else []
+            seconds = estimates.harvest_seconds(config, swept, first.rows, model, run.worker.speed, cached=True) if model else {}
+            run.worker.jobs.enqueue_harvest(job, parent=run.id, seconds_left=sum(seconds.values()) or None)
     for checkpoints in run.folder.glob("runs/*/checkpoints"):
         shutil.rmtree(checkpoints, ignore_errors=True)
 
@@ -321,8 +336,7 @@ def sweep_job(run: Run) -> None:
     for nth, (index, one, name) in enumerate(made):
         metrics = run.step(f"evaluate {index}", partial(_evaluate, run, one, index, nth, len(made)))
         run.step(f"publish {index}", partial(_publish_sae, run, one, name, metrics, index))
-    for index, one, name in made:
-        run.step(f"follow {index}", partial(_follow, run, one, name))
+    run.step("follow", lambda: _follow(run, [(one, name) for _, one, name in made]))
     shutil.rmtree(run.folder / "runs", ignore_errors=True)
 
 
@@ -393,123 +407,234 @@ def _store_metrics(run: Run, sae: str, metrics: dict[str, Any]) -> None:
         run.say(note)
 
 
+# ------------------------------------------------------------------------------------------------------------- study job
+
+
+def study(run: Run) -> None:
+    """A question put to a feature, or to the heads of a model; what is found is kept."""
+    cfg = study_job(run.job.config)
+    if isinstance(cfg, SpecificityStudy):
+        result = run.step("scan", lambda: _specificity(run, cfg))
+    else:
+        scores = run.step("synthetic", lambda: _synthetic(run, cfg))
+        text = run.step("text", lambda: _in_text(run, cfg, scores)) if cfg.corpus else None
+        result = run.step("sum up", lambda: _sum_up(run, cfg, scores, text))
+    run.step("store", lambda: _store_study(run, cfg, result))
+
+
+def _specificity(run: Run, cfg: SpecificityStudy) -> dict[str, Any]:
+    worker = run.worker
+    with worker.db.read() as session:
+        record = registry.sae(session, cfg.sae)
+        model = registry.model_by_id(session, record.model_id)
+    jobs.check_feature(record, cfg.feature)
+    lens = _lens(run, model.name)
+    sae = open_sae(worker.settings.data, record, lens)
+    rows = _rows(run, lens, cfg.corpus, cfg)
+    run.clock = estimates.Clock(
+        {"scan": estimates.scan_seconds(cfg.tokens_swept, record.config.site.layer, lens.info, worker.speed)}
+    )
+    return run.follow(specificity(lens, sae, rows, cfg)).model_dump(mode="json")
+
+
+def _synthetic(run: Run, cfg: InductionStudy) -> dict[str, Any]:
+    lens = _lens(run, cfg.model)
+    run.clock = estimates.Clock(estimates.induction_seconds(cfg, lens.info, run.worker.speed))
+    return run.follow(induction.synthetic(lens, cfg)).model_dump(mode="json")
+
+
+def _in_text(run: Run, cfg: InductionStudy, scores: dict[str, Any]) -> dict[str, Any]:
+    assert cfg.corpus is not None
+    lens = _lens(run, cfg.model)
+    if not run.clock.expected:
+        run.clock = estimates.Clock(estimates.induction_seconds(cfg, lens.info, run.worker.speed))
+    rows = _rows(run, lens, cfg.corpus, cfg)
+    found = induction.doing_induction(induction.Synthetic.model_validate(scores))
+    return run.follow(induction.in_text(lens, rows, cfg, found)).model_dump(mode="json")
+
+
+def _sum_up(run: Run, cfg: InductionStudy, scores: dict[str, Any], text: dict[str, Any] | None) -> dict[str, Any]:
+    seen = None if text is None else induction.InText.model_validate(text)
+    found = induction.induction(_lens(run, cfg.model), cfg, induction.Synthetic.model_validate(scores), seen)
+    return found.model_dump(mode="json")
+
+
+def _store_study(run: Run, cfg: SpecificityStudy | InductionStudy, result: dict[str, Any]) -> None:
+    with run.write() as session:
+        of_sae = registry.sae(session, cfg.sae) if isinstance(cfg, SpecificityStudy) else None
+        study_id = studies.write(
+            session,
+            job_id=run.id,
+            kind=cfg.kind,
+            title=run.job.title,
+            model_id=of_sae.model_id if of_sae else registry.model(session, run.job.config["model"]).id,
+            sae_id=of_sae.id if of_sae else None,
+            feature=cfg.feature if isinstance(cfg, SpecificityStudy) else None,
+            config=run.job.config,
+            result=result,
+        )
+    for note in result["notes"]:
+        run.say(note)
+    run.say(f"It found: {result['summary']}.")
+    run.say(f"See it at http://{run.worker.settings.host}:{run.worker.settings.port}/studies/{study_id}.")
+
+
 # ----------------------------------------------------------------------------------------------------------- harvest job
 
 
 def harvest_job(run: Run) -> None:
-    """One sweep, from rows to a published harvest. What each step needs is read from disk again if the worker is new."""
+    """One sweep, from rows to published harvests. What each step needs is read from disk again if the worker is new."""
     cfg = HarvestJob.model_validate(run.job.config)
     hand = _Hands(run, cfg)
-    files, config = sweep.Files(run.folder), cfg.harvest
 
-    # ---- sweep and choose ----
-    shards = sweep.shards(hand.n_rows, config)
-    for shard in shards:
-        run.step(f"scan {shard.start}", partial(hand.scan, shard, files.shard(shard)))
-    run.step("choose", lambda: hand.choose([files.shard(shard) for shard in shards], files.selection))
+    # ---- sweep and choose: every row once, for all SAEs ----
+    for shard in hand.shards:
+        run.step(f"scan {shard.start}", partial(hand.scan, shard))
+    for index in range(len(cfg.saes)):
+        run.step(f"choose {index}", partial(hand.choose, index))
 
-    # ---- visit and describe ----
-    parts = sweep.visit_parts([hand.selection(files.selection)], config)
-    paths = [files.part(index) for index in range(len(parts))]
-    for part, path in zip(parts, paths, strict=True):
-        run.step(f"visit {part.start}", partial(hand.visit, files.selection, part, path))
-    run.step("features", lambda: hand.features(files, paths))
+    # ---- visit: every row chosen once, for all SAEs ----
+    parts = sweep.visit_parts(hand.selections, cfg.harvest)
+    for number, part in enumerate(parts):
+        run.step(f"visit {part.start}", partial(hand.visit, number, part))
 
-    # ---- write and publish ----
-    harvest_id = run.step("begin", lambda: hand.begin(files))
-    run.step("write features", lambda: hand.write_features(harvest_id, files, len(paths)))
-    for index in range(len(paths)):
-        run.step(f"write {index}", partial(hand.write_part, harvest_id, files, paths, index))
-    run.step("publish", lambda: hand.publish(harvest_id, len(paths)))
+    # ---- describe, write and publish: SAE after SAE ----
+    for index in range(len(cfg.saes)):
+        run.step(f"features {index}", partial(hand.features, index, len(parts)))
+        harvest_id = run.step(f"begin {index}", partial(hand.begin, index))
+        run.step(f"write features {index}", partial(hand.write_features, index, harvest_id, len(parts)))
+        run.step(f"write heads {index}", partial(hand.write_heads, index, harvest_id))
+        for number in range(len(parts)):
+            run.step(f"write {index} {number}", partial(hand.write_part, index, harvest_id, number, len(parts)))
+        run.step(f"publish {index}", partial(hand.publish, index, harvest_id, len(parts)))
 
 
 class _Hands:
-    """What a harvest's steps hold: model, SAE, rows; opened once per attempt."""
+    """What a harvest's steps hold: model, SAEs, rows; opened once per attempt."""
 
     def __init__(self, run: Run, cfg: HarvestJob) -> None:
         self.run, self.cfg, worker = run, cfg, run.worker
         with worker.db.read() as session:
-            self.record = registry.sae(session, cfg.sae)
+            self.records = [registry.sae(session, name) for name in cfg.saes]
             self.corpus = registry.corpus(session, cfg.corpus)
-            model = registry.model_by_id(session, self.record.model_id)
+            model = registry.model_by_id(session, self.records[0].model_id)
         self.lens = _lens(run, model.name)
-        self.sae = open_sae(worker.settings.data, self.record, self.lens)
-        train = self.record.config.train
-        parent = worker.settings.data / "jobs" / (self.record.job_id or "none")
-        same_rows = train is not None and train.corpus == cfg.corpus and train.rows == cfg.rows
+        self.saes = [open_sae(worker.settings.data, record, self.lens) for record in self.records]
         self.rows = _rows(run, self.lens, cfg.corpus, cfg)
-        self.activations = _activations(run, parent, self.lens, self.rows, train) if train is not None and same_rows else None
-        if train is not None:
-            expected = estimates.harvest_seconds(
-                cfg.harvest, train, Shape.of(self.lens.info), worker.speed, cached=self.activations is not None
-            )
-            run.clock = estimates.Clock(expected)
+        self.activations = self._cached()
+        layers = {sae.cfg.site.layer for sae in self.saes}
+        swept = [estimates.Swept(sae.cfg.site.layer, sae.cfg.d_sae, sae.cfg.k) for sae in self.saes]
+        cached = layers <= set(self.activations)
+        shape = Shape.of(self.lens.info)
+        run.clock = estimates.Clock(estimates.harvest_seconds(cfg.harvest, swept, cfg.rows, shape, worker.speed, cached=cached))
+        self.files = sweep.files_of(run.folder, len(self.saes))
         self.n_rows = sweep.swept_rows(self.rows, cfg.harvest)
-        self._chosen: sweep.Selection | None = None
-        self._table: sweep.FeatureTable | None = None
+        self.shards = sweep.shards(self.n_rows, cfg.harvest)
+        self._seen, self._n_seen = sweep.Seen(self.saes), 0
+        self._selections: list[sweep.Selection] = []
+        self._table: tuple[int, sweep.FeatureTable] | None = None
 
-    def scan(self, shard: range, path: Path) -> None:
+    def _cached(self) -> dict[int, Activations]:
+        """By layer, what is left on disk of activations of the same rows."""
+        found: dict[int, Activations] = {}
+        for record in self.records:
+            train = record.config.train
+            if train is not None and train.corpus == self.cfg.corpus and train.rows == self.cfg.rows:
+                parent = self.run.worker.settings.data / "jobs" / (record.job_id or "none")
+                held = _activations(self.run, parent, self.lens, self.rows, train)
+                if held is not None:
+                    found.setdefault(train.site.layer, held)
+        return found
+
+    def scan(self, shard: range) -> None:
         """One shard of the sweep."""
         context = self.rows.context
-        reports = sweep.scan_shard(self.lens, self.sae, self.rows, shard, self.cfg.harvest, path, self.activations)
-        self.run.follow(relayed(reports, _within(shard.start * context, self.n_rows * context)))
+        for before in self.shards[self._n_seen :]:
+            if before.stop <= shard.start:
+                self._seen.add([files.shard(before) for files in self.files])
+                self._n_seen += 1
+        paths = [files.shard(shard) for files in self.files]
+        within = _within(shard.start * context, self.n_rows * context)
+        reports = sweep.scan_shard(
+            self.lens, self.saes, self.rows, shard, self.cfg.harvest, paths, self.activations, self._seen.counts
+        )
+        # What was counted so far is one point, which each report replaces.
+        self.run.follow(relayed(reports, lambda report: replace(within(report), step=0)))
 
-    def choose(self, shards: list[Path], path: Path) -> None:
-        """Merge the shards and choose examples."""
-        self.run.report(Progress("choose", 0, 1, "steps"))
-        self._chosen = sweep.choose(shards, self.sae, self.rows, self.cfg.harvest, path)
+    def choose(self, index: int) -> None:
+        """Merge an SAE's shards and choose its examples."""
+        self.run.report(Progress("choose", index, len(self.saes), "SAEs"))
+        files = self.files[index]
+        paths = [files.shard(shard) for shard in self.shards]
+        sweep.choose(paths, self.saes[index], self.rows, self.cfg.harvest, files.selection)
 
-    def selection(self, path: Path) -> sweep.Selection:
-        """What was chosen."""
-        if self._chosen is None:
-            self._chosen = sweep.Selection.load(path)
-        return self._chosen
+    @property
+    def selections(self) -> list[sweep.Selection]:
+        """What was chosen of each SAE, without the sums, of which there are many."""
+        if not self._selections:
+            self._selections = [sweep.Selection.load(files.selection).without_sums() for files in self.files]
+        return self._selections
 
-    def visit(self, selection: Path, part: range, path: Path) -> None:
+    def visit(self, number: int, part: range) -> None:
         """The examples of one part, in fp32."""
-        chosen = self.selection(selection)
-        reports = sweep.visit(self.lens, [self.sae], self.rows, [chosen], part, self.cfg.harvest, [path])
-        self.run.follow(relayed(reports, _within(part.start, len(chosen.rows))))
+        paths, selections = [files.part(number) for files in self.files], self.selections
+        reports = sweep.visit(self.lens, self.saes, self.rows, selections, part, self.cfg.harvest, paths)
+        self.run.follow(relayed(reports, _within(part.start, len(sweep.visited_rows(selections)))))
 
-    def features(self, files: sweep.Files, parts: list[Path]) -> None:
-        """What is said of every feature."""
-        self.run.report(Progress("features", 0, 1, "steps"))
-        chosen = self.selection(files.selection)
-        self._table = sweep.features(self.lens, self.sae, chosen, parts, self.cfg.harvest, files.features)
+    def features(self, index: int, n_parts: int) -> None:
+        """What is said of every feature of an SAE."""
+        self.run.report(Progress("features", index, len(self.saes), "SAEs"))
+        files = self.files[index]
+        chosen, parts = sweep.Selection.load(files.selection), self.parts(index, n_parts)
+        self._table = index, sweep.features(self.lens, self.saes[index], chosen, parts, self.cfg.harvest, files.features)
 
-    def table(self, files: sweep.Files) -> sweep.FeatureTable:
-        """The features, as `features` left them."""
-        if self._table is None:
-            self._table = sweep.FeatureTable.load(files.features)
-        return self._table
+    def parts(self, index: int, n_parts: int) -> list[Path]:
+        """An SAE's files of the visit."""
+        return [self.files[index].part(number) for number in range(n_parts)]
 
-    def begin(self, files: sweep.Files) -> int:
+    def table(self, index: int) -> sweep.FeatureTable:
+        """An SAE's features, as `features` left them."""
+        if self._table is None or self._table[0] != index:
+            self._table = index, sweep.FeatureTable.load(self.files[index].features)
+        return self._table[1]
+
+    def begin(self, index: int) -> int:
         """The harvest's row; its id."""
         return harvests.begin(
             self.run.worker.db,
-            sae_id=self.record.id,
+            sae_id=self.records[index].id,
             corpus_id=self.corpus.id,
             job_id=self.run.id,
             config=self.cfg.harvest.model_dump(mode="json"),
-            totals=self.table(files).totals,
+            totals=self.table(index).totals,
             fence=self.run.fence,
         )
 
-    def write_features(self, harvest_id: int, files: sweep.Files, n_parts: int) -> None:
-        """Every feature."""
-        self.run.report(Progress("write", 0, n_parts + 1, "parts"))
-        harvests.write_features(self.run.worker.db, harvest_id, self.table(files), self.run.fence)
+    def write_features(self, index: int, harvest_id: int, n_parts: int) -> None:
+        """Every feature of an SAE."""
+        self._writes(index, 0, n_parts)
+        harvests.write_features(self.run.worker.db, harvest_id, self.table(index), self.run.fence)
 
-    def write_part(self, harvest_id: int, files: sweep.Files, paths: list[Path], index: int) -> None:
+    def write_heads(self, index: int, harvest_id: int) -> None:
+        """What the features of an SAE say of each head."""
+        found = heads.summaries(self.table(index), self.saes[index])
+        harvests.write_heads(self.run.worker.db, harvest_id, found, self.run.fence)
+
+    def write_part(self, index: int, harvest_id: int, number: int, n_parts: int) -> None:
         """The examples of one part."""
-        self.run.report(Progress("write", index + 1, len(paths) + 1, "parts"))
-        rows = sweep.row_records(self.table(files), paths, index)
-        harvests.write_part(self.run.worker.db, harvest_id, index, rows, self.run.fence)
+        self._writes(index, number + 1, n_parts)
+        rows = sweep.row_records(self.table(index), self.parts(index, n_parts), number)
+        harvests.write_part(self.run.worker.db, harvest_id, number, rows, self.run.fence)
 
-    def publish(self, harvest_id: int, n_parts: int) -> None:
+    def _writes(self, index: int, done: int, n_parts: int) -> None:
+        each = n_parts + 1
+        self.run.report(Progress("write", index * each + done, len(self.saes) * each, "parts"))
+
+    def publish(self, index: int, harvest_id: int, n_parts: int) -> None:
         """Readers see it from now on."""
+        settings, name = self.run.worker.settings, self.records[index].name
         harvests.publish(self.run.worker.db, harvest_id, n_parts, self.run.fence)
-        self.run.say(f"Published: http://{self.run.worker.settings.host}:{self.run.worker.settings.port}/saes/{self.cfg.sae}.")
+        self.run.say(f"Published: http://{settings.host}:{settings.port}/saes/{name}.")
 
 
 def _within(before: int, total: int) -> Callable[[Progress], Progress]:
@@ -555,7 +680,9 @@ def _lens(run: Run, model: str) -> Lens:
     return lens
 
 
-def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob | EvaluateJob) -> Rows:
+def _rows(
+    run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob | EvaluateJob | SpecificityStudy | InductionStudy
+) -> Rows:
     with run.worker.db.read() as session:
         source = registry.corpus(session, corpus).source
     return run.follow(
@@ -589,12 +716,7 @@ def _size(folder: Path) -> int:
 def open_sae(data: Path, record: registry.SAERecord, lens: Lens) -> SAE:
     """The SAE's weights, on the model's device, when they fit the model."""
     sae = load_sae(data / record.folder, lens.device)
-    if sae.cfg.d_in != lens.info.d_in or sae.cfg.model_fingerprint != lens.info.fingerprint:
-        raise SAEMismatch(
-            f"The SAE {record.name} was trained on other weights than those of {lens.info.name} now; "
-            "put the old weights back, or train a new SAE.",
-            field="sae",
-        )
+    check_fits(sae.cfg, lens.info, record.name)
     return sae
 
 
@@ -799,6 +921,13 @@ def evaluate_workflow(job_id: str) -> str:
     """DBOS's entry to `evaluate_job`."""
     assert _worker is not None
     return _worker.work(job_id, evaluate_job)
+
+
+@DBOS.workflow(name="study", max_recovery_attempts=None)
+def study_workflow(job_id: str) -> str:
+    """DBOS's entry to `study`."""
+    assert _worker is not None
+    return _worker.work(job_id, study)
 
 
 @DBOS.workflow(name="harvest", max_recovery_attempts=None)

@@ -151,6 +151,18 @@ def test_train_without_a_worker_runs_here_and_publishes(
     assert "is done already" in again.stdout
     other = headscope("harvest", "--sae", "first", "--tokens", "2048", "--top-k", "2")
     assert other.returncode == 0, other
+    assert "--sae names one" in refused(headscope("harvest", "--tokens", "2048"))
+
+    # ---- the harvests that are stored ----
+    listed = headscope("harvests", "list").stdout
+    assert re.search(r"2 +first +published", listed)
+    assert re.search(r"1 +first +replaced", listed)
+    assert "pages of first show" in refused(headscope("harvests", "delete", "2"))
+    assert "Harvest 1 is deleted." in headscope("harvests", "delete", "1").stdout
+    remade = headscope("harvest", "--model", "tiny", "--tokens", "4096", "--top-k", "3", "--per-band", "1")
+    assert remade.returncode == 0, remade
+    assert re.search(r"harvest-first-\w+ is done\.", remade.stdout)
+    assert re.search(r"first +published +[\d,]+ ", headscope("harvests", "list").stdout)
 
     # ---- and what can be asked of an SAE that exists ----
     few = ["--prose-rows", "4", "--repeated-rows", "2", "--dead-tokens", "512"]

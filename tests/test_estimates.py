@@ -5,7 +5,7 @@ import pytest
 from sae_core.config import HarvestConfig, RowsConfig, Site, TrainConfig
 from sae_core.progress import Progress
 from server.doctor import needs, sweep_needs
-from server.estimates import Clock, Shape, Speed, harvest_seconds, sweep_seconds, train_seconds
+from server.estimates import Clock, Shape, Speed, Swept, harvest_seconds, sweep_seconds, train_seconds
 from server.terminal import duration
 
 SHAPE = Shape(d_model=576, n_layers=30, n_heads=9, d_head=64, d_vocab=49152)
@@ -28,9 +28,22 @@ def test_a_faster_machine_is_expected_to_be_faster() -> None:
 
 
 def test_a_sweep_of_rows_on_disk_spares_the_model() -> None:
-    harvest = HarvestConfig()
-    cached, fresh = (harvest_seconds(harvest, config(), SHAPE, SPEED, cached=cached)["scan"] for cached in (True, False))
+    cached, fresh = (
+        harvest_seconds(HarvestConfig(), [Swept(17, 4608, 32)], RowsConfig(), SHAPE, SPEED, cached=cached)["scan"]
+        for cached in (True, False)
+    )
     assert cached < fresh
+
+
+def test_saes_swept_together_share_the_pass_of_the_deepest() -> None:
+    one, other = Swept(3, 4608, 32), Swept(17, 4608, 32)
+    shallow, deep, both = (
+        harvest_seconds(HarvestConfig(), saes, RowsConfig(), SHAPE, SPEED, cached=False)
+        for saes in ([one], [other], [one, other])
+    )
+    assert both["scan"] < shallow["scan"] + deep["scan"]
+    assert both["features"] == pytest.approx(shallow["features"] + deep["features"])
+    assert both["write"] == pytest.approx(2 * deep["write"])
 
 
 def test_runs_on_one_stream_share_a_pass_as_deep_as_the_deepest_and_add_up_their_steps() -> None:

@@ -15,8 +15,9 @@ from starlette.responses import RedirectResponse
 from server.jobs import Jobs
 from server.pages.reply import Read, render, reply
 from server.store import jobs as store
+from server.store import studies
 from server.store.jobs import JobRecord, LogLine, WorkerRecord
-from server.store.saes import CurvePoint, sae_made_by
+from server.store.saes import CurvePoint, saes_made_by
 
 router = APIRouter()
 
@@ -40,8 +41,12 @@ class JobPage:
     children: tuple[JobRecord, ...]
     curve: tuple[CurvePoint, ...]
     log: tuple[LogLine, ...]
-    sae: str | None
-    """The SAE it made or swept, once it is there."""
+    study: int | None
+    """The study it made, once it is there."""
+    saes: tuple[str, ...]
+    """The SAEs it made, measured or swept, once they are there."""
+    counters: dict[str, float]
+    """Of a harvest: `firings` and `live` features of the scan so far."""
 
 
 @router.get("/jobs", include_in_schema=False)
@@ -63,12 +68,16 @@ def look(session: Session, job_id: str) -> JobPage:
     """The job as it stands: five queries."""
     job = store.get(session, job_id)
     many = job.kind == "sweep"  # its SAEs and their curves have a page of their own
+    points = () if many else tuple(CurvePoint(step, values) for step, values in store.points(session, job_id))
+    counted = job.kind == "harvest"
     return JobPage(
         job=job,
         children=tuple(store.children(session, job_id)),
-        curve=() if many else tuple(CurvePoint(step, values) for step, values in store.points(session, job_id)),
+        curve=() if counted else points,
         log=tuple(store.log_lines(session, job_id)),
-        sae=None if many else sae_made_by(session, job_id, swept=job.config.get("sae")),
+        study=studies.of_job(session, job_id) if job.kind == "study" else None,
+        saes=() if many else saes_made_by(session, job_id, store.saes_of(job.config)),
+        counters=points[-1].values if counted and points else {},
     )
 
 

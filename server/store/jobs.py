@@ -103,10 +103,10 @@ def cancel(session: Session, job_id: str) -> bool:
     return True
 
 
-def requeue(session: Session, job_id: str) -> None:
-    """Queue a failed or cancelled job again; what it has on disk is used."""
+def requeue(session: Session, job_id: str, *, even_done: bool = False) -> None:
+    """Queue a failed or cancelled job again, or one that is done when what it made is gone; what it has on disk is used."""
     job = _locked(session, job_id)
-    if job.status not in (FAILED, CANCELLED):
+    if job.status not in (FAILED, CANCELLED) and not (even_done and job.status == DONE):
         raise JobError(f"Job {job_id} is {job.status}; only a failed or cancelled job can be run again.")
     job.status, job.error, job.phase, job.finished_at, job.done, job.total = QUEUED, None, None, None, 0, 0
     job.attempt += 1  # whoever still works on an earlier attempt is shut out from now on
@@ -148,10 +148,15 @@ def ids_like(session: Session, prefix: str) -> set[str]:
 
 
 def ready(session: Session) -> list[JobRecord]:
-    """Queued jobs that may start: no older job of the same parent and SAE is open, since harvests replace each other in order."""
-    open_jobs = of_status(session, OPEN)
-    first = {_line(job): job.id for job in reversed(open_jobs) if job.parent_id}
-    return [job for job in open_jobs if job.status == QUEUED and first.get(_line(job), job.id) == job.id]
+    """Queued jobs that may start: no older job of the same parent with one of its SAEs is open, since harvests replace each
+    other in order."""
+    free, taken = [], set[tuple[str, str]]()
+    for job in of_status(session, OPEN):
+        line = {(job.parent_id, sae) for sae in (saes_of(job.config) or ("",))} if job.parent_id else set()
+        if job.status == QUEUED and line.isdisjoint(taken):
+            free.append(job)
+        taken |= line
+    return free
 
 
 def points(session: Session, job_id: str, *, run: int = 0, after: int = -1) -> list[tuple[int, dict[str, float]]]:
@@ -282,9 +287,9 @@ def silent_workers(session: Session, seconds: float) -> list[str]:
 _AGE = (Job.created_at, Job.id)
 
 
-def _line(job: JobRecord) -> tuple[str | None, str | None]:
-    """Jobs of one line wait for each other: those that follow one job and concern one SAE."""
-    return job.parent_id, job.config.get("sae")
+def saes_of(config: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the SAEs that a job measures or sweeps, as its config says."""
+    return tuple(config.get("saes") or ((config["sae"],) if "sae" in config else ()))
 
 
 def _locked(session: Session, job_id: str) -> Job:

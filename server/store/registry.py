@@ -206,7 +206,12 @@ def sae(session: Session, name: str) -> SAERecord:
     row = session.scalar(sa.select(SAE).where(SAE.name == name))
     if row is None:
         raise NotFound(f"There is no SAE {name}; `headscope train` makes one.", field="sae")
-    return SAERecord(row.id, row.name, row.model_id, SAEConfig.model_validate(row.config), row.folder, row.sha256, row.job_id)
+    return _sae(row)
+
+
+def saes_of_model(session: Session, model_id: int) -> list[SAERecord]:
+    """All SAEs of a model, by layer."""
+    return [_sae(row) for row in session.scalars(sa.select(SAE).where(SAE.model_id == model_id).order_by(SAE.layer, SAE.name))]
 
 
 def metrics(session: Session, name: str) -> dict[str, Any]:
@@ -229,6 +234,10 @@ def note_metrics(session: Session, name: str, found: dict[str, Any]) -> None:
 def sae_names(session: Session) -> set[str]:
     """Names that are taken."""
     return set(session.scalars(sa.select(SAE.name)))
+
+
+def _sae(row: SAE) -> SAERecord:
+    return SAERecord(row.id, row.name, row.model_id, SAEConfig.model_validate(row.config), row.folder, row.sha256, row.job_id)
 
 
 def _model(row: Model) -> ModelRecord:

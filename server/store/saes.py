@@ -213,6 +213,8 @@ def _running_harvest(session: Session, sae_id: int) -> HarvestRun | None:
     return HarvestRun(*row) if row else None
 
 
-def sae_made_by(session: Session, job_id: str, *, swept: str | None) -> str | None:
-    """The name of the SAE that a job trained, or of the one it sweeps (`swept`), if it is there."""
-    return session.scalar(sa.select(SAE.name).where(SAE.name == swept if swept else SAE.job_id == job_id))
+def saes_made_by(session: Session, job_id: str, named: Sequence[str]) -> tuple[str, ...]:
+    """The names of the SAEs that are `named`, or else of the one that a job trained, as far as they are there."""
+    return tuple(
+        session.scalars(sa.select(SAE.name).where(SAE.name.in_(named) if named else SAE.job_id == job_id).order_by(SAE.name))
+    )

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from sae_core.config import SAEConfig, Site
 from sae_core.corpus import Rows
-from sae_core.evaluate import Evaluation, Interval, Reconstruction, bucket, cross_entropy, evaluate, interval, repeated_random
+from sae_core.evaluate import Evaluation, Interval, Reconstruction, cross_entropy, evaluate, interval, repeated_random
 from sae_core.lens import Effect, Lens, Out
+from sae_core.measures import bucket
 from sae_core.progress import Progress
 from sae_core.saes import SAE, BatchTopKSAE
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +12,11 @@ import pytest
 import torch
 
 from sae_core import choice
-from sae_core.config import HarvestConfig
+from sae_core import harvest as harvest_module
+from sae_core import visit as visit_module
+from sae_core.config import HarvestConfig, Site
 from sae_core.corpus import Rows
+from sae_core.errors import SAEMismatch
 from sae_core.harvest import (
     FeatureTable,
     Files,
@@ -23,6 +26,7 @@ from sae_core.harvest import (
     examples,
     features,
     harvest,
+    harvest_many,
     row_records,
     scan_shard,
     shards,
@@ -31,8 +35,9 @@ from sae_core.harvest import (
     visit_parts,
 )
 from sae_core.lens import AttentionRead, Lens
+from sae_core.progress import Progress
 from sae_core.records import ExampleRecord
-from sae_core.saes.base import SAE
+from sae_core.saes.base import SAE, check_fits
 from sae_core.tally import CELL_EDGES, Tally
 from sae_core.visit import window_start
 from tests.core.tiny_harvest import LAYER, tiny_rows, tiny_sae, z_of
@@ -81,7 +86,7 @@ def scanned(tiny: Set, folder: Path, cfg: HarvestConfig = CFG) -> list[Path]:
     paths = []
     for shard in shards(swept_rows(tiny.rows, cfg), cfg):
         paths.append(Files(folder).shard(shard))
-        list(scan_shard(tiny.lens, tiny.sae, tiny.rows, shard, cfg, paths[-1]))
+        list(scan_shard(tiny.lens, [tiny.sae], tiny.rows, shard, cfg, [paths[-1]]))
     return paths
 
 
@@ -209,27 +214,27 @@ def test_missing_and_repeated_shards_are_refused(tiny: Set, tmp_path: Path) -> N
 
 def test_a_killed_scan_leaves_nothing_and_a_finished_one_is_not_repeated(tiny: Set, tmp_path: Path) -> None:
     path = tmp_path / "shard.npz"
-    half = scan_shard(tiny.lens, tiny.sae, tiny.rows, range(8), CFG, path)
+    half = scan_shard(tiny.lens, [tiny.sae], tiny.rows, range(8), CFG, [path])
     next(half)
     half.close()
     assert list(tmp_path.iterdir()) == []
-    reports = list(scan_shard(tiny.lens, tiny.sae, tiny.rows, range(8), CFG, path))
+    reports = list(scan_shard(tiny.lens, [tiny.sae], tiny.rows, range(8), CFG, [path]))
     assert [(r.done, r.total) for r in reports] == [(80, 160), (160, 160)]
     assert [p.name for p in tmp_path.iterdir()] == ["shard.npz"]
     no_lens: Any = None
-    assert list(scan_shard(no_lens, tiny.sae, tiny.rows, range(8), CFG, path)) == []
+    assert list(scan_shard(no_lens, [tiny.sae], tiny.rows, range(8), CFG, [path])) == []
 
 
 def test_cached_activations_give_the_scan_of_the_model(tiny: Set, tmp_path: Path) -> None:
     cached: Any = SimpleNamespace(n_rows=24, read_z=lambda low, high: tiny.z[low:high])
     no_lens: Any = None
-    list(scan_shard(no_lens, tiny.sae, tiny.rows, range(8), CFG, tmp_path / "a.npz", cached))
-    list(scan_shard(tiny.lens, tiny.sae, tiny.rows, range(8), CFG, tmp_path / "b.npz"))
+    list(scan_shard(no_lens, [tiny.sae], tiny.rows, range(8), CFG, [tmp_path / "a.npz"], {LAYER: cached}))
+    list(scan_shard(tiny.lens, [tiny.sae], tiny.rows, range(8), CFG, [tmp_path / "b.npz"]))
     a, b = Tally.load(tmp_path / "a.npz"), Tally.load(tmp_path / "b.npz")
     assert torch.equal(a.count, b.count)
     torch.testing.assert_close(a.total, b.total)
     short: Any = SimpleNamespace(n_rows=7)  # does not hold the shard, so it is not read
-    list(scan_shard(tiny.lens, tiny.sae, tiny.rows, range(8), CFG, tmp_path / "c.npz", short))
+    list(scan_shard(tiny.lens, [tiny.sae], tiny.rows, range(8), CFG, [tmp_path / "c.npz"], {LAYER: short}))
     assert torch.equal(Tally.load(tmp_path / "c.npz").total, b.total)
 
 
@@ -372,7 +377,8 @@ def test_dead_features_have_records_that_claim_nothing(whole: HarvestResult) -> 
     assert [record.idx for record in dead] == [37, 38, 39]
     for record in dead:
         assert (record.family, record.distance, record.top_head_dfa, record.top_head_dfa_share) == (None, None, None, None)
-        assert record.bands == record.promoted == record.neighbours == []
+        assert record.bands == record.promoted == record.neighbours == record.positions == []
+        assert record.coactive == {}
         assert record.evidence == {}
         assert record.density == record.max_act == record.mean_act == 0
     assert whole.features.totals.n_live == 37
@@ -427,6 +433,231 @@ def test_a_feature_table_reads_back_the_same(whole: HarvestResult) -> None:
     assert again.totals == whole.features.totals
     assert again.texts == whole.features.texts
     assert [r.promoted for r in again] == [r.promoted for r in whole.features]
+
+
+# ---- many SAEs in one pass ----
+
+
+def done(reports: Generator[Progress, None, Any]) -> Any:
+    while True:
+        try:
+            next(reports)
+        except StopIteration as end:
+            return end.value
+
+
+class Counting:
+    """A lens that counts what it is asked."""
+
+    def __init__(self, lens: Lens) -> None:
+        self.lens, self.device, self.info = lens, lens.device, lens.info
+        self.token_texts, self.logit_weights = lens.token_texts, lens.logit_weights
+        self.scanned: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+        self.visited: list[tuple[int, ...]] = []
+
+    def read_z(self, tokens: torch.Tensor, layers: list[int], dtype: torch.dtype) -> dict[int, torch.Tensor]:
+        self.scanned.append((tuple(tokens.shape), tuple(layers)))
+        return self.lens.read_z(tokens, layers, dtype)
+
+    def read_attentions(self, tokens: torch.Tensor, layers: list[int]) -> dict[int, AttentionRead]:
+        self.visited.append(tuple(layers))
+        return self.lens.read_attentions(tokens, layers)
+
+
+def near(a: HarvestResult, b: HarvestResult, tolerance: float) -> None:
+    """The same examples, with the same numbers but for rounding."""
+    assert [(r.n_fired, r.positions, r.coactive, r.histogram) for r in a.features] == [
+        (r.n_fired, r.positions, r.coactive, r.histogram) for r in b.features
+    ]
+    examples = [sorted(x.examples, key=lambda e: (e.feature, e.row, e.dest)) for x in (a, b)]
+    assert [(e.feature, e.band, e.row, e.dest) for e in examples[0]] == [(e.feature, e.band, e.row, e.dest) for e in examples[1]]
+    for one, other in zip(*examples, strict=True):
+        assert abs(one.act - other.act) <= tolerance * (one.abs_dfa + abs(one.bias))
+        np.testing.assert_allclose(one.acts_value, other.acts_value, atol=tolerance * (one.abs_dfa + abs(one.bias)))
+
+
+def test_many_saes_share_every_pass_and_each_gets_what_it_gets_alone(tiny: Set, tmp_path: Path) -> None:
+    saes = [tiny_sae(tiny.lens, tiny.rows, layer=layer, seed=seed) for layer, seed in ((2, 1), (0, 2), (2, 3))]
+    counting: Any = Counting(tiny.lens)
+    results = done(harvest_many(counting, saes, tiny.rows, CFG, tmp_path / "many"))
+    assert counting.scanned == [((4, 20), (0, 2))] * 6  # 24 rows, 4 at a time, once
+    assert len(counting.visited) == 6
+    assert set(counting.visited) == {(0, 2)}
+    for i, (sae, result) in enumerate(zip(saes, results, strict=True)):
+        alone = run(Set(lens=tiny.lens, rows=tiny.rows, sae=sae), tmp_path / f"alone-{i}")
+        near(result, alone, 1e-5)
+        np.testing.assert_array_equal(result.selection.total, alone.selection.total)  # the scan is the same to the bit
+        np.testing.assert_array_equal(result.selection.pos, alone.selection.pos)
+
+
+def test_a_row_is_visited_at_the_layers_that_chose_it_only(tiny: Set, tmp_path: Path) -> None:
+    """The second SAE never fires, so nothing is read for it."""
+    saes = [tiny_sae(tiny.lens, tiny.rows, layer=1), tiny_sae(tiny.lens, tiny.rows, layer=3, dead=40)]
+    counting: Any = Counting(tiny.lens)
+    results = done(harvest_many(counting, saes, tiny.rows, CFG, tmp_path))
+    assert set(counting.visited) == {(1,)}
+    assert [r.features.totals.n_live for r in results] == [37, 0]
+    assert list(results[1].examples) == []
+
+
+def test_what_is_held_at_once_is_bounded_by_bytes_not_by_rows(tiny: Set, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with many layers or long rows: passes take fewer rows, and the examples stay the same."""
+    saes = [tiny_sae(tiny.lens, tiny.rows, layer=layer) for layer in (0, 2)]
+    usual = done(harvest_many(tiny.lens, saes, tiny.rows, CFG, tmp_path / "usual"))
+    monkeypatch.setattr(harvest_module, "Z_BYTES", 3 * 2 * 20 * 64 * 4)  # 3 rows of 2 layers of 20 tokens
+    monkeypatch.setattr(visit_module, "PATTERN_BYTES", 1)
+    counting: Any = Counting(tiny.lens)
+    small = done(harvest_many(counting, saes, tiny.rows, CFG, tmp_path / "small"))
+    assert {shape for shape, _ in counting.scanned} == {(3, 20)}
+    assert len(counting.visited) == len(np.union1d(*(r.selection.rows for r in usual)))
+    for one, other in zip(usual, small, strict=True):
+        near(one, other, 1e-5)
+
+
+def test_activations_on_disk_serve_only_where_they_cover_every_layer(tiny: Set, tmp_path: Path) -> None:
+    saes = [tiny_sae(tiny.lens, tiny.rows, layer=layer) for layer in (0, 2)]
+    held: dict[int, Any] = {
+        layer: SimpleNamespace(n_rows=24, read_z=lambda low, high, layer=layer: z_of(tiny.lens, tiny.rows, layer)[low:high])
+        for layer in (0, 2)
+    }
+    counting: Any = Counting(tiny.lens)
+    list(scan_shard(counting, saes, tiny.rows, range(8), CFG, [tmp_path / "a", tmp_path / "b"], held))
+    assert counting.scanned == []
+    list(scan_shard(counting, saes, tiny.rows, range(8), CFG, [tmp_path / "c", tmp_path / "d"], {0: held[0]}))
+    assert len(counting.scanned) == 2
+    for one, other in (("a", "c"), ("b", "d")):
+        assert torch.equal(Tally.load(tmp_path / one).count, Tally.load(tmp_path / other).count)
+
+
+def test_a_resumed_pass_only_makes_the_files_that_are_missing(tiny: Set, tmp_path: Path) -> None:
+    saes = [tiny_sae(tiny.lens, tiny.rows, layer=layer) for layer in (0, 2)]
+    paths = [tmp_path / "a.npz", tmp_path / "b.npz"]
+    list(scan_shard(tiny.lens, saes, tiny.rows, range(8), CFG, paths))
+    before = [path.read_bytes() for path in paths]
+    paths[1].unlink()
+    list(scan_shard(tiny.lens, saes, tiny.rows, range(8), CFG, paths))
+    assert [path.read_bytes() for path in paths] == before
+
+
+# ---- the same, however it is cut ----
+
+
+@pytest.mark.parametrize(("shard_rows", "tokens"), [(4, 10_000), (12, 10_000), (24, 10_000), (10, 10_000), (7, 10_000)])
+def test_any_cut_into_shards_gives_the_same_to_the_bit(
+    tiny: Set, whole: HarvestResult, shard_rows: int, tokens: int, tmp_path: Path
+) -> None:
+    result = run(tiny, tmp_path, CFG.model_copy(update={"shard_rows": shard_rows, "tokens": tokens}))
+    for name in (
+        "count",
+        "histogram",
+        "highest",
+        "lowest",
+        "position_count",
+        "partner",
+        "partner_both",
+        "feature",
+        "row",
+        "pos",
+        "band",
+    ):
+        np.testing.assert_array_equal(getattr(result.selection, name), getattr(whole.selection, name), err_msg=name)
+    for name in ("total", "heads", "heads_squares", "position_total"):  # sums of float64, added in another order
+        np.testing.assert_allclose(getattr(result.selection, name), getattr(whole.selection, name), rtol=1e-12, atol=1e-12)
+
+
+def test_what_a_row_gives_does_not_depend_on_where_the_sweep_ends(tiny: Set, tmp_path: Path) -> None:
+    """Rows 8 and 9 are the last ones, or are followed by others: a pass has as many rows either way."""
+    short = CFG.model_copy(update={"tokens": 10 * 20, "top_k": 60})
+    list(scan_shard(tiny.lens, [tiny.sae], tiny.rows, range(8, 10), short, [tmp_path / "a.npz"]))
+    list(scan_shard(tiny.lens, [tiny.sae], tiny.rows, range(8, 16), short, [tmp_path / "b.npz"]))
+
+    def firings(name: str) -> set[tuple[float, ...]]:
+        tops = Tally.load(tmp_path / name).tops
+        return {
+            one
+            for one in zip(*(getattr(tops, c).tolist() for c in ("feature", "row", "pos", "value")), strict=True)
+            if one[1] < 10
+        }
+
+    assert firings("a.npz") == firings("b.npz")
+    assert len(firings("a.npz")) > 30
+
+
+@pytest.mark.parametrize("batch_rows", [1, 3, 24, 100])
+def test_other_batch_sizes_agree_but_for_rounding(tiny: Set, whole: HarvestResult, batch_rows: int, tmp_path: Path) -> None:
+    """Stated: examples the same, activations within 1e-5 of (sum |DFA| + |bias|) in float32."""
+    near(run(tiny, tmp_path, CFG.model_copy(update={"batch_rows": batch_rows})), whole, 1e-5)
+
+
+# ---- what else a pass counts ----
+
+
+def test_positions_count_firings_and_tokens_by_powers_of_two(tiny: Set, whole: HarvestResult) -> None:
+    swept = (~tiny.sae.excluded(tiny.z)).numpy()
+    for record in whole.features:
+        acts = tiny.acts[:, :, record.idx]
+        assert bool(record.positions) == bool(record.n_fired)
+        for low, high, n_fired, n_tokens, mean in record.positions:
+            inside = acts[:, low : high + 1]
+            assert (n_fired, n_tokens) == ((inside > 0).sum(), swept[:, low : high + 1].sum())
+            assert mean == pytest.approx(inside[inside > 0].mean() if n_fired else 0, abs=1e-4)
+        assert [(p[0], p[1]) for p in record.positions] in ([], [(1, 1), (2, 3), (4, 7), (8, 15), (16, 19)])
+
+
+def test_partners_are_the_strongest_correlations_of_firing(tiny: Set, whole: HarvestResult) -> None:
+    swept = (~tiny.sae.excluded(tiny.z)).numpy()
+    on = tiny.acts[swept] > 0
+    told = 0
+    for record in whole.features:
+        if not record.coactive:
+            continue
+        assert record.coactive["tokens"] == len(on)
+        for idx, both, phi in record.coactive["pairs"]:
+            assert both == (on[:, record.idx] & on[:, idx]).sum() >= 5
+            assert phi == pytest.approx(np.corrcoef(on[:, record.idx], on[:, idx])[0, 1], abs=1e-4)
+            told += 1
+    assert told > 50
+
+
+def test_counts_can_be_watched_over_shards_that_are_done_already(tiny: Set, whole: HarvestResult, tmp_path: Path) -> None:
+    list(itertools.islice(harvest(tiny.lens, tiny.sae, tiny.rows, CFG, tmp_path), 4))  # one shard, and a bit
+    watched = [r.values for r in harvest(tiny.lens, tiny.sae, tiny.rows, CFG, tmp_path) if r.values]
+    assert watched[-1] == {"firings": float(whole.selection.count.sum()), "live": 37.0}
+    firings = [values["firings"] for values in watched]
+    assert firings == sorted(firings)
+    assert len(firings) == 4  # two shards of two passes were left
+
+
+def test_rows_of_excluded_tokens_alone_give_an_empty_harvest(tiny: Set, tmp_path: Path) -> None:
+    """As where every token is a special one, whose z is beyond what training saw."""
+    sae = tiny_sae(tiny.lens, tiny.rows)
+    sae.cfg = sae.cfg.model_copy(update={"max_norm": 1e-9})
+    result = run(Set(lens=tiny.lens, rows=tiny.rows, sae=sae), tmp_path)
+    assert (result.features.totals.n_tokens, result.features.totals.n_rows, list(result.examples)) == (0, 24, [])
+    for record in result.features:
+        assert (record.density, record.n_fired, record.positions, record.coactive, record.bands) == (0, 0, [], {}, [])
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"site": Site(layer=4)}, "it reads layer 4, and the last one is 3"),
+        ({"d_in": 128}, "it reads z of width 128, and here z has 64"),
+        ({"n_heads": 8, "d_head": 8}, "it was made for 8 heads of 8, and here there are 4 of 16"),
+        ({"processing": {"folded": True, "centred": False}}, "weights with the norms folded in, and here they are not so"),
+        ({"processing": {"folded": False, "centred": True}}, "weights centred, and here they are not so"),
+        ({"model_fingerprint": "weights:other"}, "it was trained on other weights"),
+    ],
+)
+def test_an_sae_that_does_not_fit_the_model_is_refused_in_a_sentence(tiny: Set, changed: dict[str, Any], said: str) -> None:
+    check_fits(tiny.sae.cfg, tiny.lens.info, "mine")
+    with pytest.raises(SAEMismatch, match=f"The SAE mine does not fit .*{said}"):
+        check_fits(tiny.sae.cfg.model_copy(update=changed), tiny.lens.info, "mine")
+
+
+def test_another_version_of_the_library_is_no_other_processing(tiny: Set) -> None:
+    older = tiny.sae.cfg.processing | {"tl_version": "3.0"}
+    check_fits(tiny.sae.cfg.model_copy(update={"processing": older}), tiny.lens.info, "mine")
 
 
 @pytest.mark.real

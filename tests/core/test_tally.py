@@ -10,12 +10,29 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_core import tally as tally_module
-from sae_core.tally import EDGES, N_BINS, Firings, Tallier, Tally, bins, by_head, cells, head_parts, keys, ranks
+from sae_core.tally import (
+    EDGES,
+    N_BINS,
+    SUMS,
+    Batch,
+    Firings,
+    Tallier,
+    Tally,
+    bins,
+    by_head,
+    cells,
+    coded_share,
+    head_parts,
+    is_coded,
+    keys,
+    ranks,
+    token_ids,
+)
 
-F, H, TOP, SAMPLE, SEED = 4, 2, 3, 2, 7
+F, H, TOP, SAMPLE, SEED, CONTEXT = 4, 2, 3, 2, 7, 9
 
 
-def random_firings(n: int, seed: int, *, n_rows: int = 12, context: int = 9) -> Firings:
+def random_firings(n: int, seed: int, *, n_rows: int = 12, context: int = CONTEXT) -> Firings:
     """Distinct (feature, row, pos), values with many ties."""
     rng = np.random.default_rng(seed)
     flat = rng.choice(F * n_rows * context, size=min(n, F * n_rows * context), replace=False)
@@ -29,12 +46,25 @@ def parts_of(firings: Firings) -> torch.Tensor:
     return torch.stack([firings.value * 0.75, firings.value * 0.25 - firings.pos], 1).float()
 
 
-def tallied(firings: Firings, batch: int, first_row: int = 0) -> Tally:
-    tallier = Tallier(Tally.empty(F, H, first_row=first_row, top=TOP, sample=SAMPLE, seed=SEED))
-    for low in range(0, len(firings.row), batch):
-        some = firings.take(torch.arange(low, min(low + batch, len(firings.row))))
-        tallier.add(some, parts_of(some))
-    return tallier.finish(n_tokens=0, n_rows=0)
+def batch_of(firings: Firings, tokens: torch.Tensor) -> Batch:
+    """The firings on `tokens` [T] (row * CONTEXT + pos, in any order), on some of which nothing fires."""
+    at = (firings.row * CONTEXT + firings.pos)[:, None] == tokens
+    token, which = at.T.nonzero(as_tuple=True)
+    which = which[torch.argsort(token * F + firings.feature[which])]
+    some = firings.take(which)
+    return Batch(tokens // CONTEXT, tokens % CONTEXT, token, some.feature, some.value, parts_of(some))
+
+
+def empty(first_row: int = 0, share: float = 1.0) -> Tally:
+    return Tally.empty(F, H, first_row=first_row, top=TOP, sample=SAMPLE, seed=SEED, context=CONTEXT, share=share)
+
+
+def tallied(firings: Firings, tokens: torch.Tensor, batch: int, share: float = 1.0, pending: int = 100) -> Tally:
+    """The tally of the firings on `tokens`, so many of which come at a time."""
+    tallier = Tallier(empty(share=share), pending)
+    for some in tokens.split(batch):
+        tallier.add(batch_of(firings, some))
+    return tallier.finish(n_rows=len((tokens // CONTEXT).unique()))
 
 
 def as_rows(firings: Firings) -> Iterator[tuple[int, int, int, float]]:
@@ -60,25 +90,32 @@ def brute_samples(firings: Firings) -> set[tuple[int, int, int, float]]:
 
 
 @settings(deadline=None, max_examples=40)
-@given(n=st.integers(0, 300), seed=st.integers(0, 10_000), batch=st.integers(1, 80), pending=st.integers(1, 200), data=st.data())
-def test_any_split_merged_in_any_order_equals_brute_force(
-    n: int, seed: int, batch: int, pending: int, data: st.DataObject
+@given(
+    n=st.integers(0, 300),
+    seed=st.integers(0, 10_000),
+    batch=st.integers(1, 40),
+    pending=st.integers(1, 200),
+    share=st.sampled_from([0.0, 0.3, 1.0]),
+    data=st.data(),
+)
+def test_any_cut_merged_in_any_order_equals_brute_force(
+    n: int, seed: int, batch: int, pending: int, share: float, data: st.DataObject
 ) -> None:
     firings = random_firings(n, seed)
-    owner = torch.from_numpy(np.random.default_rng(seed).integers(0, 3, 12))[firings.row]  # shards hold whole rows
-    shuffled = torch.from_numpy(np.random.default_rng(seed + 1).permutation(len(firings.row)))
-    firings, owner = firings.take(shuffled), owner[shuffled]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tally_module, "PENDING", pending)
-        shards = [tallied(firings.take(owner == i), batch) for i in range(3)]
-    whole = Tally.empty(F, H, first_row=0, top=TOP, sample=SAMPLE, seed=SEED)
-    for i in data.draw(st.permutations(range(3))):
+    swept = torch.from_numpy(np.random.default_rng(seed + 1).permutation(12 * CONTEXT))  # in any order, all of them
+    n_shards = data.draw(st.integers(1, 5))
+    owner = torch.from_numpy(np.random.default_rng(seed).integers(0, n_shards, 12))  # shards hold whole rows
+    shards = [tallied(firings, swept[owner[swept // CONTEXT] == i], batch, share, pending) for i in range(n_shards)]
+    whole = empty(share=share)
+    for i in data.draw(st.permutations(range(n_shards))):
         whole.merge(shards[i])
 
     assert list(as_rows(whole.tops)) == brute_tops(firings)
     assert len(whole.samples.row) == len(set(as_rows(whole.samples)))
     assert set(as_rows(whole.samples)) == brute_samples(firings)
-    values = firings.value.double()
+    assert (whole.n_tokens, whole.n_rows) == (12 * CONTEXT, 12)
+    assert whole.position_tokens.tolist() == [12, 12, 24, 48, 12]  # positions 0, 1, 2 to 3, 4 to 7, 8 of 12 rows
+    values, bucket = firings.value.double(), torch.tensor([p.bit_length() for p in range(CONTEXT)])[firings.pos]
     for f in range(F):
         mine = firings.feature == f
         assert whole.count[f] == mine.sum()
@@ -90,19 +127,54 @@ def test_any_split_merged_in_any_order_equals_brute_force(
         given_ = parts_of(firings)[mine].double()
         torch.testing.assert_close(whole.heads[f], given_.sum(0))
         torch.testing.assert_close(whole.heads_squares[f], given_.square().sum(0))
+        for b in range(5):
+            there = mine & (bucket == b)
+            assert whole.position_count[f, b] == there.sum()
+            assert whole.position_total[f, b] == pytest.approx(float(values[there].sum()))
 
 
-def test_what_is_kept_does_not_grow_with_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tally_module, "PENDING", 100)
-    tallier = Tallier(Tally.empty(F, H, first_row=0, top=TOP, sample=SAMPLE, seed=SEED))
+@settings(deadline=None, max_examples=25)
+@given(n=st.integers(0, 300), seed=st.integers(0, 10_000), cut=st.integers(0, 12), share=st.sampled_from([0.2, 1.0]))
+def test_whole_codes_are_those_of_the_tokens_below_the_bar_in_any_cut(n: int, seed: int, cut: int, share: float) -> None:
+    firings, tokens = random_firings(n, seed), torch.arange(12 * CONTEXT)
+    parts = [
+        tallied(firings, tokens[:0], 7, share),
+        *(tallied(firings, t, 7, share) for t in tokens.split([cut * 9, 108 - cut * 9])),
+    ]
+    whole = empty(share=share)
+    for part in reversed(parts):
+        whole.merge(part)
+    chosen = is_coded(tokens // CONTEXT, tokens % CONTEXT, SEED, share)
+    by_token = {int(t): [] for t in tokens[chosen]}
+    for feature, row, pos, _ in sorted(as_rows(firings)):
+        if row * CONTEXT + pos in by_token:
+            by_token[row * CONTEXT + pos].append(feature)
+    assert whole.codes.token.tolist() == token_ids(tokens[chosen] // CONTEXT, tokens[chosen] % CONTEXT).tolist()
+    assert [part.tolist() for part in whole.codes.feature.split(whole.codes.n.tolist())] == list(by_token.values())
+    assert (len(by_token) == len(tokens)) == (share == 1)
+
+
+def test_tokens_with_whole_codes_are_a_uniform_draw_of_the_share_asked_for() -> None:
+    row, pos = torch.arange(200_000) // 100, torch.arange(200_000) % 100
+    chosen = is_coded(row, pos, SEED, coded_share(4 * tally_module.CODED_TOKENS))
+    assert abs(float(chosen.double().mean()) - 0.25) < 0.004  # 4 standard errors
+    assert torch.bincount(pos[chosen]).double().std() < 30  # about sqrt(2000 / 4 * 3 / 4) = 19
+    assert coded_share(CONTEXT) == 1
+    assert not torch.equal(chosen, is_coded(row, pos, SEED + 1, 0.25))
+
+
+def test_what_is_kept_does_not_grow_with_tokens() -> None:
+    tallier = Tallier(empty(share=0.0), pending=100)
     for i in range(40):
-        new = random_firings(90, i, n_rows=1000)
-        tallier.add(new, parts_of(new))
+        new = random_firings(90, i)
+        tallier.add(batch_of(new, torch.arange(12 * CONTEXT)))
         assert tallier._n_pending < 100
         assert sum(len(part.row) for part in tallier._pending) == tallier._n_pending
         assert len(tallier.tally.tops.row) <= F * TOP
         assert len(tallier.tally.samples.row) <= F * SAMPLE * 12  # values come from 12 cells
-    assert int(tallier.finish(0, 0).count.sum()) == 40 * 90
+    whole = tallier.finish(0)
+    assert int(whole.count.sum()) == 40 * 90
+    assert len(whole.codes.token) == 0
 
 
 def test_smallest_keys_of_a_union_of_cells_are_a_uniform_draw() -> None:
@@ -121,6 +193,26 @@ def test_smallest_keys_of_a_union_of_cells_are_a_uniform_draw() -> None:
     expected = 2 * draws / n
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert statistic < 73  # chi-square, 39 degrees of freedom: passed by chance in all but 1 of 1000 runs
+
+
+def test_over_many_seeds_every_firing_of_a_cell_is_kept_equally_often() -> None:
+    """The draw of a whole pass, merged from two shards: 40 firings of one cell, 2 kept, 600 seeds; chi-square."""
+    n, seeds, counts = 40, 600, np.zeros(40)
+    row, pos = torch.arange(n) // 4, torch.arange(n) % 4
+    for seed in range(seeds):
+        whole = Tally.empty(1, 1, first_row=0, top=1, sample=SAMPLE, seed=seed, context=4)
+        for part in (slice(0, 25), slice(25, n)):
+            tallier = Tallier(Tally.empty(1, 1, first_row=0, top=1, sample=SAMPLE, seed=seed, context=4))
+            size = len(row[part])
+            tallier.add(
+                Batch(row[part], pos[part], torch.arange(size), torch.zeros(size).long(), torch.ones(size), torch.ones(size, 1))
+            )
+            whole.merge(tallier.finish(1))
+        counts[(whole.samples.row * 4 + whole.samples.pos).numpy()] += 1
+    expected = SAMPLE * seeds / n
+    # One firing's count is binomial with p = SAMPLE / n; kept without replacement, the sum is chi-square scaled by 1 - p.
+    assert counts.sum() == SAMPLE * seeds
+    assert ((counts - expected) ** 2 / expected).sum() / (1 - SAMPLE / n) < 73  # 39 degrees of freedom, 1 in 1000
 
 
 def test_keys_depend_on_every_part_of_a_firing_and_on_the_seed() -> None:
@@ -156,12 +248,17 @@ def test_head_parts_are_the_dot_products_of_each_head() -> None:
 
 
 def test_a_saved_tally_reads_back_the_same(tmp_path) -> None:  # type: ignore[no-untyped-def]
-    tally = tallied(random_firings(200, 3), 50, first_row=64)
+    tally = tallied(random_firings(200, 3), torch.arange(12 * CONTEXT), 50, share=0.5)
+    tally.first_row = 64
     tally.save(tmp_path / "a.npz")
     again = Tally.load(tmp_path / "a.npz")
     assert Tally.first_row_of(tmp_path / "a.npz") == again.first_row == 64
     assert list(as_rows(again.tops)) == list(as_rows(tally.tops))
     assert list(as_rows(again.samples)) == list(as_rows(tally.samples))
-    for name in ("count", "total", "squares", "highest", "lowest", "histogram", "heads", "heads_squares"):
+    for name in (*SUMS, "highest", "lowest"):
         assert torch.equal(getattr(again, name), getattr(tally, name)), name
+    for name in ("token", "n", "feature"):
+        assert torch.equal(getattr(again.codes, name), getattr(tally.codes, name)), name
+    assert (again.context, again.share, again.n_tokens) == (CONTEXT, 0.5, 108)
+    assert Tally.count_of(tmp_path / "a.npz").tolist() == tally.count.tolist()
     assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]

@@ -23,16 +23,18 @@ def tiny_rows(n: int = 24, context: int = 20, vocabulary: int = 60, seed: int = 
     return Rows(Path("none"), context, 0, tokens, tokens[:0], "tiny")
 
 
-def z_of(lens: Lens, rows: Rows) -> torch.Tensor:
+def z_of(lens: Lens, rows: Rows, layer: int = LAYER) -> torch.Tensor:
     """z [n, context, d_in] of all training rows, in one pass."""
-    return lens.read_z(torch.from_numpy(rows.train.astype(np.int64)), [LAYER])[LAYER]
+    return lens.read_z(torch.from_numpy(rows.train.astype(np.int64)), [layer])[layer]
 
 
-def tiny_sae(lens: Lens, rows: Rows, *, d_sae: int = 40, density: float = 0.15, dead: int = 3) -> SAE:
+def tiny_sae(
+    lens: Lens, rows: Rows, *, d_sae: int = 40, density: float = 0.15, dead: int = 3, layer: int = LAYER, seed: int = 1
+) -> SAE:
     """An SAE that fires on about `density` of the tokens, whose last `dead` features never do, and that excludes the
     largest few z."""
-    info, generator = lens.info, torch.Generator().manual_seed(1)
-    z = z_of(lens, rows).flatten(0, 1)
+    info, generator = lens.info, torch.Generator().manual_seed(seed)
+    z = z_of(lens, rows, layer).flatten(0, 1)
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
@@ -56,7 +58,7 @@ def tiny_sae(lens: Lens, rows: Rows, *, d_sae: int = 40, density: float = 0.15, 
         k=8,
         n_heads=info.n_heads,
         d_head=info.d_head,
-        site=Site(layer=LAYER),
+        site=Site(layer=layer),
         model=info.name,
         model_fingerprint=info.fingerprint,
         processing=info.processing,

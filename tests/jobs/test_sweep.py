@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+import sqlalchemy as sa
 from safetensors.numpy import load_file
 
 from sae_core.config import HarvestConfig, HarvestJob, Site, SweepConfig
@@ -12,7 +13,9 @@ from server import worker as workers
 from server.jobs import NAME_LENGTH, harvest_id
 from server.store import jobs as store
 from server.store import registry
+from server.store.harvests import stored_gaps
 from server.store.sweeps import run_names, sweep
+from server.tables import SAE, Feature, Harvest
 from tests.jobs.conftest import HARVEST, Home, WorkerProcess, tiny_config, wait_for
 from tests.jobs.test_worker import log_of, working
 from tests.test_tracking import Package
@@ -74,16 +77,40 @@ def test_an_sae_of_a_sweep_equals_one_that_is_trained_alone(home: Home) -> None:
     assert all((one[key] == other[key]).all() for key in one)
 
 
-def test_harvests_follow_for_every_sae_and_read_its_own_layer(home: Home) -> None:
-    cfg = SweepConfig(base=BASE.model_copy(update={"harvests": (HARVEST,)}), layers=(0, 2))
+def test_harvests_that_agree_follow_as_one_job_for_all_saes_and_each_is_published(home: Home) -> None:
+    other = HARVEST.model_copy(update={"top_k": 2})
+    cfg = SweepConfig(
+        base=BASE.model_copy(update={"harvests": (HARVEST,)}),
+        layers=(0, 2),
+        archs=("topk", "relu"),
+        each={"relu": {"harvests": [other.model_dump()]}},
+    )
     job_id = home.jobs.enqueue_sweep(cfg, name="h")
     with working(home):
         assert home.wait(job_id) == "done", home.error(job_id)
-        children = [harvest_id(HarvestJob(sae=f"h-l{n:02d}", corpus="words", rows=BASE.rows, harvest=HARVEST)) for n in (0, 2)]
-        assert [home.wait(child) for child in children] == ["done", "done"], [home.error(child) for child in children]
+        children = {
+            harvest_id(HarvestJob(saes=(f"h-l00-{arch}", f"h-l02-{arch}"), corpus="words", rows=BASE.rows, harvest=harvest))
+            for arch, harvest in (("topk", HARVEST), ("relu", other))
+        }
+        for child in children:
+            assert home.wait(child) == "done", home.error(child)
         wait_for(lambda: not home.folder(job_id).exists(), 20)
     with home.db.read() as session:
-        assert [job.id for job in store.children(session, job_id)] == children
+        assert {job.id for job in store.children(session, job_id)} == children
+        found = session.execute(
+            sa.select(SAE.name, SAE.layer, SAE.harvest_id, Harvest.job_id).join(Harvest, Harvest.id == SAE.harvest_id)
+        )
+        rows = {row.name: row for row in found}
+        assert set(rows) == {f"h-l{layer:02d}-{arch}" for layer in (0, 2) for arch in ("topk", "relu")}
+        assert len({row.harvest_id for row in rows.values()}) == 4
+        assert {row.job_id for row in rows.values()} == children
+        assert rows["h-l00-topk"].job_id == rows["h-l02-topk"].job_id
+        counts = [
+            session.scalars(sa.select(Feature.n_fired).where(Feature.harvest_id == row.harvest_id).order_by(Feature.idx)).all()
+            for row in rows.values()
+        ]
+        assert len(set(map(tuple, counts))) == 4  # each of its own SAE, at its own layer
+        assert stored_gaps(session, rows["h-l02-relu"].harvest_id).max() < 1e-4
 
 
 def test_harvests_of_different_saes_do_not_wait_for_each_other_but_those_of_one_do(home: Home) -> None:
@@ -92,8 +119,13 @@ def test_harvests_of_different_saes_do_not_wait_for_each_other_but_those_of_one_
         store.create(session, "sweep-x-1", "sweep", "x", {})
         for sae in ("a", "b"):
             for n in (1, 2):
-                store.create(session, f"harvest-{sae}-{n}", "harvest", "x", {"sae": sae}, parent_id="sweep-x-1")
-        assert {job.id for job in store.ready(session)} == {"sweep-x-1", "harvest-a-1", "harvest-b-1"}
+                store.create(session, f"harvest-{sae}-{n}", "harvest", "x", {"saes": [sae]}, parent_id="sweep-x-1")
+        store.create(session, "harvest-bc", "harvest", "x", {"saes": ["b", "c"]}, parent_id="sweep-x-1")
+        store.create(session, "harvest-c", "harvest", "x", {"sae": "c"}, parent_id="sweep-x-1")  # as jobs were stored once
+        store.create(session, "harvest-d", "harvest", "x", {"saes": ["d"]}, parent_id="sweep-x-1")
+        store.create(session, "harvest-a-3", "harvest", "x", {"saes": ["a"]})  # of nobody's, so it waits for nobody
+        ready = {"sweep-x-1", "harvest-a-1", "harvest-b-1", "harvest-d", "harvest-a-3"}
+        assert {job.id for job in store.ready(session)} == ready
 
 
 def test_the_curves_of_every_run_go_to_a_project_where_one_is_named(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from sae_core.config import CorpusSource, HarvestJob, ModelSource, Site
-from sae_core.errors import LayerOutOfRange, NotFound, SlotTaken, UnknownCorpus, UnknownModel
+from sae_core.config import CorpusSource, HarvestJob, ModelSource, SAEConfig, Site
+from sae_core.errors import LayerOutOfRange, NotFound, SlotTaken, UnknownCorpus, UnknownModel, UsageError
 from sae_core.progress import Progress
 from server import worker as workers
-from server.jobs import Jobs, sae_name
+from server.jobs import Jobs, harvest_id, sae_name
 from server.settings import Settings
 from server.store import jobs as store
 from server.store import registry
+from server.tables import SAE
 from server.worker import Run, Worker
 from tests.jobs.conftest import Home, start, tiny_config, wait_for
 
@@ -71,11 +73,45 @@ def test_a_duplicate_harvest_is_one_job(home: Home) -> None:
     train_id = home.jobs.enqueue_train(QUICK, name="x")
     with working(home):
         assert home.wait(train_id) == "done", home.error(train_id)
-    job = HarvestJob(sae="x", corpus="words", rows=QUICK.rows)
+    job = HarvestJob(saes=("x",), corpus="words", rows=QUICK.rows)
     ids = {home.jobs.enqueue_harvest(job) for _ in range(3)}
     assert ids == {f"harvest-x-{job.hash()}"}
     assert [record.kind for record in home.jobs.list()].count("harvest") == 1
     assert len(home.jobs.client.list_workflows(workflow_id_prefix="harvest-")) == 1
+
+
+def test_a_harvest_is_the_same_job_however_its_saes_are_listed_or_were_stored_once() -> None:
+    rows = QUICK.rows.model_dump(mode="json")
+    old = HarvestJob.model_validate({"sae": "x", "corpus": "words", "rows": rows})
+    assert harvest_id(old) == harvest_id(HarvestJob(saes=("x",), corpus="words", rows=QUICK.rows)) == f"harvest-x-{old.hash()}"
+    many = [HarvestJob(saes=saes, corpus="words") for saes in (("b", "a"), ("a", "b", "a"))]
+    assert {harvest_id(job) for job in many} == {f"harvest-2-saes-{many[0].hash()}"}
+    with pytest.raises(ValidationError, match="at least 1 item"):
+        HarvestJob(saes=(), corpus="words")
+
+
+def test_saes_of_two_models_are_not_harvested_together(home: Home) -> None:
+    with home.db.write() as session:
+        registry.add_model(session, "other", ModelSource(location="other"))
+        session.flush()
+        for name, model in (("a", "tiny"), ("b", "other")):
+            values = {"layer": 0, "hook": "h", "arch": "topk", "d_in": 64, "d_sae": 64, "k": 8, "n_heads": 4}
+            config = SAEConfig(
+                arch="topk", d_in=64, d_sae=64, k=8, n_heads=4, d_head=16, site=Site(layer=0), model=model, model_fingerprint="x",
+                processing={}, scale=1.0, max_norm=None, context=32,
+            )  # fmt: skip
+            row = SAE(
+                name=name,
+                model_id=registry.model(session, model).id,
+                config=config.model_dump(mode="json"),
+                folder=name,
+                sha256="0",
+                **values,
+            )
+            session.add(row)
+    with pytest.raises(UsageError, match="a and b read different models"):
+        home.jobs.enqueue_harvest(HarvestJob(saes=("a", "b"), corpus="words"))
+    assert home.jobs.list() == []
 
 
 def test_a_job_that_only_reached_our_book_is_given_to_the_queue_by_the_next_worker(home: Home) -> None:
@@ -95,7 +131,7 @@ def test_names_and_layers_that_are_not_there_are_refused_before_anything_is_queu
     with pytest.raises(UnknownCorpus, match="registered: words"):
         home.jobs.enqueue_train(QUICK.model_copy(update={"corpus": "nix"}))
     with pytest.raises(NotFound, match="no SAE nix"):
-        home.jobs.enqueue_harvest(HarvestJob(sae="nix", corpus="words"))
+        home.jobs.enqueue_harvest(HarvestJob(saes=("nix",), corpus="words"))
     assert home.jobs.list() == []
 
 

@@ -37,6 +37,27 @@ def test_a_running_job_shows_how_far_it_is(client: TestClient) -> None:
     assert any(form.get("action") == f"{RUNNING}/cancel" for form in page.all("form"))
 
 
+def test_a_harvest_shows_what_it_has_counted_and_all_that_it_sweeps(tmp_path: Path) -> None:
+    settings = put(at(tmp_path), Shape(n_features=8, n_dead=0))
+    database = Database(settings.url)
+    with database.write() as session:
+        config = {"saes": ["smollm2-l17", "gone"], "corpus": "demo"}
+        store.create(session, "harvest-2-saes-x", "harvest", "Harvest 2 SAEs", config)
+        attempt = store.start_attempt(session, "harvest-2-saes-x", "worker-0")
+        for firings in (1000.0, 65432.0):  # the newer takes the older one's place
+            store.add_points(session, "harvest-2-saes-x", attempt, [(0, {"firings": firings, "live": 4321.0})])
+    database.close()
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        page = Reader(client.get("/jobs/harvest-2-saes-x").text)
+        found = client.get("/jobs/harvest-2-saes-x.json").json()
+    text = page.text.replace("\u202f", " ")
+    assert "firings65 432" in text
+    assert "live features4 321" in text
+    assert page.all("polyline") == []
+    assert found["counters"] == {"firings": 65432.0, "live": 4321.0}
+    assert found["saes"] == ["smollm2-l17"]
+
+
 def test_only_a_running_job_streams_polls_or_can_be_cancelled(client: TestClient) -> None:
     running, ended = client.get(RUNNING).text, client.get("/jobs/train-smollm2-l17-1").text
     assert f'hx-sse:connect="{RUNNING}/events"' in running
