@@ -1,21 +1,19 @@
-"""What a harvest says of each feature: the scan's sums, the decoder's logits and neighbours, the visited examples' evidence;
-and features and examples as records, ready to be stored."""
+"""What a harvest says of each feature: the scan's sums, the decoder's logits and neighbours, the visited examples' evidence."""
 
-import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from sae_core import attribution, families
+from sae_core import attribution, detectors, families
 from sae_core.choice import Floats, Ints, Selection, places
 from sae_core.config import HarvestConfig
-from sae_core.records import ExampleRecord, FeatureRecord, HarvestTotals, RowRecord
-from sae_core.tally import CELL_EDGES, EDGES, N_CELLS, load_arrays, save_arrays
+from sae_core.feature_table import FeatureTable
+from sae_core.measures import bucket
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
@@ -23,96 +21,8 @@ if TYPE_CHECKING:
 
 LOGITS_AT_ONCE = 128
 """Features whose logits are held at once."""
-EVIDENCE = (*families.MEASURES, "source_logit")
-
-
-@dataclass
-class FeatureTable:
-    """What is said of every feature, and the place of every example. Iterating gives the features' records."""
-
-    totals: HarvestTotals
-    arrays: dict[str, NDArray[Any]]
-    """[F, ...] each, by the names given in `features`."""
-    texts: dict[int, str]
-    """Of the promoted and suppressed tokens."""
-    ranks: NDArray[np.int32]
-    """[n_examples] of all parts in order: from 0 within feature and band, strongest fp32 activation first."""
-    part_ends: NDArray[np.int64]
-    """[n_parts + 1]: part i has the examples part_ends[i] .. part_ends[i + 1]."""
-
-    def __len__(self) -> int:
-        return len(self.arrays["count"])
-
-    def __iter__(self) -> Iterator[FeatureRecord]:
-        return map(self.record, range(len(self)))
-
-    def record(self, idx: int) -> FeatureRecord:
-        """One feature's record; what only firings could tell is None or empty for a dead one."""
-        a = {name: array[idx] for name, array in self.arrays.items()}
-        count, n_top, live = int(a["count"]), int(a["n_top"]), bool(a["count"])
-        evidence = {name: round(float(v), 4) for name, v in zip(EVIDENCE, a["evidence"], strict=True) if not np.isnan(v)}
-        size = float(np.abs(a["head_dfa"]).sum())
-        leader = int(np.abs(a["head_dfa"]).argmax())
-        known = a["neighbours"] >= 0
-        return FeatureRecord(
-            idx=idx,
-            n_fired=count,
-            density=count / max(self.totals.n_tokens, 1),
-            max_act=float(a["strongest"]),
-            mean_act=float(a["total"]) / max(count, 1),
-            top_head=int(a["head_norm"].argmax()),
-            top_head_share=float(a["head_norm"].max()),
-            top_head_dfa=leader if live else None,
-            top_head_dfa_share=abs(float(a["head_dfa"][leader])) / size if live and size > 0 else None,
-            distance=evidence.get("distance"),
-            family=families.judge(evidence, n_top),
-            family_score=None,
-            histogram=_histogram(a["histogram"]),
-            bands=_bands(a["band_cells"], a["histogram"], float(a["lowest"]), float(a["highest"])) if live else [],
-            head_norm=a["head_norm"],
-            head_dfa=a["head_dfa"],
-            head_dfa_std=a["head_dfa_std"],
-            promoted=self._tokens(a["promoted"], a["promoted_value"]) if live else [],
-            suppressed=self._tokens(a["suppressed"], a["suppressed_value"]) if live else [],
-            neighbours=[[int(i), round(float(c), 4)] for i, c in zip(a["neighbours"][known], a["cosines"][known], strict=True)],
-            evidence={"examples": n_top, **evidence} if n_top else {},
-        )
-
-    def _tokens(self, ids: Ints, values: Floats) -> list[list[Any]]:
-        return [[int(i), self.texts[int(i)], round(float(v), 5)] for i, v in zip(ids, values, strict=True)]
-
-    def save(self, path: Path) -> None:
-        """Write it aside and rename it."""
-        whole = {"totals": vars(self.totals), "texts": list(self.texts.items()), "names": list(self.arrays)}
-        save_arrays(path, {**self.arrays, "ranks": self.ranks, "part_ends": self.part_ends}, whole)
-
-    @classmethod
-    def load(cls, path: Path) -> Self:
-        """The table in `path`."""
-        arrays, whole = load_arrays(path)
-        ranks, ends = arrays.pop("ranks"), arrays.pop("part_ends")
-        return cls(HarvestTotals(**whole["totals"]), arrays, {int(i): text for i, text in whole["texts"]}, ranks, ends)
-
-
-def _histogram(counts: Ints) -> dict[str, Any]:
-    filled = np.flatnonzero(counts)
-    if not len(filled):
-        return {"edges": [], "counts": []}
-    low, high = filled[0], filled[-1] + 1
-    return {"edges": [float(f"{e:.6g}") for e in EDGES[low : high + 1]], "counts": counts[low:high].tolist()}
-
-
-def _bands(edges: Ints, counts: Ints, lowest: float, highest: float) -> list[dict[str, Any]]:
-    """Bands strongest first; those of a feature whose values span few quarter octaves may be empty."""
-    in_cell = counts.reshape(N_CELLS, -1).sum(1)
-    return [
-        {
-            "low": max(float(CELL_EDGES[low]), lowest),
-            "high": min(float(CELL_EDGES[high]), highest),
-            "count": int(in_cell[low:high].sum()),
-        }
-        for high, low in itertools.pairwise(edges.tolist())
-    ]
+SEEN = ("feature", "band", "row", "dest", "act", "source_token", "measures", "spread")
+"""Columns of the visit that features are described by."""
 
 
 def features(
@@ -124,13 +34,19 @@ def features(
     """
     if path.exists():
         return FeatureTable.load(path)
-    visited = [_read(part, ("feature", "band", "row", "dest", "act", "source_token", "measures")) for part in parts]
-    seen = {name: np.concatenate([v[name] for v in visited]) for name in visited[0]} if visited else _nothing_seen()
+    seen, tokens, texts, part_ends = _seen(parts, selection.context)
     live, n = np.flatnonzero(selection.count), np.maximum(selection.count, 1)[:, None]
-    mean = selection.heads / n
-    top = seen["band"] == 0
-    written = _logits(lens, sae, live, seen["feature"][top], seen["source_token"][top], cfg.logits)
-    measures = np.column_stack([seen["measures"][top], written.pop("source_logit")])
+    mean, F = selection.heads / n, selection.n_features
+    top, feature = seen["band"] == 0, seen["feature"]
+    written = _logits(lens, sae, live, feature, seen["source_token"], cfg.logits)
+    source_logit = written.pop("source_logit")
+    missing = sorted({*written["promoted"].ravel().tolist(), *written["suppressed"].ravel().tolist()} - texts.keys())
+    texts |= zip(missing, lens.token_texts(missing), strict=True)
+    kept = detectors.Kept(feature, seen["band"], seen["dest"], seen["place"], tokens, seen["measures"], source_logit)
+    judged = detectors.judge(kept, _written(selection, written["promoted"], texts), _positions(selection), F)
+    facts, ranks = judged.facts, _final_ranks(seen)
+    measures = [seen["measures"][:, i] for i, name in enumerate(families.MEASURES) if name != "source_gap"]
+    means = families.average(np.column_stack([*measures, source_logit])[top], feature[top], F)
     arrays: dict[str, NDArray[Any]] = {
         "count": selection.count,
         "total": selection.total,
@@ -138,22 +54,79 @@ def features(
         "lowest": selection.lowest,
         "histogram": selection.histogram,
         "band_cells": selection.band_cells,
+        **selection.by_feature,
         "head_norm": attribution.head_norm_shares(sae.W_dec, sae.cfg.n_heads).cpu().numpy(),
         # Over every firing: w_k . z_k is the sum of head k's DFA over its sources, whatever the pattern.
         "head_dfa": mean.astype(np.float32),
         "head_dfa_std": np.sqrt(np.maximum(selection.heads_squares / n - mean**2, 0)).astype(np.float32),
-        "strongest": _strongest(selection, seen["feature"][top], seen["act"][top]),
-        "n_top": np.bincount(seen["feature"][top], minlength=selection.n_features),
-        "evidence": families.average(measures, seen["feature"][top], selection.n_features),
+        "strongest": _strongest(selection, feature[top], seen["act"][top]),
+        "n_top": np.bincount(feature[top], minlength=F),
+        "n_seen": np.bincount(feature, minlength=F),
+        "spread": families.average(seen["spread"], feature, F),
+        "evidence": np.column_stack([means, *facts.evidence.values()]).astype(np.float32),
+        "scores": judged.scores,
+        "holds": judged.holds,
+        "next_token": facts.next_token.astype(np.int32),
+        "pair": facts.pair.astype(np.int32),
+        "places": facts.places.astype(np.int32),
         **written,
         **_neighbours(sae, live, cfg.neighbours),
     }
-    known = np.unique(np.concatenate([arrays["promoted"], arrays["suppressed"]]))
-    texts = dict(zip(known.tolist(), lens.token_texts(known.tolist()), strict=True))
-    ends = np.cumsum([0, *(len(v["row"]) for v in visited)])
-    table = FeatureTable(selection.totals, arrays, texts, _final_ranks(seen), ends)
+    named = np.unique(np.concatenate([arrays[name].ravel() for name in ("promoted", "suppressed", "next_token", "pair")]))
+    known = {int(i): texts[int(i)] for i in named if int(i) != detectors.NONE}
+    table = FeatureTable(selection.totals, arrays, known, ranks, part_ends, _support(seen, ranks, judged.supports))
     table.save(path)
     return table
+
+
+def _seen(parts: Sequence[Path], context: int) -> tuple[dict[str, NDArray[Any]], Ints, dict[int, str], NDArray[np.int64]]:
+    """The visited examples' columns, with `place`, each one's index into the rows' tokens; these tokens [U, context]; their
+    texts; and where each part's examples end."""
+    empty: dict[str, NDArray[Any]] = {name: np.zeros(0, dtype=np.int64) for name in SEEN}
+    empty |= {
+        "act": np.zeros(0, dtype=np.float32),
+        "measures": np.zeros((0, len(families.MEASURES)), dtype=np.float32),
+        "spread": np.zeros((0, attribution.SPREAD), dtype=np.float32),
+    }
+    visited, tokens, n_rows = [empty | {"place": np.zeros(0, dtype=np.int64)}], [np.zeros((0, context), np.int32)], 0
+    texts: dict[int, str] = {}
+    for part in parts:
+        with np.load(part, allow_pickle=False) as file:  # the DFA itself, most of the file, is not needed
+            arrays = {name: file[name] for name in (*SEEN, "rows", "tokens", "known")}
+            known = json.loads(file["values"].tobytes())["texts"]
+        place = n_rows + np.searchsorted(arrays["rows"], arrays["row"])
+        visited.append({**{name: arrays[name] for name in SEEN}, "place": place})
+        tokens.append(arrays["tokens"])
+        n_rows += len(arrays["rows"])
+        texts |= zip(arrays["known"].tolist(), known, strict=True)
+    ends = np.cumsum([0, *(len(v["row"]) for v in visited[1:])])
+    seen = {name: np.concatenate([v[name] for v in visited]) for name in visited[0]}
+    return seen, np.concatenate(tokens), texts, ends
+
+
+def _written(selection: Selection, promoted: Ints, texts: dict[int, str]) -> detectors.Written:
+    """What features promote; a dead one promotes nothing."""
+    return detectors.Written(np.where(selection.count[:, None] > 0, promoted, detectors.NONE), texts)
+
+
+def _positions(selection: Selection) -> detectors.Positions:
+    buckets = [bucket((1 << i) >> 1) for i in range(len(selection.position_tokens))]
+    count = selection.position_count
+    return detectors.Positions(
+        low=np.array([low for low, _ in buckets], dtype=np.int64),
+        high=np.array([min(high, selection.context - 1) for _, high in buckets], dtype=np.int64),
+        tokens=selection.position_tokens,
+        firings=count,
+        mean=selection.position_total / np.maximum(count, 1),
+    )
+
+
+def _support(seen: dict[str, NDArray[Any]], ranks: Ints, supports: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """[S, 4]: feature, family, band and rank of what supports what, in this order."""
+    example, family = supports.nonzero()
+    columns = [seen["feature"][example], family, seen["band"][example], ranks[example]]
+    order = np.lexsort(columns[::-1])
+    return np.column_stack(columns)[order].astype(np.int32)
 
 
 def _strongest(selection: Selection, feature: Ints, act: Floats) -> Floats:
@@ -161,16 +134,6 @@ def _strongest(selection: Selection, feature: Ints, act: Floats) -> Floats:
     visited = np.zeros(selection.n_features, dtype=np.float32)
     np.maximum.at(visited, feature.astype(np.int64), act.astype(np.float32))
     return np.where(visited > 0, visited, selection.highest).astype(np.float32)
-
-
-def _read(path: Path, names: Sequence[str]) -> dict[str, NDArray[Any]]:
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in names}
-
-
-def _nothing_seen() -> dict[str, NDArray[Any]]:
-    empty = {name: np.zeros(0, dtype=np.int64) for name in ("feature", "band", "row", "dest", "act", "source_token")}
-    return {**empty, "measures": np.zeros((0, len(families.MEASURES)), dtype=np.float32)}
 
 
 def _final_ranks(seen: dict[str, NDArray[Any]]) -> NDArray[np.int32]:
@@ -182,8 +145,9 @@ def _final_ranks(seen: dict[str, NDArray[Any]]) -> NDArray[np.int32]:
 
 
 def _logits(lens: "Lens", sae: "SAE", live: Ints, feature: Ints, token: Ints, k: int) -> dict[str, NDArray[Any]]:
-    """The k most promoted and suppressed tokens of the live features [F, k], and for examples (feature [n], token [n])
-    the logit of that token in standard deviations over the vocabulary: `source_logit` [n]. The logits are never all held."""
+    """The k most promoted and suppressed tokens of the live features [F, k], the histogram of their logits with its two ends,
+    and for examples (feature [n], token [n]) the logit of that token in standard deviations over the vocabulary:
+    `source_logit` [n]. The logits are never all held."""
     F = sae.cfg.d_sae
     k = min(k, lens.info.d_vocab)
     found: dict[str, NDArray[Any]] = {
@@ -191,6 +155,8 @@ def _logits(lens: "Lens", sae: "SAE", live: Ints, feature: Ints, token: Ints, k:
         "promoted_value": np.zeros((F, k), dtype=np.float32),
         "suppressed": np.zeros((F, k), dtype=np.int32),
         "suppressed_value": np.zeros((F, k), dtype=np.float32),
+        "logit_ends": np.zeros((F, 2), dtype=np.float32),
+        "logit_counts": np.zeros((F, attribution.LOGIT_BINS), dtype=np.int32),
         "source_logit": np.zeros(len(feature), dtype=np.float32),
     }
     order = np.argsort(feature, kind="stable")
@@ -200,6 +166,9 @@ def _logits(lens: "Lens", sae: "SAE", live: Ints, feature: Ints, token: Ints, k:
         for name, largest in (("promoted", True), ("suppressed", False)):
             value, index = logits.topk(k, dim=1, largest=largest)
             found[name][who], found[f"{name}_value"][who] = index.cpu().numpy(), value.cpu().numpy()
+        bars = attribution.logit_histogram(logits)
+        found["logit_ends"][who] = bars.edges[:, [0, -1]].cpu().numpy()
+        found["logit_counts"][who] = bars.counts.cpu().numpy()
         spread = logits.std(1).clamp_min(1e-12)
         ends = np.searchsorted(feature[order], [who[0], who[-1] + 1])
         examples = order[ends[0] : ends[1]]
@@ -220,49 +189,3 @@ def _neighbours(sae: "SAE", live: Ints, k: int) -> dict[str, NDArray[Any]]:
         index, cosine = attribution.decoder_neighbours(sae.W_dec[torch.from_numpy(live).to(sae.W_dec.device)], k)
         found["neighbours"][live, :k], found["cosines"][live, :k] = live[index.cpu().numpy()], cosine.cpu().numpy()
     return found
-
-
-def row_records(table: FeatureTable, parts: Sequence[Path], part: int) -> Iterator[RowRecord]:
-    """The visited rows of one part with their examples, ready to be stored; rows whose examples all fell away are left out."""
-    arrays, whole = load_arrays(parts[part])
-    text = dict(zip(arrays["known"].tolist(), whole["texts"], strict=True))
-    ranks = table.ranks[table.part_ends[part] : table.part_ends[part + 1]]
-    acts = np.cumsum(np.append(0, arrays["acts_n"]))
-    dfa = np.cumsum(np.append(0, arrays["dfa_n"]))
-    ends = np.searchsorted(arrays["row"], np.append(arrays["rows"], np.iinfo(np.int32).max))
-    for u, row in enumerate(arrays["rows"].tolist()):
-        if ends[u] == ends[u + 1]:
-            continue
-        examples = []
-        for i in range(ends[u], ends[u + 1]):
-            a, d = slice(acts[i], acts[i + 1]), slice(dfa[i], dfa[i + 1])
-            examples.append(
-                ExampleRecord(
-                    feature=int(arrays["feature"][i]),
-                    band=int(arrays["band"][i]),
-                    rank=int(ranks[i]),
-                    row=row,
-                    dest=int(arrays["dest"][i]),
-                    start=int(arrays["start"][i]),
-                    act=float(arrays["act"][i]),
-                    preact=float(arrays["preact"][i]),
-                    bias=float(arrays["bias"][i]),
-                    gap=float(arrays["gap"][i]),
-                    abs_dfa=float(arrays["abs_dfa"][i]),
-                    acts_pos=arrays["acts_pos"][a],
-                    acts_value=arrays["acts_value"][a],
-                    dfa_src=arrays["dfa_src"][d],
-                    dfa_head=arrays["dfa_head"][d],
-                    dfa_value=arrays["dfa_value"][d],
-                    dropped=arrays["dropped"][i],
-                    before=arrays["before"][i],
-                )
-            )
-        yield RowRecord(row, arrays["tokens"][u], [text[token] for token in arrays["tokens"][u].tolist()], examples)
-
-
-def examples(table: FeatureTable, parts: Sequence[Path]) -> Iterator[ExampleRecord]:
-    """All examples, in order of their rows."""
-    for part in range(len(parts)):
-        for row in row_records(table, parts, part):
-            yield from row.examples

@@ -1,8 +1,8 @@
-"""What kind of work a feature does, read off where the DFA of its strongest examples comes from.
+"""Where the DFA of an example comes from, by kind of source: the measures that the detectors of families rest on.
 
-A verdict rests on the kept top examples: a sample of the strongest firings, not of all. `measure` turns each example into
-shares of its positive DFA (heads summed after the negative part is cut off; the row start left out, unless said);
-`judge` averages them over examples and compares with thresholds. A feature that fits no rule gets no family: most do not.
+`measure` turns an example into shares of its positive DFA (heads summed after the negative part is cut off; the row start
+left out, unless said), on the visit, where the whole DFA is at hand. What needs the texts of tokens is added by detectors.py
+from what the visit kept.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ FAR = 32
 
 MEASURES = (
     "row_start",  # share of all positive DFA that comes from the row's first token, or its like between packed documents
-    "induction",  # share on sources whose previous token is the destination's token: ... A [B] ... A -> B
+    "induction",  # share on sources whose previous token is the destination's token: ... A [B] ... A -> B, and B is not A
     "induction_chance",  # share of sources that are such, as if all gave the same
     "previous",  # share on the source right before the destination
     "current",  # share on the destination itself
@@ -29,6 +29,7 @@ MEASURES = (
     "far",  # share beyond FAR tokens; nan where the destination is too early for it
     "distance",  # mean destination - source
     "top_share",  # share of the one source that gives most
+    "source_gap",  # destination - that source
 )
 
 
@@ -50,7 +51,8 @@ def measure(dfa: Tensor, tokens: Tensor, dest: Tensor, row_start: int) -> tuple[
     gap = dest[:, None] - source[None]
     own = tokens[dest][:, None]
     before = tokens.roll(1)  # the token before source s; that of s = 0 is never looked at
-    induced = possible & (before[None] == own) & (gap > 0)
+    # In a run of one word every source follows "an earlier copy": that is repetition, and counts as duplicates.
+    induced = possible & (before[None] == own) & (tokens[None] != own) & (gap > 0)
     copies = possible & (tokens[None] == own) & (gap > 0)
     n_possible = possible.sum(1).clamp_min(1)
 
@@ -61,6 +63,7 @@ def measure(dfa: Tensor, tokens: Tensor, dest: Tensor, row_start: int) -> tuple[
         return where.sum(1) / n_possible
 
     nan = torch.full((n,), torch.nan, device=dfa.device)
+    strongest = body.argmax(1)
     columns = [
         (positive * starts).sum(1) / every,
         share(induced),
@@ -73,50 +76,19 @@ def measure(dfa: Tensor, tokens: Tensor, dest: Tensor, row_start: int) -> tuple[
         torch.where(dest > 2 * FAR, share(gap > FAR), nan),
         (body * gap).sum(1) / total,
         body.amax(1) / total,
+        dest - strongest,
     ]
-    return torch.stack(columns, 1).float(), body.argmax(1)
+    return torch.stack([column.float() for column in columns], 1), strongest
 
 
-MIN_EXAMPLES = 5
-"""With fewer top examples nothing is said."""
-
-
-def judge(mean: dict[str, float], n: int) -> str | None:
-    """The family that a feature's mean measures over `n` top examples speak for, or None. The most specific rule wins.
-
-    `mean` holds MEASURES (those unknown left out) and `source_logit`: how many standard deviations (over the vocabulary)
-    above the mean the feature's decoder lifts the token of its strongest source.
-
-    Thresholds. A share of 0.5 says that one kind of source gives more than all others together. Induction and
-    duplicates must also beat what an even spread over sources would give by 4 times: a text that repeats one word makes
-    almost every source a "previous occurrence". 0.4 for induction, since part of its DFA rests on the tokens around; on
-    SmolLM2's layer 17 this picks features of its induction heads (3, 4, 5), at 0.5 to 0.9, while features of other heads
-    stay below 0.35. Suppression: -2 standard deviations is the lowest 2 % of the vocabulary, and one source must hold a
-    third of the DFA, so that "the source" means something. Local and long range are what is left, by distance alone; `far`
-    is known for late destinations only, so it must agree with the mean distance over all.
-    """
-    if n < MIN_EXAMPLES:
-        return None
-    rules = {
-        "row start": mean["row_start"] >= 0.6,
-        "induction": mean["induction"] >= max(0.4, 4 * mean["induction_chance"]),
-        "suppression": mean["source_logit"] <= -2 and mean["top_share"] >= 1 / 3,
-        "duplicate token": mean["duplicate"] >= max(0.5, 4 * mean["duplicate_chance"]),
-        "current token": mean["current"] >= 0.5,
-        "previous token": mean["previous"] >= 0.5,
-        "local": mean.get("near", 0) >= 0.8,
-        "long-range": mean["distance"] >= 30 or (mean.get("far", 0) >= 0.5 and mean["distance"] >= 20),
-    }
-    return next((family for family, holds in rules.items() if holds), None)
-
-
-def average(measures: NDArray[np.float32], feature: NDArray[np.integer[Any]], n_features: int) -> NDArray[np.float32]:
-    """Mean of each measure over a feature's examples, nan left out: [n_features, n_measures]; nan where nothing is known."""
-    known = ~np.isnan(measures)
-    means = np.full((n_features, measures.shape[1]), np.nan, dtype=np.float32)
-    for column in range(measures.shape[1]):
+def average(values: NDArray[Any], feature: NDArray[np.integer[Any]], n_features: int) -> NDArray[np.float32]:
+    """Mean of each column of values [n, k] over a feature's examples, nan left out: [n_features, k]; nan where nothing is
+    known."""
+    known = ~np.isnan(values)
+    means = np.full((n_features, values.shape[1]), np.nan, dtype=np.float32)
+    for column in range(values.shape[1]):
         where = feature[known[:, column]]
         count = np.bincount(where, minlength=n_features)
-        total = np.bincount(where, weights=measures[known[:, column], column], minlength=n_features)
+        total = np.bincount(where, weights=values[known[:, column], column], minlength=n_features)
         means[count > 0, column] = total[count > 0] / count[count > 0]
     return means

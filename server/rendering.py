@@ -298,7 +298,7 @@ def bar_chart(
         f"<tr><th scope=row>{escape(bar.label)}<td>{num(bar.value, 4) if bar.value % 1 else count(bar.value)}{escape(unit)}"
         for bar in bars
     )
-    return _figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>")
+    return figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>")
 
 
 def _height(value: float, top: float, log: bool) -> float:
@@ -340,7 +340,7 @@ def line_chart(title: str, curve: Curve, *, desc: str, width: int = 300, height:
         f'<text class="now" x="{width}" y="9" text-anchor="end">now {num(points[-1][1])}</text>'
     )
     rows = "".join(f"<tr><th scope=row>{count(x)}<td>{num(y, 4)}" for x, y in _thinned(points, 12))
-    return _figure(title, desc, body, width, height, f"<table><tbody>{rows}</table>")
+    return figure(title, desc, body, width, height, f"<table><tbody>{rows}</table>")
 
 
 class Spot(NamedTuple):
@@ -391,7 +391,7 @@ def scatter(
     pad = 0.06 * (x1 - x0) or 0.3
     x0, x1 = x0 - pad, x1 + pad
     ends = [v for s in every for v in (s.y, s.low, s.high) if v is not None and math.isfinite(v)]
-    steps = _round_steps(min(ends), max(ends))
+    steps = round_steps(min(ends), max(ends))
     y0, y1 = steps[0], steps[-1]
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -402,13 +402,13 @@ def scatter(
         level_y = at(every[0].x, y)[1]
         parts.append(
             f'<line class="{"axis" if y == y0 else "grid"}" x1="{left}" x2="{right}" y1="{level_y:.1f}" y2="{level_y:.1f}"/>'
-            f'<text x="{left - 5}" y="{level_y + 3:.1f}" text-anchor="end">{_tick(y, share)}</text>'
+            f'<text x="{left - 5}" y="{level_y + 3:.1f}" text-anchor="end">{tick(y, share)}</text>'
         )
     for x in _log_ticks(math.exp(x0), math.exp(x1)):
         across = at(x, y0)[0]
         parts.append(
             f'<line class="grid" x1="{across:.1f}" x2="{across:.1f}" y1="{top}" y2="{base}"/>'
-            f'<text x="{across:.1f}" y="{base + 13}" text-anchor="middle">{_tick(x, False)}</text>'
+            f'<text x="{across:.1f}" y="{base + 13}" text-anchor="middle">{tick(x, False)}</text>'
         )
     parts.append(f'<text x="{right}" y="{height - 4}" text-anchor="end">L0, features active per token (log scale)</text>')
     for one in series:
@@ -426,7 +426,7 @@ def scatter(
         for spot in sorted(one.spots)
     )
     table = f"<table><thead><tr><th>run<th>L0<th>{escape(title)}</thead><tbody>{rows}</table>"
-    return _figure(title, desc, "".join(parts), width, height, table, kind="scatter")
+    return figure(title, desc, "".join(parts), width, height, table, kind="scatter")
 
 
 def _spot(spot: Spot, series: Series, at: Callable[[float, float], tuple[float, float]], said: Callable[[float], str]) -> str:
@@ -464,7 +464,7 @@ def marks_key(series: Sequence[Series]) -> Markup:
     return Markup(f'<p class="marks">{items}</p>')  # noqa: S704 - names are escaped here
 
 
-def _round_steps(low: float, high: float) -> list[float]:
+def round_steps(low: float, high: float) -> list[float]:
     """Round numbers, three to seven of them, that hold low and high between them."""
     if high <= low:
         low, high = low - 0.05 * abs(low or 1), high + 0.05 * abs(high or 1)
@@ -474,7 +474,7 @@ def _round_steps(low: float, high: float) -> list[float]:
     return [step * i for i in range(first, last + 1)]
 
 
-def _tick(value: float, share: bool) -> str:
+def tick(value: float, share: bool) -> str:
     """A round number without the zeros that only a measured one needs."""
     text = f"{round(100 * value if share else value, 9):.6g}".replace("-", "−")
     return f"{text}{NARROW}%" if share else text
@@ -537,7 +537,7 @@ def head_map(title: str, cells: Sequence[Cell], n_layers: int, n_heads: int, *, 
         f'<tr><th scope=row><a href="{escape(cell.link)}">layer {cell.layer} head {cell.head}</a><td>{count(cell.value)}'
         for cell in cells
     )
-    return _figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>", kind="map")
+    return figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>", kind="map")
 
 
 def map_key(cells: Sequence[Cell]) -> Markup:
@@ -549,7 +549,8 @@ def map_key(cells: Sequence[Cell]) -> Markup:
     )
 
 
-def _figure(title: str, desc: str, body: str, width: int, height: int, twin: str, kind: str = "chart") -> Markup:
+def figure(title: str, desc: str, body: str, width: int, height: int, twin: str, kind: str = "chart") -> Markup:
+    """A chart with its title and description, and its numbers as text beside it. `body` and `twin` are escaped by their maker."""
     return Markup(  # noqa: S704 - title and desc are escaped here, the rest by its maker
         f'<figure class="{kind}"><figcaption>{escape(title)}</figcaption>'
         f'<svg role="img" viewBox="0 0 {width} {height}" preserveAspectRatio="xMidYMid meet">'
@@ -578,11 +579,16 @@ EVIDENCE = {
     "far": "from more than 32 tokens back",
     "top_share": "from the one strongest source",
     "row_start": "of everything, row starts included, from row starts",
+    "next": "of the strongest examples read one and the same token by induction",
+    "next_bands": "of the weaker examples have it after an earlier copy of the destination",
+    "next_follows": "of the strongest examples have it as the next token of the text",
+    "positional": "of all activation would have to move if the position in the row did not matter",
 }
 """What the detectors' shares of positive DFA mean, in words."""
 OTHER_EVIDENCE = {
     "distance": "tokens back on average",
     "source_logit": "standard deviations by which it lifts the strongest source's own token",
+    "next_logit": "standard deviations by which it lifts the token that is next by induction",
     "examples": "examples looked at",
 }
 

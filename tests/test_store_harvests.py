@@ -1,7 +1,11 @@
-"""Writing a harvest: each part counts once, readers see all or nothing, and the identity survives the database."""
+"""Writing a harvest: each part counts once, readers see all or nothing, and the identity survives the database.
+
+Everything runs on SQLite, and on a PostgreSQL server of its own where the machine has one.
+"""
 
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,16 +14,40 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from bench import _postgres
 from sae_core.config import CorpusSource, HarvestConfig, ModelSource
 from sae_core.errors import Fenced, JobError
 from sae_core.harvest import HarvestResult, harvest, row_records
 from sae_core.lens import load_lens
+from sae_core.records import HeadRecord
 from server.db import Database
-from server.packing import ACTS, I4, unpack
+from server.packing import ACTS, DFA, ERROR, F4, FLOOR, I4, pack, read_acts, read_dfa, unfold, unpack
 from server.settings import Settings
 from server.store import harvests, jobs
-from server.store.harvests import PUBLISHED, REPLACED, RUNNING, begin, publish, stored_gaps, write_features, write_part
-from server.tables import SAE, Context, Corpus, Example, Feature, FeatureDetail, FeatureHead, Harvest, HarvestPart, Model
+from server.store.harvests import (
+    PUBLISHED,
+    REPLACED,
+    RUNNING,
+    begin,
+    publish,
+    stored_gaps,
+    write_features,
+    write_heads,
+    write_part,
+)
+from server.tables import (
+    SAE,
+    Context,
+    Corpus,
+    Example,
+    Feature,
+    FeatureDetail,
+    FeatureHead,
+    Harvest,
+    HarvestPart,
+    HeadSummary,
+    Model,
+)
 from tests.core.tiny_harvest import tiny_rows, tiny_sae
 from tests.core.tiny_models import save_tiny
 
@@ -35,7 +63,11 @@ CFG = HarvestConfig(
     dfa_entries=6,
     model_dtype="float32",
 )
-TABLES = (Feature, FeatureDetail, FeatureHead, Context, Example, HarvestPart)
+TABLES = (Feature, FeatureDetail, FeatureHead, HeadSummary, Context, Example, HarvestPart)
+HEADS = [
+    HeadRecord(0, 12, 9, {"induction": 4, "unclear": 8}, 0.8, 0.4, {"top": [[3, 0.7], [5, 0.6]], "in_both": 1}),
+    HeadRecord(1, 0, 1, {}, None, None, {"top": []}),
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,9 +83,30 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> HarvestResult:
             return found
 
 
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[sa.URL]:
+    if _postgres.programs() is None:
+        pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
+    with _postgres.server() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, settings: Settings) -> sa.URL:
+    """An empty database's address."""
+    if request.param == "sqlite":
+        return settings.url
+    server: sa.URL = request.getfixturevalue("postgres")
+    name = f"t{uuid.uuid4().hex}"
+    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sa.text(f"create database {name}"))
+    return server.set(database=name)
+
+
 @pytest.fixture
-def db(settings: Settings) -> Iterator[Database]:
-    db = Database(settings.url)
+def db(url: sa.URL) -> Iterator[Database]:
+    db = Database(url)
     db.upgrade()
     with db.write() as session:
         session.add(Model(name="llama", source=ModelSource(location="llama").model_dump()))
@@ -87,6 +140,7 @@ def begun(db: Database, result: HarvestResult, job: str = "first") -> int:
 def write_all(db: Database, result: HarvestResult, harvest_id: int, job: str = "first", attempt: int = 1) -> None:
     fence = fence_of(job, attempt)
     write_features(db, harvest_id, result.features, fence)
+    write_heads(db, harvest_id, HEADS, fence)
     for part in range(len(result.parts)):
         write_part(db, harvest_id, part, row_records(result.features, result.parts, part), fence)
 
@@ -113,15 +167,23 @@ def test_what_is_written_is_what_was_found(db: Database, result: HarvestResult) 
             e = examples[idx, row.band, row.rank]
             assert (row.dest, row.start, context.row) == (e.dest, e.start, e.row)
             assert (row.act, row.preact, row.bias, row.gap) == (e.act, e.preact, e.bias, e.gap)
-            acts = unpack(row.acts, ACTS)
-            np.testing.assert_array_equal(acts["pos"], e.acts_pos)
-            np.testing.assert_array_equal(acts["value"], e.acts_value)
+            acts, dfa = read_acts(row), read_dfa(row)
+            np.testing.assert_array_equal(acts.pos, e.acts_pos)
+            np.testing.assert_allclose(acts.value, e.acts_value, rtol=ERROR, atol=FLOOR * e.acts_value.max())
+            order = np.lexsort((dfa.src, dfa.head))
+            wanted = np.lexsort((e.dfa_src, e.dfa_head))
+            np.testing.assert_array_equal(dfa.src[order], e.dfa_src[wanted])
+            np.testing.assert_array_equal(dfa.head[order], e.dfa_head[wanted])
+            np.testing.assert_allclose(dfa.value[order], e.dfa_value[wanted], rtol=ERROR, atol=2 * FLOOR * e.abs_dfa)
             assert len(context.texts) == len(unpack(context.tokens, I4)) == 20
         features = session.execute(sa.select(Feature, FeatureDetail).join(FeatureDetail)).all()
         for record, (feature, detail) in zip(result.features, features, strict=True):
             assert (feature.idx, feature.n_fired, feature.family) == (record.idx, record.n_fired, record.family)
-            assert detail.promoted == record.promoted
-            assert detail.histogram == record.histogram
+            assert detail.promoted == [[i, text.replace("\0", "\u2400"), value] for i, text, value in record.promoted]
+            assert unfold(detail.histogram, log=True)[1] == tuple(record.histogram["counts"])
+            assert unfold(detail.histogram, log=True)[0] == pytest.approx(record.histogram["edges"], rel=1e-5)
+            assert unfold(detail.logits, log=False)[1] == tuple(record.logits.get("counts", ()))
+            assert unfold(detail.logits, log=False)[0] == pytest.approx(record.logits.get("edges", ()), rel=1e-4, abs=1e-4)
         assert len({feature.shuffle_key for feature, _ in features}) == 40
         heads = session.scalars(sa.select(FeatureHead).where(FeatureHead.idx == 0).order_by(FeatureHead.head)).all()
         assert sum(head.norm_share for head in heads) == pytest.approx(1, abs=1e-5)
@@ -137,10 +199,31 @@ def test_the_identity_holds_as_read_back_from_the_database(db: Database, result:
         gaps = stored_gaps(session, harvest_id)
     assert len(gaps) == len(list(result.examples))
     assert gaps.max() <= 1e-3
+    stated = np.array([e.gap for e in result.examples])
+    assert np.sort(gaps)[-20:] == pytest.approx(np.sort(stated)[-20:], abs=3e-7)  # packing adds nothing to be seen
     with db.write() as session:  # the check must see what is wrong
-        session.execute(sa.update(Example).values(before=Example.dropped))
+        session.execute(sa.update(Example).values(bias=Example.bias + 0.01 * Example.abs_dfa))
     with db.read() as session:
         assert stored_gaps(session, harvest_id).max() > 1e-3
+
+
+def test_a_harvest_in_the_layout_before_reads_as_it_did(db: Database, result: HarvestResult) -> None:
+    harvest_id = begun(db, result)
+    write_all(db, result, harvest_id)
+    examples = {(e.feature, e.band, e.rank): e for e in result.examples}
+    with db.write() as session:
+        for row, idx in session.execute(sa.select(Example, Feature.idx).join(Feature)):
+            e = examples[idx, row.band, row.rank]
+            row.acts = np.array(list(zip(e.acts_pos, e.acts_value, strict=True)), ACTS).tobytes()
+            row.dfa = np.array(list(zip(e.dfa_src, e.dfa_head, e.dfa_value, strict=True)), DFA).tobytes()
+            row.dropped, row.before = pack(e.dropped, F4), pack(e.before, F4)
+    with db.read() as session:
+        assert stored_gaps(session, harvest_id).max() <= 1e-3
+        for row, idx in session.execute(sa.select(Example, Feature.idx).join(Feature)):
+            e, acts, dfa = examples[idx, row.band, row.rank], read_acts(row), read_dfa(row)
+            assert (acts.pos.tolist(), acts.value.tolist()) == (e.acts_pos.tolist(), e.acts_value.tolist())
+            assert (dfa.src.tolist(), dfa.head.tolist()) == (e.dfa_src.tolist(), e.dfa_head.tolist())
+            assert (dfa.value.tolist(), dfa.dropped.tolist()) == (e.dfa_value.tolist(), e.dropped.tolist())
 
 
 def test_parts_written_twice_count_once(db: Database, result: HarvestResult) -> None:
@@ -180,6 +263,7 @@ def test_a_writer_killed_anywhere_is_taken_over_without_loss_or_repeat(
 
         try:
             write_features(db, whole, result.features, dying)
+            write_heads(db, whole, HEADS, dying)
             for part in range(len(result.parts)):
                 write_part(db, whole, part, row_records(result.features, result.parts, part), dying)
             break
@@ -194,10 +278,10 @@ def test_a_failing_chunk_leaves_no_rows_and_no_mark(db: Database, result: Harves
     before = counts(db)
     rows = list(row_records(result.features, result.parts, 0))
 
-    def broken(*_: object) -> dict[str, Any]:
+    def broken(*_: object) -> list[bytes]:
         raise RuntimeError("lost")
 
-    monkeypatch.setattr(harvests, "_example", broken)
+    monkeypatch.setattr(harvests, "pack_dfa", broken)
     with pytest.raises(RuntimeError, match="lost"):
         write_part(db, harvest_id, 0, rows, fence_of("first"))
     assert counts(db) == before
@@ -206,6 +290,7 @@ def test_a_failing_chunk_leaves_no_rows_and_no_mark(db: Database, result: Harves
 def test_a_worker_that_was_overtaken_writes_nothing(db: Database, result: HarvestResult) -> None:
     harvest_id = begun(db, result)
     write_features(db, harvest_id, result.features, fence_of("first"))
+    write_heads(db, harvest_id, HEADS, fence_of("first"))
     with db.write() as session:
         jobs.start_attempt(session, "first", "another worker")
     before = counts(db)
@@ -220,10 +305,28 @@ def test_a_worker_that_was_overtaken_writes_nothing(db: Database, result: Harves
     assert published(db) == harvest_id
 
 
+def test_heads_are_written_once_and_a_harvest_without_them_is_not_published(db: Database, result: HarvestResult) -> None:
+    harvest_id, fence = begun(db, result), fence_of("first")
+    write_features(db, harvest_id, result.features, fence)
+    for part in range(len(result.parts)):
+        write_part(db, harvest_id, part, row_records(result.features, result.parts, part), fence)
+    with pytest.raises(JobError, match="heads not written"):
+        publish(db, harvest_id, len(result.parts), fence)
+    for _ in range(2):
+        write_heads(db, harvest_id, HEADS, fence)
+    with db.read() as session:
+        rows = session.scalars(sa.select(HeadSummary).order_by(HeadSummary.head)).all()
+        assert [{name: getattr(row, name) for name in vars(head)} for row, head in zip(rows, HEADS, strict=True)] == [
+            vars(head) for head in HEADS
+        ]
+    publish(db, harvest_id, len(result.parts), fence)
+    assert published(db) == harvest_id
+
+
 def test_readers_see_a_harvest_only_when_it_is_whole(db: Database, result: HarvestResult) -> None:
     harvest_id, fence = begun(db, result), fence_of("first")
     write_features(db, harvest_id, result.features, fence)
-    with pytest.raises(JobError, match="part 0, part 1"):
+    with pytest.raises(JobError, match="heads, part 0, part 1"):
         publish(db, harvest_id, len(result.parts), fence)
     assert published(db) is None
     write_all(db, result, harvest_id)

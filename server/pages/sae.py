@@ -9,6 +9,7 @@ from starlette.responses import RedirectResponse
 from sae_core.errors import UsageError
 from server.pages.reply import Read, etag, link, reply, sae_path, unchanged, wants_part
 from server.store.features import FeatureQuery, FeatureTable, check_index, feature_table, random_feature
+from server.store.heads import HeadLine, head_summaries
 from server.store.saes import SaeOverview, find_sae, sae_overview
 
 router = APIRouter()
@@ -16,9 +17,10 @@ router = APIRouter()
 
 @dataclass(frozen=True)
 class SaePage:
-    """An SAE's page: the overview, and a page of its feature table."""
+    """An SAE's page: the overview, what its heads do, and a page of its feature table."""
 
     overview: SaeOverview
+    heads: tuple[HeadLine, ...]
     table: FeatureTable
 
 
@@ -35,7 +37,7 @@ def sae_page(request: Request, sae: str, query: Annotated[FeatureQuery, Query()]
     if wants_part(request):
         address = link(sae_path(sae), **query.asked())
         return reply(request, table, "_features.html", tag=tag, headers={"HX-Push-Url": address}, sae=door.sae)
-    return reply(request, SaePage(sae_overview(read, door), table), "sae.html", tag=tag)
+    return reply(request, SaePage(sae_overview(read, door), head_summaries(read, door), table), "sae.html", tag=tag)
 
 
 @router.get("/saes/{sae}/random", include_in_schema=False)

@@ -8,10 +8,11 @@ from typing import Any, Literal, Self
 import numpy as np
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from sae_core.errors import NotFound, UsageError
-from server.packing import ACTS, DFA, F4, unpack
+from sae_core.records import head_agreement
+from server.packing import F4, read_acts, read_dfa, unfold, unpack
 from server.store.saes import Door, SaeRef
 from server.tables import Context, Example, Feature, FeatureDetail, FeatureHead
 
@@ -99,6 +100,8 @@ class FeatureRow:
 
     index: int
     family: str | None
+    verdict: str | None
+    """The family in words."""
     n_fired: int
     density: float
     max_act: float
@@ -128,7 +131,7 @@ class FeatureTable:
 
 
 def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureTable:
-    """The part of the table that `query` asks for: two queries, by keyset, so that a deep page costs what the first does."""
+    """The part of the table that `query` asks for: one query, by keyset, so that a deep page costs what the first does."""
     harvest = door.sae.harvest
     if harvest is None:
         return FeatureTable(query, 0, (), None)
@@ -144,6 +147,7 @@ def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureT
         sa.select(
             Feature,
             FeatureDetail.promoted,
+            FeatureDetail.verdict,
             norm_share.label("norm_share"),
             dfa_share.label("dfa_share"),
             dfa.label("dfa"),
@@ -159,15 +163,24 @@ def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureT
     if query.after is not None:
         statement = statement.where(_beyond(query, column))
     way = sa.desc if query.descending else sa.asc
-    found = session.execute(statement.order_by(way(column).nulls_last(), way(Feature.idx)).limit(query.limit + 1)).all()
+    page = statement.order_by(way(column).nulls_last(), way(Feature.idx)).limit(query.limit + 1).subquery()
+    feature = aliased(Feature, page)
+    # Only the features that are shown bring their strongest example along.
+    first = sa.and_(Example.feature_id == feature.id, Example.band == 0, Example.rank == 0)
+    found = session.execute(
+        sa.select(feature, *page.c["promoted", "verdict", "norm_share", "dfa_share", "dfa", "n_matching", "place"])
+        .add_columns(Example, Context.texts)
+        .outerjoin(Example, first)
+        .outerjoin(Context, Context.id == Example.context_id)
+        .order_by(way(page.c.place).nulls_last(), way(page.c.idx))
+    ).all()
     shown = found[: query.limit]
-    snippets = _snippets(session, [row.Feature.id for row in shown])
-    rows = tuple(_feature_row(row, query.head, snippets.get(row.Feature.id)) for row in shown)
+    rows = tuple(_feature_row(row, row[0], query.head) for row in shown)
     return FeatureTable(
         query=query,
         n_matching=found[0].n_matching if found else 0,
         rows=rows,
-        next=_cursor(shown[-1].place, shown[-1].Feature.idx) if len(found) > query.limit else None,
+        next=_cursor(shown[-1].place, shown[-1][0].idx) if len(found) > query.limit else None,
     )
 
 
@@ -228,11 +241,11 @@ def _beyond(query: FeatureQuery, column: Any) -> sa.ColumnElement[bool]:
     return sa.or_(further, sa.and_(column == at, further_idx), column.is_(None))
 
 
-def _feature_row(row: sa.Row[Any], head: int | None, snippet: Snippet | None) -> FeatureRow:
-    feature: Feature = row.Feature
+def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None) -> FeatureRow:
     return FeatureRow(
         index=feature.idx,
         family=feature.family,
+        verdict=row.verdict,
         n_fired=feature.n_fired,
         density=feature.density,
         max_act=feature.max_act,
@@ -244,24 +257,15 @@ def _feature_row(row: sa.Row[Any], head: int | None, snippet: Snippet | None) ->
         dfa=row.dfa,
         distance=feature.distance,
         promoted=tuple(text for _, text, _ in row.promoted[:4]),
-        snippet=snippet,
+        snippet=_snippet(row.Example, row.texts) if row.Example is not None else None,
     )
 
 
-def _snippets(session: Session, feature_ids: list[int]) -> dict[int, Snippet]:
-    rows = session.execute(
-        sa.select(Example.feature_id, Example.dest, Example.dfa, Context.texts)
-        .join(Context, Context.id == Example.context_id)
-        .where(Example.feature_id.in_(feature_ids), Example.band == 0, Example.rank == 0)
-    )
-    return {feature_id: _snippet(dest, dfa, texts) for feature_id, dest, dfa, texts in rows}
-
-
-def _snippet(dest: int, dfa: bytes, texts: Sequence[str]) -> Snippet:
-    entries = unpack(dfa, DFA)
-    by_source = np.bincount(entries["src"], weights=entries["value"], minlength=dest + 1)
+def _snippet(example: Example, texts: Sequence[str]) -> Snippet:
+    entries, dest = read_dfa(example), example.dest
+    by_source = np.bincount(entries.src, weights=entries.value, minlength=dest + 1)
     source = int(by_source.argmax())
-    known = len(entries) > 0 and by_source[source] > 0
+    known = len(entries.src) > 0 and by_source[source] > 0
     return Snippet(
         before="".join(texts[max(0, dest - 10) : dest]),
         token=texts[dest],
@@ -311,6 +315,50 @@ class Neighbour:
     index: int
     cosine: float
     max_act: float
+    family: str | None
+    promoted: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An example of the page."""
+
+    band: int
+    rank: int
+
+
+@dataclass(frozen=True)
+class FamilyVerdict:
+    """A family that holds for the feature."""
+
+    family: str
+    score: float
+    """How clearly, 0 to 1."""
+    examples: tuple[Reference, ...]
+    """Some of those that show it."""
+
+
+@dataclass(frozen=True)
+class PositionBucket:
+    """Firings at the positions `low` to `high` of the row."""
+
+    low: int
+    high: int
+    firings: int
+    tokens: int
+    """Tokens swept there."""
+    mean_act: float
+
+
+@dataclass(frozen=True)
+class Partner:
+    """A feature that fires on the same tokens."""
+
+    index: int
+    both: int
+    """Tokens of the sample on which both fire."""
+    correlation: float
+    """Of the two firing or not."""
     family: str | None
     promoted: tuple[str, ...]
 
@@ -377,13 +425,31 @@ class FeaturePage:
     distance: float | None
     """Mean number of tokens back to the source, weighted by positive DFA over the examples, row start left out."""
     family: str | None
+    """The most specific of `families`."""
+    family_score: float | None
+    verdict: str | None
+    """The family in words."""
+    families: tuple[FamilyVerdict, ...]
+    """All that hold, clearest first."""
     evidence: dict[str, Any]
     heads: tuple[HeadShare, ...]
+    agreement: float | None
+    """Of the heads' two shares, 0 to 1: 1 - sum |norm share - DFA share| / 2. None when dead."""
     histogram_edges: tuple[float, ...]
     histogram_counts: tuple[int, ...]
     bands: tuple[Band, ...]
     promoted: tuple[TokenWeight, ...]
     suppressed: tuple[TokenWeight, ...]
+    logit_edges: tuple[float, ...]
+    logit_counts: tuple[int, ...]
+    """Tokens of the vocabulary by how much the feature promotes them; empty in harvests before these were kept."""
+    positions: tuple[PositionBucket, ...]
+    coactive_tokens: int
+    """Tokens in the sample that `coactive` counts on."""
+    coactive: tuple[Partner, ...]
+    """Those that fire with it, most correlated first."""
+    sample: dict[str, Any]
+    """Of the kept examples, a sample of the firings: where DFA comes from by distance, and how it is spread."""
     neighbours: tuple[Neighbour, ...]
     examples: tuple[FeatureExample, ...]
     previous: int | None
@@ -402,6 +468,11 @@ def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
     if found is None:
         raise NotFound(f"Feature {index} of {door.sae.name} is not in its published harvest.", field="index")
     feature, detail = found
+    pairs = detail.coactive.get("pairs", [])
+    others = _others(session, harvest_id, [int(idx) for idx, *_ in (*detail.neighbours, *pairs)])
+    heads = _head_shares(detail)
+    histogram_edges, histogram_counts = unfold(detail.histogram, log=True)
+    logit_edges, logit_counts = unfold(detail.logits, log=False)
     return FeaturePage(
         sae=door.sae,
         index=index,
@@ -411,14 +482,27 @@ def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
         mean_act=feature.mean_act,
         distance=feature.distance,
         family=feature.family,
+        family_score=feature.family_score,
+        verdict=detail.verdict,
+        families=tuple(
+            FamilyVerdict(one["family"], one["score"], tuple(Reference(*place) for place in one["examples"]))
+            for one in detail.families
+        ),
         evidence=detail.evidence,
-        heads=_head_shares(detail),
-        histogram_edges=tuple(detail.histogram.get("edges", ())),
-        histogram_counts=tuple(detail.histogram.get("counts", ())),
+        heads=heads,
+        agreement=head_agreement([head.norm_share for head in heads], [head.dfa for head in heads]),
+        histogram_edges=histogram_edges,
+        histogram_counts=histogram_counts,
         bands=tuple(Band(band["low"], band["high"], band["count"]) for band in detail.bands),
         promoted=tuple(TokenWeight(*entry) for entry in detail.promoted),
         suppressed=tuple(TokenWeight(*entry) for entry in detail.suppressed),
-        neighbours=_neighbours(session, harvest_id, detail.neighbours),
+        logit_edges=logit_edges,
+        logit_counts=logit_counts,
+        positions=tuple(PositionBucket(*part) for part in detail.positions),
+        coactive_tokens=detail.coactive.get("tokens", 0),
+        coactive=_partners(pairs, others),
+        sample=detail.sample,
+        neighbours=_neighbours(detail.neighbours, others),
         examples=_examples(session, feature.id, int((door.sae.harvest.config if door.sae.harvest else {}).get("window", 256))),
         previous=index - 1 if index > 0 else None,
         next=index + 1 if index + 1 < door.sae.d_sae else None,
@@ -446,24 +530,28 @@ def _head_shares(detail: FeatureDetail) -> tuple[HeadShare, ...]:
     )
 
 
-def _neighbours(session: Session, harvest_id: int, nearest: Sequence[Sequence[float]]) -> tuple[Neighbour, ...]:
+def _others(session: Session, harvest_id: int, wanted: Sequence[int]) -> dict[int, sa.Row[Any]]:
+    """What is told of other features on the page, by index."""
     rows = session.execute(
         sa.select(Feature.idx, Feature.max_act, Feature.family, FeatureDetail.promoted)
         .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
-        .where(Feature.harvest_id == harvest_id, Feature.idx.in_([int(idx) for idx, _ in nearest]))
+        .where(Feature.harvest_id == harvest_id, Feature.idx.in_(sorted(set(wanted))))
     )
-    known = {row.idx: row for row in rows}
-    return tuple(
-        Neighbour(
-            int(idx),
-            cosine,
-            known[int(idx)].max_act,
-            known[int(idx)].family,
-            tuple(text for _, text, _ in known[int(idx)].promoted[:3]),
-        )
-        for idx, cosine in nearest
-        if int(idx) in known
-    )
+    return {row.idx: row for row in rows}
+
+
+def _neighbours(nearest: Sequence[Sequence[float]], others: dict[int, sa.Row[Any]]) -> tuple[Neighbour, ...]:
+    known = [(others[int(idx)], cosine) for idx, cosine in nearest if int(idx) in others]
+    return tuple(Neighbour(row.idx, cosine, row.max_act, row.family, _texts(row.promoted)) for row, cosine in known)
+
+
+def _partners(pairs: Sequence[Sequence[float]], others: dict[int, sa.Row[Any]]) -> tuple[Partner, ...]:
+    known = [(others[int(idx)], int(both), correlation) for idx, both, correlation in pairs if int(idx) in others]
+    return tuple(Partner(row.idx, both, correlation, row.family, _texts(row.promoted)) for row, both, correlation in known)
+
+
+def _texts(promoted: Sequence[Sequence[Any]]) -> tuple[str, ...]:
+    return tuple(text for _, text, _ in promoted[:3])
 
 
 def _examples(session: Session, feature_id: int, window: int) -> tuple[FeatureExample, ...]:
@@ -477,9 +565,8 @@ def _examples(session: Session, feature_id: int, window: int) -> tuple[FeatureEx
 
 
 def _example(example: Example, row: int, texts: Sequence[str], window: int) -> FeatureExample:
-    acts, dfa = unpack(example.acts, ACTS), unpack(example.dfa, DFA)
-    dropped, before = unpack(example.dropped, F4), unpack(example.before, F4)
-    total = sum(float(part.sum(dtype=np.float64)) for part in (dfa["value"], dropped, before))
+    acts, dfa = read_acts(example), read_dfa(example)
+    total = dfa.total
     scale = example.abs_dfa + abs(example.bias)
     return FeatureExample(
         band=example.band,
@@ -488,10 +575,10 @@ def _example(example: Example, row: int, texts: Sequence[str], window: int) -> F
         start=example.start,
         dest=example.dest,
         texts=tuple(texts[example.start : example.start + window]),
-        acts=dict(zip(acts["pos"].tolist(), acts["value"].tolist(), strict=True)),
-        dfa=tuple(DfaEntry(*entry) for entry in dfa.tolist()),
-        dropped=tuple(dropped.tolist()),
-        before=tuple(before.tolist()),
+        acts=dict(zip(acts.pos.tolist(), acts.value.tolist(), strict=True)),
+        dfa=tuple(map(DfaEntry, dfa.src.tolist(), dfa.head.tolist(), dfa.value.tolist())),
+        dropped=tuple(dfa.dropped.tolist()),
+        before=tuple(dfa.before.tolist()),
         abs_dfa=example.abs_dfa,
         dfa_sum=total,
         bias=example.bias,

@@ -16,11 +16,11 @@ from sqlalchemy.orm import Session
 
 from sae_core.errors import JobError
 from server.db import Database
-from server.packing import ACTS, DFA, F4, I4, pack, unpack
-from server.tables import SAE, Context, Example, Feature, FeatureDetail, FeatureHead, Harvest, HarvestPart, now
+from server.packing import F4, I4, fold, pack, pack_acts, pack_dfa, read_dfa, shorten
+from server.tables import SAE, Context, Example, Feature, FeatureDetail, FeatureHead, Harvest, HarvestPart, HeadSummary, now
 
 if TYPE_CHECKING:
-    from sae_core.records import ExampleRecord, FeatureRecord, HarvestTotals, RowRecord
+    from sae_core.records import ExampleRecord, FeatureRecord, HarvestTotals, HeadRecord, RowRecord
 
 Fence = Callable[[Session], object]
 """Raises when the job has been taken over or cancelled: `lambda session: jobs.check(session, job_id, attempt)`."""
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 RUNNING, PUBLISHED, REPLACED = "running", "published", "replaced"
 FEATURES_AT_ONCE = 100
-EXAMPLES_AT_ONCE = 400
+EXAMPLES_AT_ONCE = 800
 
 
 def begin(
@@ -76,11 +76,20 @@ def write_part(db: Database, harvest_id: int, part: int, rows: Iterable["RowReco
     _write(db, harvest_id, f"part {part}", chunks, insert, fence)
 
 
+def write_heads(db: Database, harvest_id: int, heads: Iterable["HeadRecord"], fence: Fence) -> None:
+    """Store what the features say of each head."""
+
+    def insert(session: Session, harvest_id: int, chunk: list["HeadRecord"]) -> None:
+        session.execute(sa.insert(HeadSummary), [{"harvest_id": harvest_id, **vars(head)} for head in chunk])
+
+    _write(db, harvest_id, "heads", _cut(heads, lambda _: 1, FEATURES_AT_ONCE), insert, fence)
+
+
 def publish(db: Database, harvest_id: int, n_parts: int, fence: Fence) -> None:
     """Make it the one that readers see; the one before becomes `replaced`. JobError when a part is missing."""
     with db.read() as session:  # what is written does not change any more, so it may be counted outside the transaction
         done = _marks(session, harvest_id)
-        missing = [name for name in ("features", *(f"part {i}" for i in range(n_parts))) if name not in done]
+        missing = [name for name in ("features", "heads", *(f"part {i}" for i in range(n_parts))) if name not in done]
         if missing:
             raise JobError(f"Harvest {harvest_id} cannot be published: {', '.join(missing[:5])} not written yet; retry its job.")
         in_harvest = sa.select(sa.func.count(Example.id), sa.func.max(Example.gap)).join(
@@ -102,20 +111,11 @@ def publish(db: Database, harvest_id: int, n_parts: int, fence: Fence) -> None:
 
 def stored_gaps(session: Session, harvest_id: int) -> NDArray[np.float64]:
     """The identity of every example as it is stored: |kept + dropped + before + bias - preact| / (sum |DFA| + |bias|)."""
-    columns = (Example.dfa, Example.dropped, Example.before, Example.bias, Example.preact, Example.abs_dfa)
-    found = session.execute(
-        sa.select(*columns).join(Feature, Feature.id == Example.feature_id).where(Feature.harvest_id == harvest_id)
+    found = session.scalars(
+        sa.select(Example).join(Feature, Feature.id == Example.feature_id).where(Feature.harvest_id == harvest_id)
     )
-    gaps = [
-        abs(_total(dfa, dropped, before) + bias - preact) / (abs_dfa + abs(bias))
-        for dfa, dropped, before, bias, preact, abs_dfa in found
-    ]
+    gaps = [abs(read_dfa(e).total + e.bias - e.preact) / (e.abs_dfa + abs(e.bias)) for e in found]
     return np.array(gaps, dtype=np.float64)
-
-
-def _total(dfa: bytes, dropped: bytes, before: bytes) -> float:
-    parts = (unpack(dfa, DFA)["value"], unpack(dropped, F4), unpack(before, F4))
-    return sum(float(part.astype(np.float64).sum()) for part in parts)
 
 
 # ---- chunks, each written once ----
@@ -197,8 +197,8 @@ def _feature(harvest_id: int, feature: "FeatureRecord") -> dict[str, Any]:
 def _detail(feature_id: int, feature: "FeatureRecord") -> dict[str, Any]:
     return {
         "feature_id": feature_id,
-        "histogram": feature.histogram,
-        "bands": feature.bands,
+        "histogram": fold(feature.histogram),
+        "bands": shorten(feature.bands),
         "head_norm": pack(feature.head_norm, F4),
         "head_dfa": pack(feature.head_dfa, F4),
         "head_dfa_std": pack(feature.head_dfa_std, F4),
@@ -207,11 +207,11 @@ def _detail(feature_id: int, feature: "FeatureRecord") -> dict[str, Any]:
         "neighbours": feature.neighbours,
         "evidence": feature.evidence,
         "families": feature.families,
-        "verdict": feature.verdict,
-        "logits": feature.logits,
-        "positions": feature.positions,
-        "coactive": feature.coactive,
-        "sample": feature.sample,
+        "verdict": None if feature.verdict is None else feature.verdict.replace("\0", "\u2400"),  # as in JSON (db.py)
+        "logits": fold(feature.logits),
+        "positions": shorten(feature.positions),
+        "coactive": shorten(feature.coactive),
+        "sample": shorten(feature.sample),
     }
 
 
@@ -231,30 +231,49 @@ def _heads(harvest_id: int, feature: "FeatureRecord") -> Iterator[dict[str, Any]
 def _insert_rows(session: Session, harvest_id: int, chunk: list["RowRecord"], feature_ids: dict[int, int]) -> None:
     contexts = [{"harvest_id": harvest_id, "row": r.row, "tokens": pack(r.tokens, I4), "texts": r.texts} for r in chunk]
     ids = {row: id for id, row in session.execute(sa.insert(Context).returning(Context.id, Context.row), contexts)}
-    examples = [_example(feature_ids[e.feature], ids[r.row], e) for r in chunk for e in r.examples]
+    examples = [e for r in chunk for e in r.examples]
     if examples:
-        session.execute(sa.insert(Example), examples)
+        _insert_examples(session, _examples(examples, feature_ids, ids))
 
 
-def _example(feature_id: int, context_id: int, example: "ExampleRecord") -> dict[str, Any]:
-    acts = np.empty(len(example.acts_pos), dtype=ACTS)
-    acts["pos"], acts["value"] = example.acts_pos, example.acts_value
-    dfa = np.empty(len(example.dfa_value), dtype=DFA)
-    dfa["src"], dfa["head"], dfa["value"] = example.dfa_src, example.dfa_head, example.dfa_value
-    return {
-        "feature_id": feature_id,
-        "context_id": context_id,
-        "band": example.band,
-        "rank": example.rank,
-        "dest": example.dest,
-        "start": example.start,
-        "act": example.act,
-        "preact": example.preact,
-        "bias": example.bias,
-        "gap": example.gap,
-        "acts": acts.tobytes(),
-        "dfa": dfa.tobytes(),
-        "dropped": pack(example.dropped, F4),
-        "before": pack(example.before, F4),
-        "abs_dfa": example.abs_dfa,
-    }
+EXAMPLE = {
+    "feature_id": "int8",
+    "context_id": "int8",
+    "band": "int4",
+    "rank": "int4",
+    "dest": "int4",
+    "start": "int4",
+    "act": "float8",
+    "preact": "float8",
+    "bias": "float8",
+    "gap": "float8",
+    "acts": "bytea",
+    "dfa": "bytea",
+    "dropped": "bytea",
+    "before": "bytea",
+    "abs_dfa": "float8",
+}
+"""Columns of an example, and their types on PostgreSQL, which its binary COPY has to be told."""
+
+
+def _examples(
+    examples: list["ExampleRecord"], feature_ids: dict[int, int], context_ids: dict[int, int]
+) -> Iterator[tuple[object, ...]]:
+    for e, acts, dfa in zip(examples, pack_acts(examples), pack_dfa(examples), strict=True):
+        where = (feature_ids[e.feature], context_ids[e.row], e.band, e.rank, e.dest, e.start)
+        yield (*where, e.act, e.preact, e.bias, e.gap, acts, dfa, b"", b"", e.abs_dfa)
+
+
+def _insert_examples(session: Session, rows: Iterable[tuple[object, ...]]) -> None:
+    """Straight through the driver, and on PostgreSQL by COPY: a harvest has dozens of examples per feature, and SQLAlchemy's
+    part of inserting one costs more than the database's."""
+    connection, columns = session.connection(), ", ".join(EXAMPLE)
+    if connection.dialect.name == "postgresql":
+        cursor: Any = connection.connection.cursor()
+        with cursor, cursor.copy(f"COPY example ({columns}) FROM STDIN (FORMAT BINARY)") as copy:
+            copy.set_types(list(EXAMPLE.values()))
+            for row in rows:
+                copy.write_row(row)
+    else:
+        marks = ", ".join("?" * len(EXAMPLE))
+        connection.exec_driver_sql(f"INSERT INTO example ({columns}) VALUES ({marks})", list(rows))  # noqa: S608 - our own names

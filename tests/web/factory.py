@@ -25,6 +25,7 @@ from server.tables import (
     FeatureDetail,
     FeatureHead,
     Harvest,
+    HeadSummary,
     Job,
     JobLog,
     JobPoint,
@@ -76,6 +77,24 @@ EVIDENCE = {
     "row_start": 0.04, "induction": 0.61, "induction_chance": 0.021, "previous": 0.07, "current": 0.02, "duplicate": 0.09,
     "duplicate_chance": 0.02, "near": 0.31, "far": 0.22, "distance": 18.3, "top_share": 0.55, "source_logit": 2.4, "examples": 20,
 }  # fmt: skip
+
+
+def told(idx: int, shape: Shape) -> dict[str, Any]:
+    """The families, the verdict, and what else a harvest keeps of a live feature."""
+    family = FAMILIES[idx % len(FAMILIES)]
+    found = [] if family is None else [{"family": family, "score": 0.83, "examples": [[0, 0], [0, 2], [1, 1]]}]
+    if family == "induction":
+        found.append({"family": "duplicate token", "score": 0.55, "examples": [[0, 1]]})
+    partners = [[(idx + 3) % shape.n_features, 40, 0.61], [(idx + 9) % shape.n_features, 12, 0.2]]
+    heights = (1000 * np.exp(-(np.linspace(-3, 3, 40) ** 2))).astype(int).tolist()
+    return {
+        "families": found,
+        "verdict": {"induction": "' board' is next by induction", "local": "reads the last few tokens"}.get(family or ""),
+        "logits": {"edges": np.linspace(-4, 4, 41).tolist(), "counts": heights},
+        "positions": [[1, 1, 3, 8192, 1.5], [2, 3, 9, 16384, 1.25], [4, 63, 200, 491520, 2.0]],
+        "coactive": {"tokens": 65536, "pairs": partners},
+        "sample": {"n": 12},
+    }  # fmt: skip
 
 
 def interval(value: float, half: float) -> dict[str, float]:
@@ -158,6 +177,7 @@ def add_sae(session: Session, shape: Shape) -> None:
     session.add(harvest)
     session.flush()
     sae.harvest_id = harvest.id
+    add_heads(session, harvest.id, shape)
     contexts = add_contexts(session, harvest.id, shape, rng)
     for idx in range(shape.n_features):
         add_feature(session, harvest, contexts, idx, shape, rng)
@@ -193,6 +213,19 @@ def add_running_job(session: Session, at: datetime) -> None:
         for step in range(0, 120, 2)
     )
     session.add(JobLog(job_id="train-running-1", text="Collected 1 048 576 tokens in 88 s."))
+
+
+def add_heads(session: Session, harvest_id: int, shape: Shape) -> None:
+    """What each head's features do."""
+    session.add_all(
+        HeadSummary(
+            harvest_id=harvest_id, head=head, n_led=3 * head, n_led_norm=2 * head,
+            families={"induction": 2 * head, "unclear": head} if head else {}, diversity=0.9 if head else None,
+            polysemantic=head / 10 if head else None,
+            detail={"top": [[head, 0.9], [head + 1, 0.8]], "participation": 2.5, "polysemantic_of_many": 0.75},
+        )
+        for head in range(shape.n_heads)
+    )  # fmt: skip
 
 
 def add_contexts(session: Session, harvest_id: int, shape: Shape, rng: np.random.Generator) -> list[Context]:
@@ -231,7 +264,8 @@ def add_feature(
         top_head_share=float(norm.max()), top_head_dfa=None if dead else int(shares.argmax()),
         top_head_dfa_share=None if dead else float(shares.max()),
         distance=None if dead or idx % 11 == 3 else float(rng.uniform(1, 30)),
-        family=None if dead else FAMILIES[idx % len(FAMILIES)], shuffle_key=int(rng.integers(0, 2**31)),
+        family=None if dead else FAMILIES[idx % len(FAMILIES)],
+        family_score=None if dead or FAMILIES[idx % len(FAMILIES)] is None else 0.83, shuffle_key=int(rng.integers(0, 2**31)),
     )  # fmt: skip
     session.add(feature)
     session.flush()
@@ -257,6 +291,7 @@ def add_feature(
             suppressed=[[w[0], w[1], -float(v)] for w, v in zip(words[10:], logits * 0.8, strict=True)],
             neighbours=[[(idx + step) % shape.n_features, round(0.9 - 0.07 * step, 3)] for step in range(1, 8)],
             evidence={} if dead else EVIDENCE,
+            **({} if dead else told(idx, shape)),
         )
     )
     session.add_all(

@@ -5,6 +5,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
 from sae_core.errors import EngineAway
@@ -15,6 +16,7 @@ from server.pages.reply import to_json
 from server.settings import Settings
 from server.store.features import feature_page
 from server.store.saes import find_sae
+from server.tables import FeatureDetail
 from tests.web.conftest import SAE, at, put
 from tests.web.factory import Shape
 from tests.web.reading import PART, Reader, counted
@@ -61,6 +63,64 @@ def test_a_tokens_numbers_are_those_of_the_harvest(client: TestClient) -> None:
         for pair in attrs.get("data-d", "").split()
     }
     assert shown == {(e["src"], e["head"]): pytest.approx(e["value"], rel=1e-3) for e in example["dfa"]}
+
+
+def test_the_verdict_stands_in_words_with_its_score_and_the_examples_that_show_it(client: TestClient) -> None:
+    address = f"{SAE}/features/5"  # the factory makes every fifth feature one of induction
+    page, shown = client.get(f"{address}.json").json(), client.get(address).text
+    assert (page["family"], page["verdict"], page["family_score"]) == ("induction", "' board' is next by induction", 0.83)
+    assert [found["family"] for found in page["families"]] == ["induction", "duplicate token"]
+    text = Reader(shown).text
+    assert "' board' is next by induction" in text
+    assert "duplicate token" in text
+    linked = set(re.findall(r'href="#(example-\d+-\d+)"', shown))
+    assert linked == {"example-0-0", "example-0-2", "example-1-1", "example-0-1"}
+    anchors = re.findall(r'id="(example-\d+-\d+)"', shown)
+    assert linked <= set(anchors)
+    assert len(anchors) == len(set(anchors)) == len(page["examples"])
+
+
+def test_a_verdict_that_quotes_a_hostile_token_stays_text(tmp_path: Path) -> None:
+    settings = put(at(tmp_path))
+    database = Database(settings.url)
+    with database.write() as session:
+        for detail in session.scalars(sa.select(FeatureDetail)):
+            detail.verdict = "'<script>\u202e\n' is next by induction"
+    database.close()
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        for address in (FEATURE, SAE):
+            shown = client.get(address).text
+            assert "'<script>" not in shown
+            assert "&#39;&lt;script&gt;⟨202E⟩" in shown
+
+
+def test_heads_agree_as_far_as_their_shares_overlap(client: TestClient) -> None:
+    page = client.get(f"{FEATURE}.json").json()
+    overlap = sum(min(head["norm_share"], head["dfa_share"]) for head in page["heads"])
+    assert page["agreement"] == pytest.approx(overlap, abs=1e-6)
+
+
+def test_partners_are_told_with_what_they_do(client: TestClient) -> None:
+    page = client.get(f"{SAE}/features/5.json").json()
+    assert page["coactive_tokens"] == 65536
+    assert [(p["index"], p["both"], p["correlation"]) for p in page["coactive"]] == [(8, 40, 0.61), (14, 12, 0.2)]
+    other = client.get(f"{SAE}/features/8.json").json()
+    assert page["coactive"][0]["family"] == other["family"]
+    assert page["coactive"][0]["promoted"] == [token["text"] for token in other["promoted"][:3]]
+
+
+def test_a_dead_feature_has_no_verdict_partners_or_positions(client: TestClient) -> None:
+    page = client.get(f"{SAE}/features/7.json").json()
+    assert page["n_fired"] == 0
+    assert (page["verdict"], page["family_score"], page["agreement"]) == (None, None, None)
+    assert page["families"] == page["positions"] == page["coactive"] == page["logit_counts"] == []
+
+
+def test_histograms_and_positions_are_those_of_the_harvest(client: TestClient) -> None:
+    page = client.get(f"{FEATURE}.json").json()
+    assert len(page["logit_edges"]) == len(page["logit_counts"]) + 1 == 41
+    assert page["positions"][1] == {"low": 2, "high": 3, "firings": 9, "tokens": 16384, "mean_act": 1.25}
+    assert page["sample"] == {"n": 12}
 
 
 def test_painting_by_one_head_changes_the_bars_and_not_the_activations(client: TestClient) -> None:

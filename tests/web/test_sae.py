@@ -16,7 +16,9 @@ from server.pages.reply import to_json
 from server.pages.sae import SaePage
 from server.settings import Settings
 from server.store.features import SORT_KEYS, FeatureQuery, feature_table
+from server.store.heads import head_summaries
 from server.store.saes import find_sae, sae_overview
+from server.tables import HeadSummary
 from tests.web.conftest import SAE, at, put
 from tests.web.factory import Shape
 from tests.web.reading import PART, Reader
@@ -181,7 +183,11 @@ def test_the_json_is_the_same_dataclass(client: TestClient, filled: Settings) ->
     database = Database(filled.url)
     with database.read() as session:
         door = find_sae(session, "smollm2-l17")
-        page = SaePage(sae_overview(session, door), feature_table(session, door, FeatureQuery(head=2, limit=9)))
+        page = SaePage(
+            sae_overview(session, door),
+            head_summaries(session, door),
+            feature_table(session, door, FeatureQuery(head=2, limit=9)),
+        )
     database.close()
     assert client.get(f"{SAE}.json?head=2&limit=9").content == to_json(page)
 
@@ -197,3 +203,35 @@ def test_a_row_shows_its_destination_and_strongest_source(client: TestClient) ->
     assert row["snippet"]["source"] == example["texts"][strongest]
     assert row["snippet"]["source_offset"] == strongest - example["dest"]
     assert re.search(r'class="kwic"', client.get(SAE).text)
+
+
+def test_every_head_has_a_line_that_leads_to_its_features(client: TestClient) -> None:
+    heads = client.get(f"{SAE}.json").json()["heads"]
+    assert [line["head"] for line in heads] == list(range(9))
+    assert (heads[4]["n_led"], heads[4]["n_led_norm"], heads[4]["polysemantic"]) == (12, 8, 0.4)
+    assert heads[4]["families"] == [{"key": "induction", "features": 8}, {"key": "unclear", "features": 4}]
+    assert heads[0]["diversity"] is None
+    shown = client.get(SAE).text
+    part = shown[shown.index('class="head-lines"') :]
+    part = part[: part.index("</table>")]
+    assert f'href="{SAE}?head=4&amp;leads=true#features"' in part
+    assert f'href="{SAE}?head=4&amp;sort=-dfa_share#features"' in part
+    assert f'href="{SAE}/features/5"' in part
+    for target in set(re.findall(r'href="([^"#]+)', part)):
+        assert client.get(target.replace("&amp;", "&")).status_code == 200, target
+
+
+def test_an_sae_whose_harvest_knows_no_heads_shows_no_table_of_them(tmp_path: Path) -> None:
+    settings = put(at(tmp_path))
+    database = Database(settings.url)
+    with database.write() as session:
+        session.execute(sa.delete(HeadSummary))
+    database.close()
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        assert client.get(f"{SAE}.json").json()["heads"] == []
+        assert "head-lines" not in client.get(SAE).text
+
+
+def test_the_table_says_the_verdict_of_each_family(client: TestClient) -> None:
+    shown = client.get(f"{SAE}?family=induction").text
+    assert 'title="&#39; board&#39; is next by induction"' in shown
