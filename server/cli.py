@@ -482,7 +482,8 @@ def study_specificity(
         jobs.check_feature(record, feature)
         with db.write() as session:
             registry.add_corpus(session, found.name, found.source)
-        _study(settings, db, cfg.model_copy(update={"rows": rows}), as_json=as_json, watch=watch)
+        made = _study(settings, db, cfg.model_copy(update={"rows": rows}), wait=watch or as_json)
+    _show_study(made, as_json)
 
 
 @study_app.command(
@@ -525,7 +526,8 @@ def study_induction(
             registry.add_model(session, found.name, found.source)
             if text:
                 registry.add_corpus(session, text.name, text.source)
-        _study(settings, db, cfg, as_json=as_json, watch=watch)
+        made = _study(settings, db, cfg, wait=watch or as_json)
+    _show_study(made, as_json)
 
 
 OF_STUDY = {f"proxies.{name}": "" for name in ("texts", "pattern")}
@@ -547,8 +549,8 @@ def _proxies(
             yield {"kind": "regex", "pattern": pattern, "on": on}
 
 
-def _study(settings: Settings, db: Database, cfg: SpecificityStudy | InductionStudy, *, as_json: bool, watch: bool) -> None:
-    """Queue a study, or make it here when no worker runs; what is known already is shown."""
+def _study(settings: Settings, db: Database, cfg: SpecificityStudy | InductionStudy, *, wait: bool) -> studies.StudyRecord | None:
+    """Queue a study, or make it here when no worker runs; what it found, unless that is left to a worker."""
     queue = Jobs(settings, db)
     alive = queue.worker_alive()
     job_id = queue.enqueue_study(cfg)
@@ -562,20 +564,23 @@ def _study(settings: Settings, db: Database, cfg: SpecificityStudy | InductionSt
         _say(f"Queued {job_id}.")
         if not alive:
             _work_here(settings, db, job_id)
-        elif watch or as_json:
+        elif wait:
             _end(db, _watch_here(db, job_id))
         else:
-            return
+            return None
     with db.read() as session:
         made = studies.of_job(session, job_id)
-        found = studies.study(session, made) if made is not None else None
-    if found is None:
+        return studies.study(session, made) if made is not None else None
+
+
+def _show_study(made: studies.StudyRecord | None, as_json: bool) -> None:
+    if made is None:
         return
     if as_json:
-        console.print_json(json.dumps(found.result))
-    else:
-        _table(("measure", "value"), terminal.study(found.result), "")
-        _say(f"Its plots are at /studies/{found.id}.")
+        console.print_json(json.dumps(made.result))
+        return
+    _table(("measure", "value"), terminal.study(made.result), "")
+    _say(f"Its plots are at /studies/{made.id}.")
 
 
 # -------------------------------------------------------------------------------------------------------------- harvests

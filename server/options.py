@@ -152,6 +152,21 @@ def _read(info: FieldInfo, value: Any) -> Any:
     return value
 
 
+def split_texts(written: str) -> tuple[str, ...]:
+    """Texts apart at commas, their spaces kept. A backslash makes a comma a part of a text; \\n, \\t and \\\\ are as usual."""
+    texts, signs = [""], {"n": "\n", "t": "\t", "r": "\r"}
+    at = iter(written)
+    for sign in at:
+        if sign == ",":
+            texts.append("")
+        elif sign == "\\":
+            escaped = next(at, "\\")
+            texts[-1] += signs.get(escaped, escaped)
+        else:
+            texts[-1] += sign
+    return tuple(texts)
+
+
 def _written(value: Any) -> str:
     """A value as one would type it."""
     if value is None or value == ():

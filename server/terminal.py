@@ -102,6 +102,44 @@ def _lines(db: Database, job_id: str, console: Console, stop: threading.Event, l
         stop.wait(0.5)
 
 
+def study(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The main numbers of a study, as lines."""
+    return list(_of_specificity(result) if result["kind"] == "specificity" else _of_induction(result))
+
+
+def _of_specificity(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "proxy", result["proxy"]
+    yield "tokens", f"{result['tokens']:,}"
+    for key, words in (
+        ("precision", "precision: proxy holds where it fires"),
+        ("recall", "recall: it fires where the proxy holds"),
+        ("specificity", "specificity: silent where the proxy does not hold"),
+        ("base", "share of tokens on which the proxy holds"),
+        ("density", "share of tokens on which it fires"),
+    ):
+        share = result[key]
+        bounds = f" ({_number(share['low'], '.2%')} to {_number(share['high'], '.2%')}), {share['hits']:,} of {share['n']:,}"
+        yield words, _number(share["value"], ".2%") + (bounds if share["n"] else "")
+    yield "share of its activation where the proxy holds", _number(result["mass"], ".2%")
+    for part in reversed(result["ranges"]):
+        share = part["precision"]
+        yield f"precision from {part['low']:.3g} to {part['high']:.3g}", f"{_number(share['value'], '.1%')} of {share['n']:,}"
+    for note in result["notes"]:
+        yield "note", note
+
+
+def _of_induction(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    last = len(result["prefixes"]) - 1
+    yield "heads", result["summary"]
+    for head in (head for head in result["heads"] if head["role"] != "not induction"):
+        score = ", ".join(f"p = {result['prefixes'][i]}: {head['score'][i]:.2f}" for i in sorted({0, 1, last}))
+        cut = head["cut"]
+        text = f"; in text {cut['before']['mean']:.2f}, prefix cut {cut['after']['mean']:.2f}" if cut else ""
+        yield f"{head['layer']}.{head['head']} {head['role']}", score + text
+    for note in result["notes"]:
+        yield "note", note
+
+
 def measures(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """The main numbers of an evaluation, as lines; what could not be measured is a dash."""
     return list(_measures(metrics))

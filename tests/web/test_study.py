@@ -1,0 +1,246 @@
+"""`/studies` and its pages: what a study found, as people and scripts meet it; its plots."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi.testclient import TestClient
+
+from sae_core.config import InductionStudy, RegexProxy, SpecificityStudy
+from sae_core.studies.induction import doing_induction, in_text, induction, synthetic
+from server.app import create_app
+from server.db import Database
+from server.plots import HeadCell, Line, Point, back_to_back, heads_map, lines
+from server.settings import Settings
+from server.store import studies
+from server.tables import SAE, Job, Model
+from tests.core.test_induction import Rules, done, study, text_rows
+from tests.core.test_specificity import Known, known_sae, rows_of, specificity
+from tests.web.conftest import at, put
+from tests.web.reading import Reader, counted
+
+NASTY = "<img src=x onerror=alert(1)>"
+
+
+def specific(**changed: object) -> tuple[SpecificityStudy, dict[str, Any]]:
+    """A study of a feature that is known, made as a worker makes it; its SAE and corpus are called otherwise here."""
+    fields: dict[str, object] = {"sae": "smollm2-l17", "feature": 5, "corpus": "demo", "proxies": (RegexProxy(pattern="[bdg]"),)}
+    cfg = SpecificityStudy.model_validate(fields | changed)
+    found = done(specificity(Known(), known_sae(), rows_of(), cfg.model_copy(update={"feature": 0})))  # type: ignore[arg-type]
+    return cfg, found.model_dump(mode="json")
+
+
+def of_heads(*, text: bool = True) -> tuple[InductionStudy, dict[str, Any]]:
+    """A study of heads that are rules."""
+    cfg, rules = study(model="smollm2-135m", corpus="demo" if text else None), Rules()
+    scores = done(synthetic(rules, cfg))  # type: ignore[arg-type]
+    seen = done(in_text(rules, text_rows(), cfg, doing_induction(scores))) if text else None  # type: ignore[arg-type]
+    return cfg, induction(rules, cfg, scores, seen).model_dump(mode="json")  # type: ignore[arg-type]
+
+
+def keep(settings: Settings, cfg: SpecificityStudy | InductionStudy, result: dict[str, Any], title: str = "A question") -> int:
+    database = Database(settings.url)
+    with database.write() as session:
+        sae = session.query(SAE).one()
+        model = session.query(Model).one()
+        about = (sae.id, cfg.feature) if isinstance(cfg, SpecificityStudy) else (None, None)
+        study_id = studies.write(
+            session, job_id=f"study-{cfg.hash()}", kind=cfg.kind, title=title, model_id=model.id, sae_id=about[0],
+            feature=about[1], config=cfg.model_dump(mode="json"), result=result,
+        )  # fmt: skip
+    database.close()
+    return study_id
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, Settings]]:
+    """Pages on a database with three studies: 1 of a feature, 2 of heads, 3 of heads without text."""
+    settings = put(at(tmp_path_factory.mktemp("studies")))
+    for number, (cfg, result) in enumerate((specific(), of_heads(), of_heads(text=False)), 1):
+        assert keep(settings, cfg, result, f"Question {number}") == number
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
+        yield client, settings
+
+
+@pytest.fixture
+def pages(kept: tuple[TestClient, Settings]) -> TestClient:
+    return kept[0]
+
+
+def test_the_list_leads_to_every_study_and_says_what_it_found(pages: TestClient) -> None:
+    read = Reader(pages.get("/studies").text)
+    assert read.refused == []
+    assert {f"/studies/{i}" for i in (1, 2, 3)} <= {a["href"] for a in read.all("a")}
+    assert "precision 3" in read.text
+    assert "1 short-prefix head (0.0); 2 long-prefix heads (0.1, 1.1); of 6 heads" in read.text
+    listed = pages.get("/studies.json").json()["studies"]
+    assert [one["id"] for one in listed] == [3, 2, 1], "newest first"
+    assert (listed[2]["sae"], listed[2]["feature"], listed[0]["sae"]) == ("smollm2-l17", 5, None)
+    assert "result" not in listed[0]
+
+
+def test_without_studies_the_list_says_how_to_make_one(empty_client: TestClient) -> None:
+    assert "headscope study induction --model gpt2" in Reader(empty_client.get("/studies").text).text
+
+
+def test_a_features_study_shows_its_cells_intervals_and_examples(pages: TestClient) -> None:
+    answer = pages.get("/studies/1")
+    read, found = Reader(answer.text), pages.get("/studies/1.json").json()["study"]["result"]
+    assert read.refused == []
+    for n in (found["both"], found["feature_alone"], found["proxy_alone"], found["neither"]):
+        assert f">{n}<" in answer.text
+    assert "the text so far ends with /[bdg]/" in read.text
+    assert [figure for figure in read.all("figure") if "two-sided" in figure["class"]] != []
+    assert answer.text.count('<li class="case">') == len(found["false_negatives"]) + sum(
+        len(part["false_positives"]) + len(part["true_positives"]) for part in found["ranges"]
+    )
+    assert answer.text.count('class="t dest"') == answer.text.count('<li class="case">')
+    assert "/saes/smollm2-l17/features/5" in {a["href"] for a in read.all("a")}
+    assert len(read.all("svg")) - len(read.all("path")) >= 3
+
+
+def test_every_plot_has_a_title_a_description_and_its_numbers_as_text(pages: TestClient) -> None:
+    for number, n in ((1, 3), (2, 4)):
+        text = pages.get(f"/studies/{number}").text
+        drawings = text.split("<figure")[1:]
+        assert len(drawings) >= n
+        for drawing in drawings:
+            assert "<title>" in drawing
+            assert "<desc>" in drawing
+            assert "as text</summary>" in drawing
+            assert drawing.split("</figure>")[0].count("<tr>") >= 2
+
+
+def test_a_study_of_heads_draws_the_strongest_of_each_role_or_those_asked_for(pages: TestClient) -> None:
+    text = pages.get("/studies/2").text
+    read = Reader(text)
+    assert read.refused == []
+    assert "1 short-prefix and 2 long-prefix heads" in read.text
+    assert "Head 0.0: prefix of what it attends to" in read.text
+    assert "Head 1.1: prefix" in read.text
+    assert "Head 1.2: prefix" not in read.text
+    rows = read.text.split("Cutting:")[1]
+    assert "long-prefix" in rows
+    assert "-0.80" in rows.replace("−", "-")
+    only = Reader(pages.get("/studies/2?heads=0.1").text)
+    assert "Head 0.1: prefix" in only.text
+    assert "Head 0.0: prefix" not in only.text
+    links = {a["href"] for a in only.all("a")}
+    assert "/studies/2?heads=0.1%2C0.0" in links, "a head more"
+    assert "/studies/2" in links, "the last one taken away shows the strongest again"
+    unknown = Reader(pages.get("/studies/2?heads=77.1").text)
+    assert "Head 0.0: prefix" in unknown.text
+
+
+def test_a_study_of_heads_without_text_leaves_its_plots_out(pages: TestClient) -> None:
+    read = Reader(pages.get("/studies/3").text)
+    assert "No text was given" in read.text
+    assert "In real text: attention" not in read.text
+    assert "cut to one" not in read.text
+
+
+def test_no_more_heads_are_drawn_than_can_be_told_apart() -> None:
+    from server.pages.study import SHOWN, _strongest
+
+    heads = [{"layer": 1, "head": i, "role": "short-prefix" if i % 4 else "long-prefix", "best": 1 - i / 50} for i in range(20)]
+    shown = _strongest(heads)
+    assert len(shown) == len(set(shown)) == SHOWN
+    assert shown[:6] == ["1.1", "1.2", "1.3", "1.0", "1.4", "1.8"]
+    few = [head | {"role": "not induction"} for head in heads]
+    assert _strongest(few) == ["1.0", "1.1", "1.2"]
+
+
+def test_what_is_not_there_is_said(pages: TestClient) -> None:
+    for path in ("/studies/99", "/studies/99.json"):
+        answer = pages.get(path)
+        assert answer.status_code == 404
+        assert "There is no study 99" in answer.text
+    assert pages.get("/studies/2?heads=all").status_code == 422
+    assert "write them as layer.head" in pages.get("/studies/2?heads=all").text
+
+
+def test_a_study_never_changes_so_a_browser_that_has_it_is_told_so(pages: TestClient) -> None:
+    tag = pages.get("/studies/2").headers["etag"]
+    assert pages.get("/studies/2", headers={"If-None-Match": tag}).status_code == 304
+    assert pages.get("/studies/2?heads=0.1", headers={"If-None-Match": tag}).status_code == 200
+
+
+def test_a_page_takes_two_queries_and_a_list_one(kept: tuple[TestClient, Settings]) -> None:
+    client, _ = kept
+    for path, n in (("/studies", 1), ("/studies/1", 1), ("/studies/2", 1)):
+        with counted(client.app.state.db.engine) as statements:  # type: ignore[attr-defined]
+            client.get(path)
+        assert len(statements) == n, statements
+
+
+def test_a_job_leads_to_its_study_and_its_feature(tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = put(at(tmp_path_factory.mktemp("job")))
+    cfg, result = specific()
+    keep(settings, cfg, result)
+    database = Database(settings.url)
+    with database.write() as session:
+        job = f"study-{cfg.hash()}"
+        session.add(
+            Job(id=job, kind="study", title="Feature 5", config=cfg.model_dump(mode="json"), status="done", total=1, done=1)
+        )
+    database.close()
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        links = {a["href"] for a in Reader(client.get(f"/jobs/{job}").text).all("a")}
+        assert {"/studies/1", "/saes/smollm2-l17/features/5"} <= links
+        assert client.get(f"/jobs/{job}.json").json()["study"] == 1
+        assert client.get("/jobs/train-running-1.json").json()["study"] is None
+
+
+def test_hostile_texts_stay_text(tmp_path_factory: pytest.TempPathFactory) -> None:
+    settings = put(at(tmp_path_factory.mktemp("nasty")))
+    cfg, result = specific(proxies=(RegexProxy(pattern="<script>|[bdg]"),))
+    for one in result["false_negatives"]:
+        one["texts"] = [NASTY] * len(one["texts"])
+    keep(settings, cfg, result | {"summary": NASTY, "notes": [NASTY]}, NASTY)
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        for path in ("/studies", "/studies/1"):
+            read = Reader(client.get(path).text)
+            assert read.refused == []
+            assert read.all("img") == []
+            assert NASTY in read.text
+
+
+# ---- plots ----
+
+
+def test_a_line_is_drawn_to_scale_with_its_band() -> None:
+    drawn = lines("T", [Line("one", 2, [Point(1, 0.0, 0.0, 0.5), Point(2, 1.0, 0.5, 1.0)])], desc="D", across="x")
+    read = Reader(drawn)
+    line = next(p for p in read.all("polyline") if p["class"] == "edge")["points"].split()
+    (x1, y1), (x2, y2) = (tuple(map(float, point.split(","))) for point in line)
+    assert x1 < x2
+    assert (y1, y2) == (220, 12), "from the floor to the top"
+    band = read.all("polygon")[0]["points"].split()
+    assert [float(point.split(",")[1]) for point in band] == [220, 116, 12, 116]
+    assert len([p for p in read.all("path") if p["class"] == "mark"]) == 2
+    assert "one, 2.00: 1.00 (0.500 to 1.00)" in read.text
+    assert "Nothing to draw" in Reader(lines("T", [], desc="D", across="x")).text
+
+
+def test_two_histograms_share_their_scale() -> None:
+    drawn = back_to_back("T", [0, 1, 2], [4, 0], [2, 1], names=("a", "b"), across="x", desc="D")
+    rects = Reader(drawn).all("rect")
+    up = [float(r["height"]) for r in rects if r["class"] == "up"]
+    down = [float(r["height"]) for r in rects if r["class"] == "down"]
+    assert up[0] == pytest.approx(2 * down[0])
+    assert down[0] == pytest.approx(2 * down[1])
+    assert up[1] == 0
+    logarithmic = Reader(back_to_back("T", [0, 1], [99], [9], names=("a", "b"), across="x", desc="D", log=True)).all("rect")
+    heights = {r["class"]: float(r["height"]) for r in logarithmic}
+    assert heights["up"] == pytest.approx(2 * heights["down"], rel=1e-2), "log 100 is twice log 10"
+    assert "Nothing to draw" in Reader(back_to_back("T", [], [], [], names=("a", "b"), across="x", desc="D")).text
+
+
+def test_the_map_marks_heads_by_role_and_leads_on() -> None:
+    cells = [HeadCell(0, 1, 0.8, "long-prefix", 3, "/a?b=1&c=2", True), HeadCell(1, 0, 0.0, "not induction", None, "/b", False)]
+    read = Reader(heads_map("T", cells, 2, 2, desc="D"))
+    assert [a["href"] for a in read.all("a")][:2] == ["/a?b=1&c=2", "/b"]
+    assert len(read.all("path")) == 1
+    colours = [r["class"] for r in read.all("rect")]
+    assert colours == ["void", "void", "c12", "c0"]
+    assert "head 0.1: 0.800, long-prefix, shown" in read.text
