@@ -7,7 +7,8 @@ from server.settings import Settings
 from server.tables import Base
 
 url = context.config.attributes.get("url") or Settings().prepare().url
-with make_engine(url).connect() as connection:
+engine = make_engine(url)
+with engine.connect() as connection:
     if connection.dialect.name == "sqlite":
         # SQLite changes most things of a table by making it anew; with foreign keys on, dropping the old one would delete
         # the rows that point at it. Said to the driver itself, since within a transaction it would do nothing.
@@ -21,3 +22,4 @@ with make_engine(url).connect() as connection:
     with context.begin_transaction():
         context.run_migrations()
     connection.commit()
+engine.dispose()

@@ -105,6 +105,33 @@ class Attribution(NamedTuple):
         return float(self.value.sum() + self.dropped.sum() + self.before.sum())
 
 
+# ---- columns of JSON ----
+
+
+def fold(histogram: dict[str, Any]) -> dict[str, Any]:
+    """A histogram {"edges": [n + 1], "counts": [n]} of equal bins with its outer edges only."""
+    edges = histogram.get("edges", ())
+    return {**histogram, "edges": [edges[0], edges[-1]]} if len(edges) > 2 else histogram
+
+
+def unfold(histogram: dict[str, Any], *, log: bool) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """(edges, counts) of what `fold` left, or of a histogram in full; bins are equal, or equal in `log`."""
+    edges, counts = histogram.get("edges", ()), histogram.get("counts", ())
+    if len(edges) == 2 and len(counts) > 1:
+        between = np.geomspace if log else np.linspace
+        edges = [float(f"{edge:.6g}") for edge in between(*edges, len(counts) + 1)]
+    return tuple(edges), tuple(counts)
+
+
+def shorten(value: Any) -> Any:
+    """JSON with its numbers in seven digits, which is all that float32 has."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, dict):
+        return {name: shorten(part) for name, part in value.items()}
+    return [shorten(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
 # ---- activations ----
 
 

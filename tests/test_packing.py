@@ -9,7 +9,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sae_core.records import ExampleRecord
-from server.packing import ACTS, DFA, ERROR, F4, FLOOR, decode, encode, pack, pack_acts, pack_dfa, read_acts, read_dfa
+from server.packing import (
+    ACTS,
+    DFA,
+    ERROR,
+    F4,
+    FLOOR,
+    decode,
+    encode,
+    fold,
+    pack,
+    pack_acts,
+    pack_dfa,
+    read_acts,
+    read_dfa,
+    shorten,
+    unfold,
+)
 
 
 def example(seed: int, *, n_heads: int = 9, start: int = 0, dest: int = 40, n: int = 32, spread: float = 3.0) -> ExampleRecord:
@@ -125,6 +141,24 @@ def test_an_example_of_zeros_has_no_entries_and_sums_to_nothing() -> None:
     e = replace(e, dfa_src=none, dfa_head=none, dfa_value=none, dropped=0 * e.dropped, before=0 * e.before)
     found = read_dfa(written(e)[0])
     assert (len(found.src), found.total, found.dropped.tolist()) == (0, 0.0, [0.0] * 9)
+
+
+def test_a_histogram_of_equal_bins_is_kept_by_its_ends() -> None:
+    whole = {"edges": [float(f"{2 ** (k / 8):.6g}") for k in range(-30, 12)], "counts": list(range(41))}
+    assert len(fold(whole)["edges"]) == 2
+    assert unfold(whole, log=True) == (tuple(whole["edges"]), tuple(whole["counts"]))
+    edges, counts = unfold(fold(whole), log=True)
+    assert (edges, counts) == (pytest.approx(whole["edges"], rel=1e-5), tuple(whole["counts"]))
+    even = {"edges": [-1.5, -0.5, 0.5, 1.5], "counts": [4, 5, 6]}
+    assert unfold(fold(even), log=False) == unfold(even, log=False) == ((-1.5, -0.5, 0.5, 1.5), (4, 5, 6))
+    for none in ({}, {"edges": [], "counts": []}, {"edges": [1.0, 2.0], "counts": [3]}):
+        assert unfold(fold(none), log=True) == (tuple(none.get("edges", ())), tuple(none.get("counts", ())))
+
+
+def test_shortened_json_keeps_what_float32_has() -> None:
+    value = float(np.float32(np.pi))
+    assert shorten({"a": [value, 3, None, "b", True]}) == {"a": [3.141593, 3, None, "b", True]}
+    assert np.float32(shorten(value)) == pytest.approx(np.float32(value), rel=1e-6)
 
 
 def test_a_code_has_a_sign_and_keeps_zero_and_the_largest() -> None:

@@ -245,7 +245,7 @@ def test_a_writer_killed_anywhere_is_taken_over_without_loss_or_repeat(
     expected = counts(db)
     assert expected["harvest_part"] > 12
     with db.write() as session:
-        for table in (Example, Context, FeatureHead, FeatureDetail, Feature, HarvestPart):
+        for table in (Example, Context, HeadSummary, FeatureHead, FeatureDetail, Feature, HarvestPart):
             session.execute(sa.delete(table))
 
     class Killed(Exception):
