@@ -190,8 +190,10 @@ def assert_means_are_those_of_every_firings_dfa(lens: Lens, sae: SAE, rows: Rows
     tokens = torch.from_numpy(rows.train.astype(np.int64))
     read = lens.read_attention(tokens, sae.cfg.site.layer)
     acts = sae.encode(read.z).masked_fill(sae.excluded(read.z)[..., None], 0.0)
+    # Where a token is on the threshold to the last digits, the two passes need not agree whether it fires.
+    clear = (sae.preacts(read.z) - sae.threshold).abs().flatten(0, 1).amin(0) > 1e-4
     checked = 0
-    for record in result.features:
+    for record in (record for record in result.features if clear[record.idx]):
         row, dest = acts[..., record.idx].nonzero(as_tuple=True)
         if not len(row):
             continue
@@ -217,4 +219,5 @@ def test_head_means_and_spreads_are_those_of_every_firings_dfa(tiny_lens: TinyLe
 def test_smollm2_head_means_and_spreads_are_those_of_every_firings_dfa(smollm2_lens: Lens, tmp_path: Path) -> None:
     rows = tiny_rows(6, context=24, vocabulary=5000)
     sae = tiny_sae(smollm2_lens, rows, d_sae=40)
+    sae.cfg = sae.cfg.model_copy(update={"max_norm": None})  # with so few tokens the norm of one would be on the edge
     assert_means_are_those_of_every_firings_dfa(smollm2_lens, sae, rows, run(smollm2_lens, sae, rows, CFG, tmp_path))
