@@ -31,7 +31,7 @@ from sae_core.describe import features
 from sae_core.feature_table import FeatureTable, examples, row_records
 from sae_core.progress import Clock, Progress
 from sae_core.records import ExampleRecord
-from sae_core.tally import PENDING, PENDING_OF_ALL, Batch, Tallier, Tally, by_head, coded_share, head_parts
+from sae_core.tally import PENDING, PENDING_OF_ALL, Bars, Batch, Tallier, Tally, by_head, coded_share, head_parts
 from sae_core.visit import visit, visit_parts, visited_rows
 
 if TYPE_CHECKING:
@@ -77,22 +77,23 @@ def scan_shard(
     cfg: HarvestConfig,
     paths: Sequence[Path],
     activations: "Mapping[int, Activations] | None" = None,
-    before: Sequence[NDArray[np.int64]] = (),
+    seen: "Seen | None" = None,
 ) -> Generator[Progress, None, None]:
     """Sweep the rows of one shard, all layers in one pass, and write each SAE's tally to its path.
 
     z is read from `activations`, by layer, where they hold the whole shard at every layer. A file that is there is left alone.
-    Progress in tokens of this shard, with `firings` and `live` features so far, of all SAEs and of all shards `before` (each
-    SAE's firings [F]) as well.
+    Progress in tokens of this shard, with `firings` and `live` features so far: of all SAEs, and of what was `seen` as well, to
+    which this shard is added.
 
     Every pass has the same number of rows: what a row gives does not depend on how the sweep is cut or where it ends.
     """
+    seen = seen or Seen(saes)
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     if not todo:
+        seen.add(paths)
         return
     share, pending = coded_share(swept_rows(rows, cfg) * rows.context), max(1, min(PENDING, PENDING_OF_ALL // len(saes)))
-    scanners = [_Scanner(saes[i], shard, cfg, rows.context, share, pending) for i in todo]
-    known = [before[i] for i in todo] if before else [np.zeros(1, dtype=np.int64) for _ in todo]
+    scanners = [_Scanner(saes[i], shard, cfg, rows.context, share, pending, seen.bars[i]) for i in todo]
     layers = sorted({sae.cfg.site.layer for sae in saes})
     read = partial(_read_z, lens, layers, rows, cfg)
     if activations is not None and all(layer in activations and activations[layer].n_rows >= shard.stop for layer in layers):
@@ -105,17 +106,21 @@ def scan_shard(
         z = read(low, high, at_once)
         for scanner in scanners:
             scanner.take_in(z[scanner.layer], low)
-        counts = [scanner.tallier.tally.count.cpu().numpy() + count for scanner, count in zip(scanners, known, strict=True)]
-        values = {"firings": float(sum(c.sum() for c in counts)), "live": float(sum((c > 0).sum() for c in counts))}
-        yield replace(clock.at((high - shard.start) * rows.context), values=values)
+        fired = {i: scanner.tallier.tally.count.cpu().numpy() for i, scanner in zip(todo, scanners, strict=True)}
+        yield replace(clock.at((high - shard.start) * rows.context), values=seen.with_these(fired))
     for i, scanner in zip(todo, scanners, strict=True):
         scanner.tallier.finish(len(shard)).save(paths[i])
+    for i, scanner in zip(todo, scanners, strict=True):
+        seen.bars[i] = scanner.tallier.bars
+    seen.add(paths)
 
 
 class _Scanner:
     """One SAE on a sweep."""
 
-    def __init__(self, sae: "SAE", shard: range, cfg: HarvestConfig, context: int, share: float, pending: int) -> None:
+    def __init__(
+        self, sae: "SAE", shard: range, cfg: HarvestConfig, context: int, share: float, pending: int, bars: Bars
+    ) -> None:
         self.sae, self.layer, self.device = sae, sae.cfg.site.layer, sae.W_enc.device
         self.w = by_head(sae.W_enc.T, sae.cfg.n_heads)
         tally = Tally.empty(
@@ -129,7 +134,7 @@ class _Scanner:
             share=share,
             device=self.device,
         )
-        self.tallier = Tallier(tally, pending)
+        self.tallier = Tallier(tally, pending, bars)
 
     def take_in(self, z: Tensor, first_row: int) -> None:
         """Tally what the SAE makes of z [b, pos, d_in] of the rows from `first_row`."""
@@ -244,8 +249,7 @@ def harvest_many(
 
     def scan(shard: range) -> Generator[Progress, None, None]:
         paths = [file.shard(shard) for file in files]
-        yield from scan_shard(lens, saes, rows, shard, cfg, paths, activations, seen.counts)
-        seen.add(paths)
+        yield from scan_shard(lens, saes, rows, shard, cfg, paths, activations, seen)
 
     yield from _together("scan", "tokens", n_rows * rows.context, ((len(s) * rows.context, scan(s)) for s in todo))
     selections = []
@@ -268,15 +272,22 @@ def harvest_many(
 
 
 class Seen:
-    """How often each feature has fired in the shards that are done, for those who watch."""
+    """What a process knows of the shards that are done: how often each feature has fired in them, for those who watch; and of
+    those that it swept itself, what later ones must beat to be kept."""
 
     def __init__(self, saes: Sequence["SAE"]) -> None:
         self.counts = [np.zeros(sae.cfg.d_sae, dtype=np.int64) for sae in saes]
+        self.bars = [Bars.none(sae.cfg.d_sae, sae.W_enc.device) for sae in saes]
 
     def add(self, shard: Sequence[Path]) -> None:
-        """Take in a shard's files, one per SAE."""
+        """Count a shard's files, one per SAE, in."""
         for count, path in zip(self.counts, shard, strict=True):
             count += Tally.count_of(path)
+
+    def with_these(self, fired: Mapping[int, NDArray[np.int64]]) -> dict[str, float]:
+        """`firings`, and `live` features, of all SAEs; with the firings [F] of some of them in a shard that is being swept."""
+        counts = [count + fired[i] if i in fired else count for i, count in enumerate(self.counts)]
+        return {"firings": float(sum(c.sum() for c in counts)), "live": float(sum((c > 0).sum() for c in counts))}
 
 
 def _together(

@@ -390,19 +390,46 @@ SUMS = (
 _WHOLE = ("n_features", "n_heads", "context", "share", "top", "sample", "seed", "first_row", "n_tokens", "n_rows")
 
 
-class Tallier:
-    """Builds a tally batch by batch; `finish` gives it. Batches may come in any order."""
+@dataclass
+class Bars:
+    """What the shards that a process has swept leave for later ones to beat: most firings do not, so after a while little is
+    left to sort, to store and to merge. That a firing does not is a fact about the sweep, so what is left out of a shard's
+    tally because of it would fall out of the merged one too: that is the same, whoever swept which shards."""
 
-    def __init__(self, tally: Tally, pending: int = PENDING) -> None:
+    tops: Firings
+    """The strongest of these shards together."""
+    samples: Firings
+    """And their firings with the smallest keys."""
+    value: Tensor
+    """float32 [F]: the weakest of `tops` where there are as many as are kept, else 0."""
+    key: Tensor
+    """int64 [F * N_CELLS]: the largest key of `samples` in a cell that is full, else the largest there is."""
+
+    @classmethod
+    def none(cls, n_features: int, device: torch.device | str = "cpu") -> Self:
+        """Before the first shard."""
+        key = torch.full((n_features * N_CELLS,), (1 << 63) - 1, dtype=torch.int64, device=device)
+        return cls(Firings.empty(device), Firings.empty(device), torch.zeros(n_features, device=device), key)
+
+
+class Tallier:
+    """Builds a tally batch by batch; `finish` gives it. Batches may come in any order.
+
+    With the `bars` of earlier shards of the same sweep, what cannot be kept of this one because of them is left out;
+    `self.bars` are those of the shards after it.
+    """
+
+    def __init__(self, tally: Tally, pending: int = PENDING, bars: Bars | None = None) -> None:
         self.tally = tally
         device = tally.count.device
         self._most = pending
         self._pending: list[Firings] = []
         self._n_pending = 0
         self._codes: list[Codes] = []
-        # What a firing must beat to be kept; most never do, so after a while little is left to sort.
-        self._bar = torch.zeros(tally.n_features, device=device)
-        self._key_bar = torch.full((tally.n_features * N_CELLS,), (1 << 63) - 1, dtype=torch.int64, device=device)
+        self._alone = bars is None
+        # Copied, so that a shard that is broken off leaves no trace in them.
+        bars = bars or Bars.none(tally.n_features, device)
+        self.bars = Bars(bars.tops, bars.samples, bars.value.clone(), bars.key.clone())
         self._bucket = torch.tensor([p.bit_length() for p in range(tally.context)], device=device)
 
     def add(self, batch: Batch) -> None:
@@ -449,24 +476,33 @@ class Tallier:
         flat = new.feature.long() * N_BINS + bins(new.value)
         tally.histogram.view(-1).add_(torch.bincount(flat, minlength=tally.n_features * N_BINS))
 
-        strong = new.take(new.value >= self._bar[new.feature.long()])
-        tally.tops = strongest(Firings.cat([tally.tops, strong]), tally.top)
-        last = ranks(tally.tops.feature) == tally.top - 1
-        self._bar[tally.tops.feature[last].long()] = tally.tops.value[last]
+        bars = self.bars
+        strong = new.take(new.value >= bars.value[new.feature.long()])
+        bars.tops = strongest(Firings.cat([bars.tops, strong]), tally.top)
+        last = ranks(bars.tops.feature) == tally.top - 1
+        bars.value[bars.tops.feature[last].long()] = bars.tops.value[last]
 
         key, cell = keys(new, tally.seed), flat // CELL_BINS
-        lucky = new.take(key <= self._key_bar[cell])
-        tally.samples, cell = smallest_keys(Firings.cat([tally.samples, lucky]), tally.sample, tally.seed, tally.n_features)
+        lucky = new.take(key <= bars.key[cell])
+        bars.samples, cell = smallest_keys(Firings.cat([bars.samples, lucky]), tally.sample, tally.seed, tally.n_features)
         last = ranks(cell) == tally.sample - 1
-        self._key_bar[cell[last]] = keys(tally.samples.take(last), tally.seed)
+        bars.key[cell[last]] = keys(bars.samples.take(last), tally.seed)
 
     def finish(self, n_rows: int) -> Tally:
-        """The tally of all that was added, out of `n_rows` rows."""
+        """The tally of all that was added, out of `n_rows` rows: with `bars`, those from its first one on."""
         self._digest()
-        self.tally.codes = Codes.union([self.tally.codes, *self._codes])
+        tally = self.tally
+        tally.n_rows = n_rows
+        tally.tops, tally.samples = self._own(self.bars.tops), self._own(self.bars.samples)
+        tally.codes = Codes.union([tally.codes, *self._codes])
         self._codes = []
-        self.tally.n_rows = n_rows
-        return self.tally
+        return tally
+
+    def _own(self, kept: Firings) -> Firings:
+        if self._alone:
+            return kept
+        first = self.tally.first_row
+        return kept.take((kept.row >= first) & (kept.row < first + self.tally.n_rows))
 
 
 def add_by_feature(sums: Tensor, feature: Tensor, value: Tensor) -> None:

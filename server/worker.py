@@ -549,17 +549,15 @@ class _Hands:
     def scan(self, shard: range) -> None:
         """One shard of the sweep."""
         context = self.rows.context
-        for before in self.shards[self._n_seen :]:
-            if before.stop <= shard.start:
-                self._seen.add([files.shard(before) for files in self.files])
-                self._n_seen += 1
+        while self.shards[self._n_seen] != shard:  # what an earlier attempt has swept
+            self._seen.add([files.shard(self.shards[self._n_seen]) for files in self.files])
+            self._n_seen += 1
         paths = [files.shard(shard) for files in self.files]
         within = _within(shard.start * context, self.n_rows * context)
-        reports = sweep.scan_shard(
-            self.lens, self.saes, self.rows, shard, self.cfg.harvest, paths, self.activations, self._seen.counts
-        )
+        reports = sweep.scan_shard(self.lens, self.saes, self.rows, shard, self.cfg.harvest, paths, self.activations, self._seen)
         # What was counted so far is one point, which each report replaces.
         self.run.follow(relayed(reports, lambda report: replace(within(report), step=0)))
+        self._n_seen += 1
 
     def choose(self, index: int) -> None:
         """Merge an SAE's shards and choose its examples."""

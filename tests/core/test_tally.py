@@ -1,5 +1,6 @@
 """What a scan keeps: exact, mergeable, fair. Against brute force on small random firings."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -14,6 +15,7 @@ from sae_core.tally import (
     EDGES,
     N_BINS,
     SUMS,
+    Bars,
     Batch,
     Firings,
     Tallier,
@@ -133,6 +135,32 @@ def test_any_cut_merged_in_any_order_equals_brute_force(
             assert whole.position_total[f, b] == pytest.approx(float(values[there].sum()))
 
 
+@settings(deadline=None, max_examples=40)
+@given(n=st.integers(0, 300), seed=st.integers(0, 10_000), cuts=st.lists(st.integers(1, 11), unique=True), data=st.data())
+def test_bars_of_whatever_was_swept_before_change_nothing_in_the_whole(
+    n: int, seed: int, cuts: list[int], data: st.DataObject
+) -> None:
+    """Shards swept in any order by up to three processes, each of which knows the bars of those it swept itself."""
+    firings = random_firings(n, seed)
+    edges = [0, *sorted(cuts), 12]
+    shards = [range(low, high) for low, high in itertools.pairwise(edges)]
+    bars, made = [Bars.none(F) for _ in range(3)], []
+    for shard in data.draw(st.permutations(shards)):
+        who = data.draw(st.integers(0, 2))
+        tallier = Tallier(empty(shard.start), 50, bars[who])
+        for row in shard:
+            tallier.add(batch_of(firings, torch.arange(row * CONTEXT, (row + 1) * CONTEXT)))
+        made.append(tallier.finish(len(shard)))
+        bars[who] = tallier.bars
+        assert all(set(kept.row.tolist()) <= set(shard) for kept in (made[-1].tops, made[-1].samples))
+    whole = empty()
+    for tally in made:
+        whole.merge(tally)
+    assert list(as_rows(whole.tops)) == brute_tops(firings)
+    assert set(as_rows(whole.samples)) == brute_samples(firings)
+    assert whole.count.sum() == len(firings.row)
+
+
 @settings(deadline=None, max_examples=25)
 @given(n=st.integers(0, 300), seed=st.integers(0, 10_000), cut=st.integers(0, 12), share=st.sampled_from([0.2, 1.0]))
 def test_whole_codes_are_those_of_the_tokens_below_the_bar_in_any_cut(n: int, seed: int, cut: int, share: float) -> None:
@@ -170,8 +198,8 @@ def test_what_is_kept_does_not_grow_with_tokens() -> None:
         tallier.add(batch_of(new, torch.arange(12 * CONTEXT)))
         assert tallier._n_pending < 100
         assert sum(len(part.row) for part in tallier._pending) == tallier._n_pending
-        assert len(tallier.tally.tops.row) <= F * TOP
-        assert len(tallier.tally.samples.row) <= F * SAMPLE * 12  # values come from 12 cells
+        assert len(tallier.bars.tops.row) <= F * TOP
+        assert len(tallier.bars.samples.row) <= F * SAMPLE * 12  # values come from 12 cells
     whole = tallier.finish(0)
     assert int(whole.count.sum()) == 40 * 90
     assert len(whole.codes.token) == 0
