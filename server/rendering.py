@@ -672,8 +672,41 @@ def position_bars(parts: Sequence[Mapping[str, Any]], name: str) -> list[Bar]:
     return [Bar(_positions(part), part[name]) for part in parts if part.get(name) is not None]
 
 
+class HasFirings(Protocol):
+    """So many firings on so many tokens, at the positions `low` to `high`."""
+
+    @property
+    def low(self) -> int: ...
+    @property
+    def high(self) -> int: ...
+    @property
+    def firings(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+def rate_bars(buckets: Sequence[HasFirings]) -> list[Bar]:
+    """A bar per group of positions: percent of its tokens that fire."""
+    return [Bar(_range(one.low, one.high), 100 * one.firings / one.tokens) for one in buckets if one.tokens]
+
+
+def distance_bars(sample: Mapping[str, Any]) -> list[Bar]:
+    """A bar per group of distances: percent of |DFA| that comes from there."""
+    return [Bar(_range(low, beyond - 1), 100 * share) for low, beyond, share in sample["distance"]]
+
+
+def few_ticks(edges: Sequence[float], n: int = 5) -> list[tuple[float, str]]:
+    """About `n` labels along the edges of bars of equal width."""
+    step = max(1, (len(edges) - 1) // (n - 1))
+    return [(float(at), num(edges[at], 2)) for at in range(0, len(edges), step)]
+
+
 def _positions(part: Mapping[str, Any]) -> str:
-    return str(part["low"]) if part["low"] == part["high"] else f"{part['low']}–{part['high']}"
+    return _range(part["low"], part["high"])
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}–{high}"
 
 
 class Measure(NamedTuple):

@@ -48,6 +48,7 @@ PROSE = (
     "sorry to say that the parcel was delivered to the wrong address. Mr. Okafor, please accept our",
 )
 START = "<|endoftext|>"
+SAMPLE = {"n": 12, "distance": [[0, 1, 0.25], [1, 2, 0.4], [2, 4, 0.05]], "start_share": 0.3, "heads": 2.5, "sources": 6.1}
 FAMILIES = ("induction", "previous token", "local", "long-range", None)
 
 
@@ -93,7 +94,7 @@ def told(idx: int, shape: Shape) -> dict[str, Any]:
         "logits": {"edges": np.linspace(-4, 4, 41).tolist(), "counts": heights},
         "positions": [[1, 1, 3, 8192, 1.5], [2, 3, 9, 16384, 1.25], [4, 63, 200, 491520, 2.0]],
         "coactive": {"tokens": 65536, "pairs": partners},
-        "sample": {"n": 12},
+        "sample": SAMPLE,
     }  # fmt: skip
 
 

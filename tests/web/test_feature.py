@@ -18,7 +18,7 @@ from server.store.features import feature_page
 from server.store.saes import find_sae
 from server.tables import FeatureDetail
 from tests.web.conftest import SAE, at, put
-from tests.web.factory import Shape
+from tests.web.factory import SAMPLE, Shape
 from tests.web.reading import PART, Reader, counted
 
 FEATURE = f"{SAE}/features/3"
@@ -120,7 +120,21 @@ def test_histograms_and_positions_are_those_of_the_harvest(client: TestClient) -
     page = client.get(f"{FEATURE}.json").json()
     assert len(page["logit_edges"]) == len(page["logit_counts"]) + 1 == 41
     assert page["positions"][1] == {"low": 2, "high": 3, "firings": 9, "tokens": 16384, "mean_act": 1.25}
-    assert page["sample"] == {"n": 12}
+    assert page["sample"] == SAMPLE
+
+
+def test_positions_distances_partners_and_logits_are_shown_in_words_and_numbers(client: TestClient) -> None:
+    text = Reader(client.get(f"{SAE}/features/5").text).text
+    for said in (
+        "Of 12 kept examples, a sample of the firings: 30\u202f% of |DFA| from the row's start",
+        "as if from 2.5 heads and 6.1 sources alike",
+        "on 65,536 sampled tokens",
+        "Share of |DFA| by distance from the destination back to the source",
+        "Number of tokens of the vocabulary by logit weight",
+        "The two agree to",
+    ):
+        assert said in text, said
+    assert "Fires together" not in client.get(f"{SAE}/features/7").text, "a dead feature has none"
 
 
 def test_painting_by_one_head_changes_the_bars_and_not_the_activations(client: TestClient) -> None:
