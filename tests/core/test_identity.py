@@ -221,3 +221,55 @@ def test_smollm2_head_means_and_spreads_are_those_of_every_firings_dfa(smollm2_l
     sae = tiny_sae(smollm2_lens, rows, d_sae=40)
     sae.cfg = sae.cfg.model_copy(update={"max_norm": None})  # with so few tokens the norm of one would be on the edge
     assert_means_are_those_of_every_firings_dfa(smollm2_lens, sae, rows, run(smollm2_lens, sae, rows, CFG, tmp_path))
+
+
+# ---- what the kept examples say of distance and spread ----
+
+
+def assert_samples_are_means_over_the_kept_examples(lens: Lens, sae: SAE, rows: Rows, result: HarvestResult) -> None:
+    """Against the whole DFA of each kept example, taken apart entry by entry in fp64."""
+    read = lens.read_attention(torch.from_numpy(rows.train.astype(np.int64)), sae.cfg.site.layer)
+    seen: dict[int, list[tuple[dict[int, float], float, float, float]]] = {}
+    for example in result.examples:
+        w = sae.W_enc[:, example.feature].view(1, sae.cfg.n_heads, -1)
+        dfa = attribution.dfa(read.v[example.row], read.pattern[example.row, :, example.dest][None], w)[0]
+        size = dfa.abs().double().numpy()
+        size /= size.sum()
+        starts = (rows.train[example.row] == rows.row_start) | (np.arange(rows.context) == 0)
+        distance: dict[int, float] = {}
+        for src in np.flatnonzero(~starts[: example.dest + 1]).tolist():
+            gap = example.dest - src
+            low = 0 if gap == 0 else 2 ** int(math.log2(gap))
+            distance[low] = distance.get(low, 0.0) + float(size[:, src].sum())
+        heads, sources = (-sum(p * math.log(p) for p in shares.tolist() if p > 0) for shares in (size.sum(1), size.sum(0)))
+        seen.setdefault(example.feature, []).append((distance, float(size[:, starts].sum()), heads, sources))
+    assert len(seen) > 20
+    for record in result.features:
+        found, mine = record.sample, seen.get(record.idx, [])
+        if not mine:
+            assert found == {}
+            continue
+        assert found["n"] == len(mine)
+        for low, high, share in found["distance"]:
+            assert high == max(2 * low, 1)
+            assert share == pytest.approx(sum(one[0].get(low, 0.0) for one in mine) / len(mine), abs=2e-4)
+        listed = {low for low, _, _ in found["distance"]}
+        assert all(low in listed for distance, *_ in mine for low, share in distance.items() if share > 1e-3)
+        assert found["start_share"] == pytest.approx(sum(one[1] for one in mine) / len(mine), abs=2e-4)
+        assert found["heads"] == pytest.approx(math.exp(sum(one[2] for one in mine) / len(mine)), rel=2e-3)
+        assert found["sources"] == pytest.approx(math.exp(sum(one[3] for one in mine) / len(mine)), rel=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_samples_are_means_over_the_kept_examples(tiny_lens: TinyLens, tmp_path: Path, kind: str) -> None:
+    lens, rows = tiny_lens(kind), tiny_rows()
+    rows.train[3, 7] = rows.row_start  # two documents packed into a row
+    sae = tiny_sae(lens, rows)
+    assert_samples_are_means_over_the_kept_examples(lens, sae, rows, run(lens, sae, rows, CFG, tmp_path))
+
+
+@pytest.mark.real
+def test_smollm2_samples_are_means_over_the_kept_examples(smollm2_lens: Lens, tmp_path: Path) -> None:
+    rows = tiny_rows(8, context=24, vocabulary=5000)
+    sae = tiny_sae(smollm2_lens, rows, d_sae=40)
+    assert_samples_are_means_over_the_kept_examples(smollm2_lens, sae, rows, run(smollm2_lens, sae, rows, CFG, tmp_path))
