@@ -118,8 +118,9 @@ def unfold(histogram: dict[str, Any], *, log: bool) -> tuple[tuple[float, ...], 
     """(edges, counts) of what `fold` left, or of a histogram in full; bins are equal, or equal in `log`."""
     edges, counts = histogram.get("edges", ()), histogram.get("counts", ())
     if len(edges) == 2 and len(counts) > 1:
-        between = np.geomspace if log else np.linspace
-        edges = [float(f"{edge:.6g}") for edge in between(*edges, len(counts) + 1)]
+        low, high = np.log(edges) if log else np.array(edges)
+        between = np.linspace(low, high, len(counts) + 1)
+        edges = [float(f"{edge:.6g}") for edge in (np.exp(between) if log else between)]
     return tuple(edges), tuple(counts)
 
 
@@ -309,7 +310,9 @@ def _read_steps(blob: bytes, offset: int) -> Ints:
     steps = np.empty(2 * len(raw), np.int64)
     steps[0::2], steps[1::2] = raw & 15, raw >> 4
     marks = steps != _SKIP
-    return (np.cumsum(steps + marks) - 1)[marks]
+    places = np.cumsum(steps + marks) - 1
+    found: Ints = places[marks]
+    return found
 
 
 def _padded(values: Ints, counts: Ints, to: int, filler: int) -> Ints:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_core.records import ExampleRecord
@@ -87,6 +87,7 @@ def check(e: ExampleRecord, row: SimpleNamespace, error: float = ERROR) -> None:
     np.testing.assert_allclose(np.bincount(dfa.head, dfa.value, len(e.dropped)) + dfa.dropped + dfa.before, heads, atol=slack)
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n_heads=st.integers(1, 40),
