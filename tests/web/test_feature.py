@@ -128,7 +128,7 @@ def test_positions_distances_partners_and_logits_are_shown_in_words_and_numbers(
     for said in (
         "Of 12 kept examples, a sample of the firings: 30\u202f% of |DFA| from the row's start",
         "as if from 2.5 heads and 6.1 sources alike",
-        "on 65,536 sampled tokens",
+        "on 65\u202f536 sampled tokens",
         "Share of |DFA| by distance from the destination back to the source",
         "Number of tokens of the vocabulary by logit weight",
         "The two agree to",
