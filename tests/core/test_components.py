@@ -133,7 +133,7 @@ def close(found: Tensor, wanted: Tensor, sizes: Tensor) -> bool:
     return bool((found.double() - wanted).abs().max() <= 1e-5 * sizes.abs().max())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "gpt_oss", "olmo2"])
 @pytest.mark.parametrize("layer", [0, 1, LAYER, 3])
 def test_components_sum_to_the_dfa_of_every_head_and_source(tiny_lens: TinyLens, kind: str, layer: int) -> None:
     lens = tiny_lens(kind)
@@ -192,6 +192,21 @@ def test_a_value_bias_is_the_one_that_is_stored(tiny_lens: TinyLens, kind: str) 
         parts = parts_of(kind, model)
         zeros = torch.zeros(1, lens.info.d_model)
         assert torch.allclose(found, parts.values(LAYER, zeros, lens.info.n_kv_heads)[0])
+
+
+def test_a_value_bias_apart_is_less_where_a_sink_takes_part_of_the_pattern(tiny_lens: TinyLens) -> None:
+    lens = tiny_lens("gpt_oss")
+    read, v_bias = lens.read_attention(rows(lens), LAYER), lens.v_bias(LAYER)
+    assert v_bias is not None
+    w = torch.randn(1, lens.info.n_heads, lens.info.d_head, generator=torch.Generator().manual_seed(2))
+    pattern = read.pattern[0, :, DEST][None]
+    assert pattern.sum(-1).min() < 0.95
+    apart = attribution.split_value_bias(read.v[0], pattern, w, v_bias)
+    z = (lens.read_z(rows(lens), [LAYER])[LAYER][0, DEST].double() * w.flatten().double()).sum()
+    assert float(apart.dfa.sum() + apart.constant.sum()) == pytest.approx(float(z), abs=1e-4)
+    full = (v_bias.repeat_interleave(2, 0) * w[0]).sum(1)  # what it would be if rows summed to 1
+    assert torch.allclose(apart.constant[0], full * pattern[0].sum(-1), atol=1e-5)
+    assert (apart.constant[0] - full).abs().max() > 1e-2
 
 
 def test_a_block_that_adds_what_cannot_be_seen_is_refused(tiny_lens: TinyLens) -> None:

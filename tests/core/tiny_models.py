@@ -53,10 +53,16 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         max_position_embeddings=64,
     ),
     "mistral": lambda: transformers.MistralConfig(**_llama_like, sliding_window=WINDOW),
+    # A sink that is no token takes a part of every row of the pattern.
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        **_llama_like, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW
+    ),
+    # No norm before attention or MLP, but one after each.
+    "olmo2": lambda: transformers.Olmo2Config(**{k: v for k, v in _llama_like.items() if k != "head_dim"}),
     # A norm stands between pattern x v and W_O, so z is not pattern x v: must be refused.
     "bitnet": lambda: transformers.BitNetConfig(**{k: v for k, v in _llama_like.items() if k != "head_dim"}),
 }
-KINDS = [kind for kind in CONFIGS if kind != "bitnet"]
+KINDS = [kind for kind in CONFIGS if kind not in ("gpt_oss", "olmo2", "bitnet")]
 
 
 def tiny_model(kind: str, seed: int = 0) -> Any:
