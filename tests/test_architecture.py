@@ -14,10 +14,12 @@ OURS = ("sae_core", "server", "bench", "migrations", "tests")
 TORCH = ("torch", "transformers", "transformer_lens", "safetensors", "gguf")
 
 # What never names torch at its top: the web, and what `sae_core` shares with it.
-WITHOUT_TORCH = tuple(f"sae_core/{name}.py" for name in ("__init__", "config", "errors", "progress", "corpus", "presets"))
+WITHOUT_TORCH = tuple(
+    f"sae_core/{name}.py" for name in ("__init__", "config", "errors", "progress", "corpus", "presets", "records")
+)
 BOTH_HALVES = {"server.worker", "server.engine"}
 # Of `sae_core`, what a process without torch may import.
-LIGHT = {"sae_core", "sae_core.config", "sae_core.errors", "sae_core.progress", "sae_core.corpus", "sae_core.presets"}
+LIGHT = {"sae_core", *(f"sae_core.{name}" for name in ("config", "errors", "progress", "corpus", "presets", "records"))}
 # The command line runs in many processes, so it reaches for the other half inside the commands that need it, never at its top.
 INSIDE_FUNCTIONS = {"server.cli", "server.doctor"}
 
