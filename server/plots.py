@@ -164,8 +164,10 @@ def back_to_back(
         place = left + (right - left) * x / edges[-1]
         parts.append(f'<text x="{place:.1f}" y="{base + 13}" text-anchor="middle">{tick(x, False)}</text>')
     parts.append(f'<text x="{right}" y="{height - 4}" text-anchor="end">{escape(across)}</text>')
-    parts.append(f'<text class="up" x="{right}" y="{top + 5}" text-anchor="end">{escape(names[0])}</text>')
-    parts.append(f'<text class="down" x="{right}" y="{base - 2}" text-anchor="end">{escape(names[1])}</text>')
+    parts.append(
+        f'<text x="{left}" y="{height - 4}"><tspan class="up">▲ {escape(names[0])}</tspan>'
+        f'<tspan class="down" dx="10">▼ {escape(names[1])}</tspan></text>'
+    )
     rows = "".join(
         f"<tr><th scope=row>{num(edges[i])} to {num(edges[i + 1])}<td>{said(up)}<td>{said(down)}"
         for i, (up, down) in enumerate(zip(above, below, strict=True))
@@ -176,10 +178,11 @@ def back_to_back(
 
 
 def _levels(largest: float, log: bool) -> list[float]:
-    """Values that get a line: powers of ten, or a round half and whole."""
+    """Values that get a line: powers of ten, or two round ones."""
     if log:
         return [10.0**power for power in range(math.floor(math.log10(max(largest, 1))) + 1)]
-    return [value for value in round_steps(0, largest) if 0 < value <= largest][-2:]
+    fit = [value for value in round_steps(0, largest) if 0 < value <= largest]
+    return sorted({fit[(len(fit) - 1) // 2], fit[-1]}) if fit else []
 
 
 class HeadCell(NamedTuple):
@@ -199,7 +202,8 @@ class HeadCell(NamedTuple):
 def heads_map(title: str, cells: Sequence[HeadCell], n_layers: int, n_heads: int, *, desc: str) -> Markup:
     """Layers from left to right, heads from top to bottom, coloured by value, marked by role; empty where none was studied."""
     size, left, top = 22, 26, 4
-    width, height = left + size * n_layers, top + size * n_heads + 16
+    # A model of few layers is not drawn larger than one of many.
+    width, height = max(left + size * n_layers, 460), top + size * n_heads + 16
     parts = [
         f'<text x="{left - 6}" y="{top + size * head + 15}" text-anchor="end">{head}</text>'
         for head in range(n_heads)
@@ -220,12 +224,9 @@ def heads_map(title: str, cells: Sequence[HeadCell], n_layers: int, n_heads: int
     ]
     for cell in cells:
         x, y = left + size * cell.layer + 1, top + size * cell.head + 1
+        middle = f"translate({x + size / 2 - 1} {y + size / 2 - 1})"
         text = escape(f"head {cell.layer}.{cell.head}: {num(cell.value)}, {cell.role}{', shown' if cell.chosen else ''}")
-        mark = (
-            f'<path class="mark" d="{MARKS[cell.mark]}" transform="translate({x + size / 2 - 1} {y + size / 2 - 1})"/>'
-            if cell.mark is not None
-            else ""
-        )
+        mark = f'<path class="mark s{cell.mark}" d="{MARKS[cell.mark]}" transform="{middle}"/>' if cell.mark is not None else ""
         parts.append(
             f'<a href="{escape(cell.link)}"{" class=chosen" if cell.chosen else ""}><title>{text}</title>'
             f'<rect class="c{level(cell.value, 1)}" x="{x}" y="{y}" {side}/>{mark}</a>'

@@ -41,7 +41,8 @@ def wilson(hits: int, n: int) -> Bounds:
     share, square = hits / n, Z95**2
     middle = (share + square / (2 * n)) / (1 + square / n)
     half = Z95 / (1 + square / n) * math.sqrt(share * (1 - share) / n + square / (4 * n * n))
-    return Bounds(max(middle - half, 0.0), min(middle + half, 1.0))
+    # At the ends the bounds are 0 and 1, which rounding would miss by a hair.
+    return Bounds(0.0 if hits == 0 else middle - half, 1.0 if hits == n else middle + half)
 
 
 def share(hits: int, n: int) -> Share:

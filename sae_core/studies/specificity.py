@@ -19,7 +19,7 @@ there are always more weak ones, false negatives from all. What is kept while re
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from sae_core.lens import Lens
 
 Floats = NDArray[np.float32]
+Counts = NDArray[np.int64]
 
 
 class Example(Record):
@@ -138,7 +139,7 @@ class Firings:
     position: NDArray[np.int64]
     holds: NDArray[np.bool_]
 
-    def take(self, which: Any) -> "Firings":
+    def take(self, which: NDArray[np.bool_] | NDArray[np.int64]) -> "Firings":
         """Those at indices, or where a mask is true."""
         return Firings(*(getattr(self, name)[which] for name in COLUMNS))
 
@@ -202,7 +203,11 @@ class _Tally:
         kept = ~excluded
         row, position = kept.nonzero(as_tuple=True)
         every = Firings(
-            *(part[kept].numpy() for part in (act, preact)), row.numpy() + first_row, position.numpy(), holds[kept].numpy()
+            activation=act[kept].numpy(),
+            preactivation=preact[kept].numpy(),
+            row=row.numpy() + first_row,
+            position=position.numpy(),
+            holds=holds[kept].numpy(),
         )
         self.tokens += len(every)
         self.excluded += int(excluded.sum())
@@ -282,7 +287,7 @@ class _Tally:
         return drawn.take(np.argsort(-drawn.activation, kind="stable"))
 
 
-def histogram(values: Floats, holds: NDArray[np.bool_], bins: int) -> tuple[NDArray[np.float64], Any, Any]:
+def histogram(values: Floats, holds: NDArray[np.bool_], bins: int) -> tuple[NDArray[np.float64], Counts, Counts]:
     """Edges [bins + 1] of equal width from 0 to the largest value, and counts [bins] where the proxy holds and where not.
 
     edges[i] <= value < edges[i + 1], the largest in the last; all empty without values.
@@ -292,10 +297,10 @@ def histogram(values: Floats, holds: NDArray[np.bool_], bins: int) -> tuple[NDAr
         return np.empty(0), none, none
     edges = np.linspace(0, float(values.max()), bins + 1)
     which = np.minimum(np.searchsorted(edges, values, side="right") - 1, bins - 1)
-    return edges, *(np.bincount(which[holds == held], minlength=bins) for held in (True, False))
+    return edges, np.bincount(which[holds], minlength=bins), np.bincount(which[~holds], minlength=bins)
 
 
-def thresholds(edges: NDArray[np.float64], with_proxy: Any, without: Any, n_holds: int) -> Threshold:
+def thresholds(edges: NDArray[np.float64], with_proxy: Counts, without: Counts, n_holds: int) -> Threshold:
     """Precision and recall of firings in each bar and all above, from the histogram's counts, which are exact there."""
     right = with_proxy[::-1].cumsum()[::-1].tolist()
     wrong = without[::-1].cumsum()[::-1].tolist()
@@ -312,7 +317,7 @@ def thresholds(edges: NDArray[np.float64], with_proxy: Any, without: Any, n_hold
     )
 
 
-def _expected(middles: NDArray[np.float64], counts: Any, total: int) -> list[float]:
+def _expected(middles: NDArray[np.float64], counts: Counts, total: int) -> list[float]:
     return [short(value / total) for value in (middles * counts).tolist()] if total else []
 
 
