@@ -78,6 +78,7 @@ def main() -> None:
         "rows": str(rows.folder),
         "weights": str(made_by(folder / "run", 0) / "sae.safetensors"),
         "dtypes": json.loads((folder / "run" / "run.json").read_text())[:2],
+        "lr": given["lr"],
         "threads": torch.get_num_threads(),
     }
     print(json.dumps(said))
