@@ -27,6 +27,7 @@ def dictionary(n: int, d: int, f: int) -> tuple[dict[str, torch.Tensor], torch.T
 
 def test_both_sides_are_compared_at_just_k_features_per_token() -> None:
     tensors, z = dictionary(3000, 8, 400)
+    tensors["b_enc"][:7] = -100.0
     found = _at_k(tensors, z)
     assert found["l0"] == pytest.approx(K, abs=2 / len(z))  # the cut itself may be counted or not
 
@@ -35,6 +36,8 @@ def test_both_sides_are_compared_at_just_k_features_per_token() -> None:
     rebuilt = torch.where(preacts > cut, preacts, 0.0) @ tensors["W_dec"] + tensors["b_dec"]
     assert found["fvu"] == pytest.approx(float((z - rebuilt).square().sum() / (z - z.mean(0)).square().sum()), rel=1e-4)
     assert found["l0_as_saved"] == pytest.approx(float((preacts > 1.0).sum() / len(z)))
+    assert found["silent"] == pytest.approx(float((preacts <= cut).all(0).float().mean()))
+    assert found["silent"] >= 7 / 400
 
 
 def test_a_timed_process_hands_back_its_last_line() -> None:
@@ -63,7 +66,7 @@ def test_a_benchmark_refuses_parameters_that_it_lacks(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["bench", "train-vs-saelens", option])
     assert command.main() == 2
-    assert "it takes: layer=5, steps=50, wide_steps=12" in capsys.readouterr().err
+    assert "it takes: layer=5, steps=50, wide_steps=24" in capsys.readouterr().err
 
 
 def test_a_benchmark_takes_numbers_and_says_its_figures_as_json(
