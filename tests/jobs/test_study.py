@@ -14,8 +14,9 @@ from sae_core.corpus import Rows
 from sae_core.errors import LayerOutOfRange, NotFound, UnknownCorpus, UnknownModel
 from sae_core.lens import load_lens
 from sae_core.saes import load_sae
+from server.options import split_texts
 from server.store import registry, studies
-from tests.jobs.conftest import Home, make_home, tiny_config, wait_for
+from tests.jobs.conftest import Home, WorkerProcess, make_home, tiny_config, wait_for
 from tests.jobs.test_worker import log_of, working
 from tests.test_cli import Said, environment, headscope, refused
 
@@ -154,7 +155,34 @@ def test_a_study_is_cancelled_between_two_batches(trained: Home) -> None:
         assert studies.of_job(session, job_id) is None
 
 
+def test_a_study_whose_worker_is_killed_is_gone_on_with_and_kept_once(
+    trained: Home, worker_process: Callable[..., WorkerProcess]
+) -> None:
+    cfg = induction(samples=40, layers="all", text_rows=128, pass_tokens=64, seed=3)
+    job_id = trained.jobs.enqueue_study(cfg)
+    first = worker_process(trained.settings)
+    wait_for(lambda: trained.jobs.get(job_id).phase == "text")
+    first.kill()
+    again = worker_process(trained.settings)
+    assert trained.wait(job_id) == "done", trained.error(job_id)
+    again.stop()
+    assert log_of(trained, job_id).count("Reading random tokens with a prefix copied.") == 1, "that step was done"
+    killed = of_job(trained, job_id)
+    with trained.db.read() as session:
+        assert [line.title for line in studies.studies(session)].count(killed.title) == 1
+    other = trained.jobs.enqueue_study(cfg.model_copy(update={"pass_tokens": 65}))
+    with working(trained):
+        assert trained.wait(other) == "done", trained.error(other)
+    assert of_job(trained, other).result == killed.result
+
+
 # ---- the command line ----
+
+
+def test_texts_are_parted_at_commas_with_their_spaces() -> None:
+    assert split_texts(" board, Board") == (" board", " Board")
+    assert split_texts(r"a\,b,\n,\\") == ("a,b", "\n", "\\")
+    assert split_texts("a,") == ("a", "")
 
 
 @pytest.fixture
