@@ -1,7 +1,7 @@
 """What a harvest costs in the database: bytes per feature, coverage of the DFA, example rows per second on SQLite, PostgreSQL.
 
-The records are real: a harvest of the demo's SAE over the demo's text, shown in windows of 64 tokens, with DFA entries kept
-until they hold 95 % of the absolute DFA. They are repeated until every feature has 20 strongest examples and 20 from bands,
+The records are real: a harvest of the demo's SAE over the demo's text in rows of 64 tokens, with DFA entries kept until they
+hold 95 % of the absolute DFA. They are repeated until every feature has 20 strongest examples and 20 from bands,
 in shuffled order, as examples of all features come from every row. What is repeated is as large as what is not.
 
 `bytes_per_feature` is everything that a harvest stores for its features: their rows, shares by head, examples, and all
@@ -36,16 +36,18 @@ from sqlalchemy.orm import Session
 from bench import _postgres, _smollm2
 from bench._harvested import Store
 from sae_core.attribution import sparsify_dfa
-from sae_core.config import HarvestConfig
+from sae_core.config import HarvestConfig, RowsConfig
+from sae_core.corpus import Rows
 from sae_core.harvest import HarvestResult, harvest, row_records
 from sae_core.lens import Lens
 from sae_core.records import ExampleRecord, FeatureRecord, RowRecord
 from sae_core.saes.base import SAE
 from server.db import Database
+from server.settings import Settings
 
 Figure = dict[str, object]
 
-TOP, BANDS, PER_BAND, WINDOW, SHARE = 20, 4, 5, 64, 0.95
+TOP, BANDS, PER_BAND, CONTEXT, SHARE = 20, 4, 5, 64, 0.95
 ALL_ENTRIES, DEFAULT_ENTRIES = 1024, 32
 FEATURES = ("feature", "feature_detail", "feature_head", "example")
 
@@ -110,15 +112,19 @@ def _spread(name: str, shares: Sequence[float]) -> dict[str, Figure]:
 # ---------------------------------------------------------------------------------------------------------- real records
 
 
+def _text(lens: Lens, rows: int) -> Rows:
+    cfg = RowsConfig(context=CONTEXT, tokens=rows * CONTEXT, heldout_tokens=CONTEXT)
+    return _smollm2.rows(lens, cfg, Settings().cache / "bench" / "store-rows")
+
+
 @contextmanager
 def _harvested(lens: Lens, sae: SAE, rows: int, entries: int) -> Iterator[HarvestResult]:
-    text = _smollm2.demo_rows(lens)
+    text = _text(lens, rows)
     cfg = HarvestConfig(
         tokens=rows * text.context,
         top_k=TOP,
         bands=BANDS,
         per_band=PER_BAND,
-        window=WINDOW,
         dfa_share=SHARE,
         dfa_entries=entries,
     )
@@ -156,8 +162,8 @@ def _record_speed(found: HarvestResult) -> float:
 
 def _coverage_of_heads(lens: Lens, sae: SAE, n_heads: int, n_rows: int) -> list[float]:
     """Coverage of the strongest firing of each row's features, z's dimensions taken as `n_heads` heads."""
-    text, shares = _smollm2.demo_rows(lens), []
-    for row in text.train[:n_rows]:
+    shares = []
+    for row in _text(lens, n_rows).train[:n_rows]:
         tokens = torch.from_numpy(row[None].astype(np.int64))
         read = lens.read_attention(tokens, sae.cfg.site.layer)
         z, v, pattern = read.z[0], read.v[0], read.pattern[0]
@@ -165,8 +171,7 @@ def _coverage_of_heads(lens: Lens, sae: SAE, n_heads: int, n_rows: int) -> list[
         for feature in acts.sum(0).nonzero().flatten()[:20].tolist():
             dest = int(acts[:, feature].argmax())
             dfa = split_dfa(v, pattern[:, dest], sae.W_enc[:, feature], n_heads)[:, : dest + 1]
-            start = min(max(dest - 3 * WINDOW // 4, 0), len(row) - WINDOW)
-            kept = sparsify_dfa(dfa[None], share=SHARE, max_entries=ALL_ENTRIES, start=np.array([start]))
+            kept = sparsify_dfa(dfa[None], share=SHARE, max_entries=ALL_ENTRIES, start=np.array([0]))
             shares.append(float(np.abs(kept.value).sum(dtype=np.float64)) / float(kept.abs_dfa[0]))
     return shares
 

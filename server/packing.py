@@ -9,6 +9,7 @@ Harvests written before have plain columns: `acts` as ACTS, `dfa` as DFA, `dropp
 by `dropped`, which is never empty there and always empty now. `read_acts` and `read_dfa` read both.
 """
 
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -131,6 +132,17 @@ def shorten(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: shorten(part) for name, part in value.items()}
     return [shorten(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def deflate(text: str) -> bytes:
+    """`text` compressed, without zlib's header."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -15)
+    return packer.compress(text.encode()) + packer.flush()
+
+
+def inflate(data: bytes) -> str:
+    """The text that `deflate` compressed."""
+    return zlib.decompress(data, -15).decode()
 
 
 # ---- activations ----

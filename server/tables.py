@@ -11,6 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from server.packing import deflate, inflate
+
 NAMES = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
     "uq": "uq_%(table_name)s_%(column_0_N_name)s",
@@ -18,6 +20,33 @@ NAMES = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
     "pk": "pk_%(table_name)s",
 }
+
+
+class Dense(sa.types.TypeDecorator[Any]):
+    """JSON of which there is much. SQLite, which does not compress by itself, holds it deflated: two fifths less, for ten
+    microseconds a column. What an older Headscope wrote there as text is read as text. No SQL may look into it."""
+
+    impl = sa.JSON
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: sa.Dialect) -> sa.types.TypeEngine[Any]:
+        """JSONB on PostgreSQL."""
+        return dialect.type_descriptor(JSONB() if dialect.name == "postgresql" else sa.JSON())
+
+    def bind_processor(self, dialect: sa.Dialect) -> Any:
+        """Python to what the driver takes."""
+        written = super().bind_processor(dialect)
+        if dialect.name != "sqlite" or written is None:
+            return written
+        return lambda value: deflate(written(value))
+
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Any:
+        """What the driver gives to Python."""
+        read = super().result_processor(dialect, coltype)
+        if dialect.name != "sqlite" or read is None:
+            return read
+        return lambda value: read(inflate(value) if isinstance(value, bytes) else value)
+
 
 BigId = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 Json = sa.JSON().with_variant(JSONB(), "postgresql")
@@ -154,21 +183,24 @@ class FeatureDetail(Base):
 
     __tablename__ = "feature_detail"
     feature_id: Mapped[int] = mapped_column(BigId, sa.ForeignKey("feature.id", ondelete="CASCADE"), primary_key=True)
-    histogram: Mapped[dict[str, Any]]  # {"edges": [n+1 values, equal in log], "counts": [n]}
-    bands: Mapped[list[Any]]  # [{"low", "high", "count"}], strongest first
+    histogram: Mapped[dict[str, Any]] = mapped_column(Dense)  # {"edges": [n+1 values, equal in log], "counts": [n]}
+    bands: Mapped[list[Any]] = mapped_column(Dense)  # [{"low", "high", "count"}], strongest first
     head_norm: Mapped[bytes]  # f4[n_heads], shares of the decoder norm, sum 1
     head_dfa: Mapped[bytes]  # f4[n_heads], mean signed DFA over every firing
     head_dfa_std: Mapped[bytes]  # f4[n_heads], its spread over firings
-    promoted: Mapped[list[Any]]  # [[token id, token text, value]], strongest first
-    suppressed: Mapped[list[Any]]  # the same, most negative first
-    neighbours: Mapped[list[Any]]  # [[idx, cosine]], nearest first
-    evidence: Mapped[dict[str, Any]]  # numbers behind the family
-    families: Mapped[list[Any]] = mapped_column(default=list)  # [{"family", "score", "examples": [[band, rank]]}], clearest first
+    promoted: Mapped[list[Any]] = mapped_column(Dense)  # [[token id, token text, value]], strongest first
+    suppressed: Mapped[list[Any]] = mapped_column(Dense)  # the same, most negative first
+    neighbours: Mapped[list[Any]] = mapped_column(Dense)  # [[idx, cosine]], nearest first
+    evidence: Mapped[dict[str, Any]] = mapped_column(Dense)  # numbers behind the family
+    # [{"family", "score", "examples": [[band, rank]]}], clearest first
+    families: Mapped[list[Any]] = mapped_column(Dense, default=list)
     verdict: Mapped[str | None] = mapped_column(sa.Text)  # in words: "' board' is next by induction"
-    logits: Mapped[dict[str, Any]] = mapped_column(default=dict)  # {"edges", "counts"}: logit weights over the vocabulary
-    positions: Mapped[list[Any]] = mapped_column(default=list)  # [[low, high, firings, tokens, mean activation]] by position
-    coactive: Mapped[dict[str, Any]] = mapped_column(default=dict)  # {"tokens", "pairs": [[idx, both, correlation]]}
-    sample: Mapped[dict[str, Any]] = mapped_column(default=dict)  # of the kept examples: {"n", "distance", "entropies", ...}
+    logits: Mapped[dict[str, Any]] = mapped_column(Dense, default=dict)  # {"edges", "counts"}: logit weights over the vocabulary
+    # [[low, high, firings, tokens, mean activation]] by position
+    positions: Mapped[list[Any]] = mapped_column(Dense, default=list)
+    coactive: Mapped[dict[str, Any]] = mapped_column(Dense, default=dict)  # {"tokens", "pairs": [[idx, both, correlation]]}
+    # of the kept examples: {"n", "distance", "entropies", ...}
+    sample: Mapped[dict[str, Any]] = mapped_column(Dense, default=dict)
 
 
 class FeatureHead(Base):

@@ -3,6 +3,7 @@
 Everything runs on SQLite, and on a PostgreSQL server of its own where the machine has one.
 """
 
+import json
 import subprocess
 import sys
 import uuid
@@ -375,3 +376,19 @@ def test_chunks_are_the_same_whenever_they_are_cut() -> None:
 def test_the_store_is_read_without_torch() -> None:
     code = "import server.store.harvests, sae_core.records, sys; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_much_json_is_deflated_on_sqlite_and_text_from_before_is_still_read(db: Database, result: HarvestResult) -> None:
+    harvest_id = begun(db, result)
+    write_features(db, harvest_id, result.features, fence_of("first"))
+    raw = sa.text("select promoted from feature_detail where feature_id = :id")
+    with db.write() as session:
+        (feature_id, promoted), *_ = session.execute(sa.select(FeatureDetail.feature_id, FeatureDetail.promoted)).all()
+        assert isinstance(promoted, list)
+        if db.url.get_backend_name() == "sqlite":
+            held, text = session.scalar(raw, {"id": feature_id}), json.dumps(promoted)
+            assert isinstance(held, bytes)
+            assert len(held) < len(text)
+            session.execute(sa.text("update feature_detail set promoted = :text"), {"text": text})
+        found = session.scalars(sa.select(FeatureDetail.promoted).where(FeatureDetail.feature_id == feature_id)).one()
+    assert found == promoted
