@@ -93,7 +93,7 @@ def scan_shard(
         seen.add(paths)
         return
     share, pending = coded_share(swept_rows(rows, cfg) * rows.context), max(1, min(PENDING, PENDING_OF_ALL // len(saes)))
-    scanners = [_Scanner(saes[i], shard, cfg, rows.context, share, pending, seen.bars[i]) for i in todo]
+    scanners = [Scanner(saes[i], shard, cfg, rows.context, share, pending, seen.bars[i]) for i in todo]
     layers = sorted({sae.cfg.site.layer for sae in saes})
     read = partial(_read_z, lens, layers, rows, cfg)
     if activations is not None and all(layer in activations and activations[layer].n_rows >= shard.stop for layer in layers):
@@ -115,7 +115,7 @@ def scan_shard(
     seen.add(paths)
 
 
-class _Scanner:
+class Scanner:
     """One SAE on a sweep."""
 
     def __init__(

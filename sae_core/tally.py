@@ -460,7 +460,7 @@ class Tallier:
         self._pending.append(Firings(batch.feature.to(torch.int32), row, pos, value))
         self._n_pending += len(feature)
         if self._n_pending >= self._most:
-            self._digest()
+            self.digest()
 
     def _keep_codes(self, batch: Batch) -> None:
         chosen = is_coded(batch.row, batch.pos, self.tally.seed, self.tally.share)
@@ -468,7 +468,8 @@ class Tallier:
         features = batch.feature[chosen[batch.token]].to(torch.int32)
         self._codes.append(Codes(token_ids(batch.row[chosen], batch.pos[chosen]).cpu(), n.cpu(), features.cpu()))
 
-    def _digest(self) -> None:
+    def digest(self) -> None:
+        """Sort what has gathered into what is kept."""
         if not self._pending:
             return
         tally, new = self.tally, Firings.cat(self._pending)
@@ -490,7 +491,7 @@ class Tallier:
 
     def finish(self, n_rows: int) -> Tally:
         """The tally of all that was added, out of `n_rows` rows: with `bars`, those from its first one on."""
-        self._digest()
+        self.digest()
         tally = self.tally
         tally.n_rows = n_rows
         tally.tops, tally.samples = self._own(self.bars.tops), self._own(self.bars.samples)

@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
-from sae_core.config import TrainConfig
-from sae_core.errors import DiskFull, HeadscopeError, MissingWorkerExtra
-from server import estimates, memory
+from sae_core.config import HarvestConfig, ModelSource, TrainConfig
+from sae_core.errors import DiskFull, HeadscopeError, MissingWorkerExtra, UnknownModel
+from server import estimates, harvest_plan, memory
 from server.db import Database
 from server.settings import Settings
 from server.store import jobs, registry
 from server.terminal import duration
 
 if TYPE_CHECKING:
+    from sae_core.rates import HarvestRates
     from sae_core.sizes import ModelSizes
 
 
@@ -45,8 +46,11 @@ def need_worker_extra() -> None:
         )
 
 
-def report(settings: Settings, cfg: TrainConfig | None, *, probe: bool = True) -> dict[str, Any]:
-    """Everything, as plain data."""
+def report(
+    settings: Settings, cfg: TrainConfig | None, *, probe: bool = True, features: int | None = None, measure: bool = False
+) -> dict[str, Any]:
+    """Everything, as plain data. The harvest that is planned is of an SAE of `features`, else of the config's; `measure`: its
+    times are read off a little of one, made here with the model."""
     found: dict[str, Any] = {"worker_extra": has_worker_extra(), "data": str(settings.data), "cache": str(settings.cache)}
     free = shutil.disk_usage(_existing(settings.data)).free
     found["disk_free"] = free
@@ -60,9 +64,60 @@ def report(settings: Settings, cfg: TrainConfig | None, *, probe: bool = True) -
         sizes = _sizes(settings, cfg.model) if found["worker_extra"] else None
         need = needs(cfg, _shape(settings, cfg.model) if sizes is None else estimates.Shape.of(sizes), speed)
         found["run"] = {"seconds": need.seconds, "disk": need.disk, "memory": need.memory}
+        found["harvest"] = _harvest(settings, cfg, sizes, speed, features, measure)
         if found["worker_extra"]:
             found["memory"] = memory_plans(cfg, sizes, speed)
     return found
+
+
+def _harvest(
+    settings: Settings,
+    cfg: TrainConfig,
+    sizes: "ModelSizes | None",
+    speed: estimates.Speed,
+    features: int | None,
+    measure: bool,
+) -> dict[str, Any]:
+    """The plan of a harvest of all the run's tokens."""
+    shape = _shape(settings, cfg.model) if sizes is None else estimates.Shape.of(sizes)
+    d_sae = features or cfg.expansion * shape.d_in
+    how = (cfg.harvests[0] if cfg.harvests else HarvestConfig()).model_copy(update={"tokens": cfg.rows.tokens})
+    size = harvest_plan.Size(cfg.rows.tokens, cfg.rows.context, d_sae, cfg.k, shape.d_in, shape.n_heads)
+    rates = _measured(settings, cfg, d_sae, how) if measure else None
+    plan = harvest_plan.harvest_plan(how, size, rates)
+    swept = [estimates.Swept(cfg.site.layer, d_sae, cfg.k)]
+    seconds = plan.seconds or estimates.harvest_seconds(how, swept, cfg.rows, shape, speed, cached=False)
+    return {
+        "features": d_sae,
+        "tokens": cfg.rows.tokens,
+        "measured": measure,
+        "seconds": seconds,
+        "disk": plan.disk,
+        "memory": plan.memory,
+    }
+
+
+def _measured(settings: Settings, cfg: TrainConfig, d_sae: int, how: HarvestConfig) -> "HarvestRates":
+    """The speeds of a harvest's parts, from doing a little of each with the model."""
+    need_worker_extra()
+    from sae_core import machine
+    from sae_core.lens import load_lens
+    from sae_core.rates import harvest_rates
+
+    source = ModelSource(location=cfg.model)
+    if not (Path(cfg.model) / "config.json").is_file():
+        db = Database(settings.url)
+        try:
+            with db.read() as session:
+                source = registry.model(session, cfg.model).source
+        except sa.exc.SQLAlchemyError as error:
+            raise UnknownModel(f"No model is registered as {cfg.model}; name a folder or register one.", field="model") from error
+        finally:
+            db.close()
+    device = machine.pick_device(settings.device)
+    lens = load_lens(source, name=cfg.model, device=device, cache=settings.cache)
+    lens.check_layer(cfg.site.layer)
+    return harvest_rates(lens, cfg.site.layer, d_sae, cfg.k, cfg.rows.context, how)
 
 
 def memory_plans(cfg: TrainConfig, known: "ModelSizes | None", speed: estimates.Speed) -> list[dict[str, Any]]:
@@ -269,9 +324,24 @@ def lines(found: dict[str, Any]) -> list[tuple[str, str]]:
         phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in run["seconds"].items())
         said.append(("such a run", f"about {duration(sum(run['seconds'].values()))} ({phases})"))
         said.append(("it needs", f"{gigabytes(run['disk'])} of disk, {gigabytes(run['memory'])} of memory beside the model"))
+    if "harvest" in found:
+        said += _harvest_lines(found["harvest"])
     for plan in found.get("memory", []):
         said += _plan_lines(plan, found["devices"])
     return said
+
+
+def _harvest_lines(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """A harvest's plan: how long, and where its disk goes."""
+    phases = ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan["seconds"].items())
+    how = "as a little of one takes here" if plan["measured"] else "roughly; --measure says it for this machine"
+    parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in plan["disk"].items())
+    return [
+        ("such a harvest", f"{plan['features']:,} features over {plan['tokens']:,} tokens"),
+        ("  it takes", f"{duration(sum(plan['seconds'].values()))}, {how} ({phases})"),
+        ("  it needs", f"{gigabytes(sum(plan['disk'].values()))} of disk ({parts})"),
+        ("", f"{gigabytes(max(plan['memory'].values()))} of memory beside the model"),
+    ]
 
 
 def _plan_lines(plan: dict[str, Any], devices: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -399,6 +399,8 @@ def test_doctor_says_what_is_here_as_text_and_as_json(headscope: Callable[..., S
     assert found["devices"][-1]["name"] == "cpu"
     assert min(found["speeds"].values()) > 0
     assert set(found["run"]["seconds"]) == {"prepare", "collect", "train", "evaluate", "harvests"}
+    assert set(found["harvest"]["seconds"]) == {"scan", "choose", "visit", "features", "write"}
+    assert found["harvest"]["tokens"] == 100_000
     assert "GFLOP/s" in headscope("doctor").stdout
 
 

@@ -1,0 +1,116 @@
+"""Whether `doctor` plans a harvest right: time, disk and memory of a plan over those of a real harvest of part of its tokens.
+
+A made SAE (`sae_core.rates`) of 24,576 features, 32 of them active on a token, at SmolLM2's layer 17, is harvested over
+`rows=256` rows of the demo's text, in a process of its own. The plan of that size is made from rates measured just before, as
+`headscope doctor --features 24576 --measure` does. `time` compares the sum over the phases that grow with the work; `planned_10m`
+is what the plan says of 10M tokens, `extrapolated_10m` what follows from the measured phases: scan by tokens, visit by examples,
+the rest by live features. About ten minutes on two cores.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+
+import torch
+
+from bench import _smollm2
+from sae_core.config import HarvestConfig
+from sae_core.harvest import Files, choose, features, scan_shard, shards, swept_rows, visit, visit_parts
+from sae_core.rates import harvest_rates, made_sae
+from server.harvest_plan import Size, harvest_plan
+
+LAYER, FEATURES, K = 17, 24_576, 32
+LONG = 10_000_000
+
+
+def run(rows: int = 256) -> dict[str, dict[str, object]]:
+    """Ratios of planned to measured; 1 is right."""
+    lens = _smollm2.lens()
+    text = _smollm2.demo_rows(lens)
+    rates = harvest_rates(lens, LAYER, FEATURES, K, text.context, HarvestConfig())
+    done = subprocess.run([sys.executable, "-m", "bench.harvest_plan", str(rows)], check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    cfg = HarvestConfig(tokens=found["tokens"])
+    size = Size(found["tokens"], found["context"], FEATURES, K, found["d_in"], found["n_heads"])
+    plan, long = harvest_plan(cfg, size, rates, found["examples"]), Size(**{**size.__dict__, "tokens": LONG})
+    seconds = found["seconds"]
+    examples = FEATURES * (cfg.top_k + cfg.bands * cfg.per_band)
+    extrapolated = {
+        "scan": seconds["scan"] * LONG / found["tokens"],
+        "choose": seconds["choose"] * FEATURES / found["live"],
+        "visit": seconds["visit"] * examples / found["examples"],
+        "features": seconds["features"] * FEATURES / found["live"],
+    }
+    planned = harvest_plan(cfg.model_copy(update={"tokens": LONG}), long, rates).seconds
+    wanted = ">= 0.8 and <= 1.2"
+
+    def ratio(value: float, target: str | None = wanted) -> dict[str, object]:
+        return {"value": float(f"{value:.3g}"), "unit": "x", "target": target}
+
+    figures = {
+        "time": ratio(sum(planned[name] for name in extrapolated) / sum(extrapolated.values())),
+        "disk": ratio(sum(plan.disk[name] for name in ("tallies", "choice", "examples")) / found["disk"]),
+        "memory": ratio(plan.peak / found["memory"]),
+        "planned_10m": {"value": round(sum(planned.values()) / 60), "unit": "min", "target": None},
+        "extrapolated_10m": {"value": round(sum(extrapolated.values()) / 60), "unit": "min", "target": None},
+    }
+    return figures | {name: ratio(planned[name] / extrapolated[name], None) for name in extrapolated}
+
+
+def measure(rows: int) -> dict[str, object]:
+    """A harvest, timed phase by phase; what it took of disk and memory."""
+    lens = _smollm2.lens()
+    text = _smollm2.demo_rows(lens)
+    cfg = HarvestConfig(tokens=rows * text.context)
+    tokens = torch.from_numpy(text.train[:16].astype("int64"))
+    z, before = lens.read_z(tokens, [LAYER])[LAYER], _memory()
+    sae = made_sae(lens, LAYER, z, FEATURES, K)
+    seconds: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(prefix="headscope-bench-") as name:
+        files = Files(Path(name))
+        begun = time.perf_counter()
+
+        def ended(phase: str) -> None:
+            nonlocal begun
+            seconds[phase], begun = time.perf_counter() - begun, time.perf_counter()
+            print(f"  {phase}: {seconds[phase]:.1f} s", file=sys.stderr, flush=True)
+
+        todo = shards(swept_rows(text, cfg), cfg)
+        for shard in todo:
+            deque(scan_shard(lens, [sae], text, shard, cfg, [files.shard(shard)]), maxlen=0)
+        ended("scan")
+        chosen = choose([files.shard(shard) for shard in todo], sae, text, cfg, files.selection)
+        ended("choose")
+        paths = []
+        for number, part in enumerate(visit_parts([chosen], cfg)):
+            paths.append(files.part(number))
+            deque(visit(lens, [sae], text, [chosen], part, cfg, [paths[-1]]), maxlen=0)
+        ended("visit")
+        table = features(lens, sae, chosen, paths, cfg, files.features)
+        ended("features")
+        disk = sum(path.stat().st_size for path in Path(name).iterdir() if path != files.features)
+    return {
+        "seconds": seconds,
+        "tokens": cfg.tokens,
+        "context": text.context,
+        "d_in": sae.cfg.d_in,
+        "n_heads": sae.cfg.n_heads,
+        "examples": len(chosen.feature),
+        "live": table.totals.n_live,
+        "disk": disk,
+        "memory": _memory() - before,
+    }
+
+
+def _memory() -> int:
+    """Bytes that the process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(int(sys.argv[1]))))
