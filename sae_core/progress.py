@@ -24,7 +24,7 @@ class Progress:
     rate: float = 0.0
     """Units per second, over the last few seconds; 0 while unknown."""
     values: dict[str, float] = field(default_factory=dict)
-    """What to plot at `step`, by name: `loss`, `fvu`, `l0`, `dead`, `threshold`."""
+    """What to plot at `step`, by name: `loss`, `fvu`, `l0`, `dead`, `threshold`; of a scan `firings` and `live` so far."""
     step: int | None = None
     """The training step that `values` belong to; None where there is no curve."""
     run: int | None = None

@@ -9,8 +9,8 @@ What happens to a training job, top to bottom:
 
 A sweep trains many SAEs in one such step, then evaluates and publishes one after the other. An evaluation of an SAE that
 exists measures it and puts the numbers in the place of the old ones. A study puts a question to a feature or to a model's heads
-and keeps what it finds. And what happens to a harvest: scan (a step per shard),
-choose, visit (a step per part), features, write (a step per part), publish.
+and keeps what it finds. And what happens to a harvest of one SAE or of many: scan (a step per shard, for all), choose (a step
+for each), visit (a step per part, for all); then for each: features, write (a step per part), publish.
 
 Steps run at least once, their effects appear once: every write checks in its own transaction that this attempt still owns
 the job (`Fenced` otherwise), files are written aside and renamed, rows are found by job id. A worker's name is a slot with

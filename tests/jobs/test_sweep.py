@@ -110,6 +110,9 @@ def test_harvests_that_agree_follow_as_one_job_for_all_saes_and_each_is_publishe
             for row in rows.values()
         ]
         assert len(set(map(tuple, counts))) == 4  # each of its own SAE, at its own layer
+        watched = [values for child in children for _, values in store.points(session, child)]
+        assert sum(values["firings"] for values in watched) == sum(map(sum, counts))
+        assert sum(values["live"] for values in watched) == sum(n > 0 for of_one in counts for n in of_one)
         assert stored_gaps(session, rows["h-l02-relu"].harvest_id).max() < 1e-4
 
 
