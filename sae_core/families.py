@@ -19,7 +19,7 @@ FAR = 32
 
 MEASURES = (
     "row_start",  # share of all positive DFA that comes from the row's first token, or its like between packed documents
-    "induction",  # share on sources whose previous token is the destination's token: ... A [B] ... A -> B, and B is not A
+    "induction",  # share on sources whose previous token is the destination's token: ... A [B] ... A -> B
     "induction_chance",  # share of sources that are such, as if all gave the same
     "previous",  # share on the source right before the destination
     "current",  # share on the destination itself
@@ -51,8 +51,7 @@ def measure(dfa: Tensor, tokens: Tensor, dest: Tensor, row_start: int) -> tuple[
     gap = dest[:, None] - source[None]
     own = tokens[dest][:, None]
     before = tokens.roll(1)  # the token before source s; that of s = 0 is never looked at
-    # In a run of one word every source follows "an earlier copy": that is repetition, and counts as duplicates.
-    induced = possible & (before[None] == own) & (tokens[None] != own) & (gap > 0)
+    induced = possible & (before[None] == own) & (gap > 0)
     copies = possible & (tokens[None] == own) & (gap > 0)
     n_possible = possible.sum(1).clamp_min(1)
 

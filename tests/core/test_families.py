@@ -38,10 +38,11 @@ def test_a_repeated_token_is_not_its_own_induction() -> None:
     assert shares({3: 1.0}, dest=3, row=[START, 5, 6, 6])["induction"] == 0
 
 
-def test_in_a_run_of_one_word_sources_are_copies_and_not_induction() -> None:
-    found = shares({2: 1.0, 3: 1.0}, dest=4, row=[START, 6, 6, 6, 6])
-    assert found["induction"] == found["induction_chance"] == 0
-    assert found["duplicate"] == 1
+def test_in_a_run_of_one_word_chance_gives_most() -> None:
+    found = shares({2: 1.0, 3: 1.0}, dest=6, row=[START, 6, 6, 6, 6, 6, 6])
+    assert found["induction"] == found["duplicate"] == 1
+    assert found["induction_chance"] == pytest.approx(4 / 6)  # all but the first copy and the destination
+    assert found["duplicate_chance"] == pytest.approx(5 / 6)
 
 
 def test_the_row_start_counts_for_itself_only() -> None:
