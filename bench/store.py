@@ -76,11 +76,12 @@ def run(features: int = 1000, rows: int = 256) -> dict[str, Figure]:
                 store.db.close()
         else:
             print("  PostgreSQL is not installed here, so it was not measured.", file=sys.stderr)
+    print("  " + ", ".join(f"{name} {figure['value']}" for name, figure in figures.items()), file=sys.stderr, flush=True)
     with _harvested(lens, sae, rows, DEFAULT_ENTRIES) as found:
         sizes, _ = _on_sqlite(found, *fill(found, features))
         figures["bytes_per_feature_32_entries"] = _figure(sum(sizes.get(name, 0) for name in FEATURES) / features, "bytes")
         figures |= _covered(found, "_32_entries")
-    figures |= _spread("coverage{}_32_heads", _coverage_of_heads(lens, sae, 32, 32))
+    figures |= _spread("coverage{}_32_heads", _coverage_of_heads(lens, sae, 32, 16, 40))
     return figures
 
 
@@ -160,20 +161,19 @@ def _record_speed(found: HarvestResult) -> float:
     return n / (time.perf_counter() - begun)
 
 
-def _coverage_of_heads(lens: Lens, sae: SAE, n_heads: int, n_rows: int) -> list[float]:
-    """Coverage of the strongest firing of each row's features, z's dimensions taken as `n_heads` heads."""
-    shares = []
-    for row in _text(lens, n_rows).train[:n_rows]:
-        tokens = torch.from_numpy(row[None].astype(np.int64))
-        read = lens.read_attention(tokens, sae.cfg.site.layer)
-        z, v, pattern = read.z[0], read.v[0], read.pattern[0]
-        acts = sae.encode(z.flatten(1))
-        for feature in acts.sum(0).nonzero().flatten()[:20].tolist():
-            dest = int(acts[:, feature].argmax())
-            dfa = split_dfa(v, pattern[:, dest], sae.W_enc[:, feature], n_heads)[:, : dest + 1]
-            kept = sparsify_dfa(dfa[None], share=SHARE, max_entries=ALL_ENTRIES, start=np.array([0]))
-            shares.append(float(np.abs(kept.value).sum(dtype=np.float64)) / float(kept.abs_dfa[0]))
-    return shares
+def _coverage_of_heads(lens: Lens, sae: SAE, n_heads: int, n_rows: int, per_row: int) -> list[float]:
+    """Coverage of `per_row` features in each row, where they fire most strongly, z's dimensions taken as `n_heads` heads."""
+    tokens = torch.from_numpy(_text(lens, n_rows).train[:n_rows].astype(np.int64))
+    read, found = lens.read_attention(tokens, sae.cfg.site.layer), []
+    for z, v, pattern in zip(read.z, read.v, read.pattern, strict=True):
+        acts = sae.encode(z)
+        acts[0] = 0  # the row start is no destination
+        strongest, dest = acts.max(0)
+        chosen = strongest.topk(per_row).indices.tolist()
+        found += [split_dfa(v, pattern[:, dest[feature]], sae.W_enc[:, feature], n_heads) for feature in chosen]
+    kept = sparsify_dfa(torch.stack(found), share=SHARE, max_entries=ALL_ENTRIES, start=np.zeros(len(found), np.int64))
+    example = np.repeat(np.arange(len(found)), kept.kept)
+    return (np.bincount(example, np.abs(kept.value), len(found)) / kept.abs_dfa).tolist()
 
 
 def split_dfa(v: torch.Tensor, pattern: torch.Tensor, w: torch.Tensor, n_heads: int) -> torch.Tensor:
