@@ -5,6 +5,7 @@ prefix is what repeats: the p tokens before s are the last p tokens up to d. Fou
 
 (a) Synthetic. Rows of distinct random tokens, in which the p tokens from a1 on are copied to a2. The induction score is
     A[a2 + p - 1, a1 + p]: attention from the end of the second copy to what followed the first. By p = 1, 2, ..., `prefixes`.
+    On the same rows, what the head attends to instead: the token before, the copied token itself, the row start.
 (b) On the same rows, what the head writes straight to the logit of that following token, above the mean token's, with the
     final norm's scale as it is at the destination (`Lens.head_logits`). In the paper's code the scale is that of the next
     layer's norm; here it is the one that the logits really go through.
@@ -60,6 +61,12 @@ class HeadScores(Record):
     logit: list[float]
     """Mean of what it writes straight to the right token's logit."""
     logit_error: list[float]
+    previous: float
+    """On the same rows, with prefixes of two and more: mean attention from the copy's last token to the token before it ..."""
+    duplicate: float
+    """... to the token that it is a copy of ..."""
+    start: float
+    """... and to the row start, where attention rests."""
 
 
 class Cut(Record):
@@ -116,6 +123,10 @@ class Head(Record):
     best: float
     """Largest of `score`."""
     score: list[float]
+    previous: float
+    """As `HeadScores` has them."""
+    duplicate: float
+    start: float
     score_error: list[float] = []
     """From here on empty or None for heads that hardly score."""
     logit: list[float] = []
@@ -228,8 +239,8 @@ def synthetic(lens: "Lens", cfg: InductionStudy) -> Generator[Progress, None, Sy
     """Parts (a) and (b)."""
     layers, copies = layers_of(cfg, lens), copied_prefixes(cfg, lens)
     n_heads = lens.info.n_heads
-    # Sums over samples of score, score squared, logit, logit squared; in fp64, since errors come from differences of them.
-    sums = torch.zeros(len(layers), n_heads, cfg.prefixes, 4, dtype=torch.float64)
+    # Sums over samples of the columns of `_scores`; in fp64, since errors come from differences of them.
+    sums = torch.zeros(len(layers), n_heads, cfg.prefixes, len(COLUMNS), dtype=torch.float64)
     at_once, clock = rows_at_once(cfg, cfg.length), Clock("synthetic", len(copies.tokens) * cfg.length)
     for low in range(0, len(copies.tokens), at_once):
         part = Copies(*(column[low : low + at_once] for column in copies))
@@ -238,7 +249,7 @@ def synthetic(lens: "Lens", cfg: InductionStudy) -> Generator[Progress, None, Sy
         yield clock.at((low + len(part.tokens)) * cfg.length)
     mean = sums / cfg.samples
     # n / (n - 1) makes the variance unbiased; rounding may leave it a hair below 0.
-    spread = (mean[..., 1::2] - mean[..., 0::2] ** 2).clamp_min(0) * cfg.samples / (cfg.samples - 1)
+    spread = (mean[..., 1:4:2] - mean[..., 0:4:2] ** 2).clamp_min(0) * cfg.samples / (cfg.samples - 1)
     error = (spread / cfg.samples).sqrt()
     heads = []
     for index, layer in enumerate(layers):
@@ -246,22 +257,37 @@ def synthetic(lens: "Lens", cfg: InductionStudy) -> Generator[Progress, None, Sy
             of_score, of_logit = mean[index, head, :, 0], mean[index, head, :, 2]
             lists = (of_score, error[index, head, :, 0], of_logit, error[index, head, :, 1])
             numbers = [[short(value) for value in one.tolist()] for one in lists]
+            # After a prefix of one, the token before may be what followed the first copy.
+            elsewhere = [short(value) for value in mean[index, head, 1:, 4:].mean(0).tolist()]
             heads.append(
                 HeadScores(
-                    layer=layer, head=head, score=numbers[0], score_error=numbers[1], logit=numbers[2], logit_error=numbers[3]
+                    layer=layer,
+                    head=head,
+                    score=numbers[0],
+                    score_error=numbers[1],
+                    logit=numbers[2],
+                    logit_error=numbers[3],
+                    previous=elsewhere[0],
+                    duplicate=elsewhere[1],
+                    start=elsewhere[2],
                 )
             )
     return Synthetic(heads=heads)
 
 
+COLUMNS = ("score", "its square", "logit", "its square", "previous", "duplicate", "start")
+
+
 def _scores(lens: "Lens", layers: Sequence[int], part: Copies) -> list[Tensor]:
-    """For each layer [n, n_heads, 4]: induction score, its square, logit of the right token, its square; fp64."""
+    """For each layer [n, n_heads, len(COLUMNS)], fp64."""
     at, dest, source = (tensor.to(lens.device) for tensor in (torch.arange(len(part.tokens)), part.dest, part.source))
-    score: dict[int, Tensor] = {}
+    attention: dict[int, list[Tensor]] = {}
     z: dict[int, Tensor] = {}
 
     def look(layer: int, read: "AttentionRead") -> None:
-        score[layer], z[layer] = read.pattern[at, :, dest, source].clone(), read.z[at, dest].clone()
+        row = read.pattern[at, :, dest]  # [n, n_heads, src]; indexing copies, so the rest of the pattern is let go
+        attention[layer] = [row[at, :, to].double().cpu() for to in (source, dest - 1, source - 1, torch.zeros_like(dest))]
+        z[layer] = read.z[at, dest]
 
     final = lens.follow_attention(part.tokens, layers, look, to_end=True)
     assert final is not None
@@ -269,8 +295,8 @@ def _scores(lens: "Lens", layers: Sequence[int], part: Copies) -> list[Tensor]:
     found = []
     for layer in layers:
         logit = lens.head_logits(z[layer], layer, final[at, dest], right).double().cpu()
-        attention = score[layer].double().cpu()
-        found.append(torch.stack([attention, attention**2, logit, logit**2], -1))
+        score, *elsewhere = attention[layer]
+        found.append(torch.stack([score, score**2, logit, logit**2, *elsewhere], -1))
     return found
 
 
@@ -488,7 +514,16 @@ def induction(lens: "Lens", cfg: InductionStudy, scores: Synthetic, text: InText
 
 def _head(scores: HeadScores, text: HeadText | None) -> Head:
     best = max(scores.score)
-    head = Head(layer=scores.layer, head=scores.head, role=role(scores.score), best=best, score=scores.score)
+    head = Head(
+        layer=scores.layer,
+        head=scores.head,
+        role=role(scores.score),
+        best=best,
+        score=scores.score,
+        previous=scores.previous,
+        duplicate=scores.duplicate,
+        start=scores.start,
+    )
     if best < DETAILED:
         return head
     detail = {"score_error": scores.score_error, "logit": scores.logit, "logit_error": scores.logit_error}

@@ -20,7 +20,10 @@ router = APIRouter()
 SHOWN = 6
 """Heads drawn at once: there are so many marks that one can tell apart."""
 Z95 = 1.959964
+DOES = 0.3
+"""As `sae_core.studies.induction` has it."""
 ROLE_MARKS = {"short-prefix": 0, "long-prefix": 3}
+ELSEWHERE = (("previous", "the token before"), ("duplicate", "the earlier copy of the token itself"))
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,7 @@ def _of_heads(record: StudyRecord, query: StudyQuery) -> dict[str, Any]:
         "logits": _lines(drawn, result["prefixes"], "logit", "logit_error"),
         "targets": _lines(drawn, None, "target", None),
         "bars": _prefix_bars,
+        "elsewhere": [(words, found) for key, words in ELSEWHERE if (found := _foremost(result["heads"], key))],
     }
 
 
@@ -151,6 +155,12 @@ def _lines(heads: Sequence[Mapping[str, Any]], prefixes: Sequence[int] | None, k
         if points:
             made.append(Line(_name(head), mark, points))
     return made
+
+
+def _foremost(heads: Sequence[Mapping[str, Any]], key: str) -> list[tuple[str, float]]:
+    """The heads that give the most attention there, if it is more than the study counts as attending."""
+    known = sorted(((head[key], _name(head)) for head in heads), key=lambda one: -one[0])
+    return [(name, value) for value, name in known[:SHOWN] if value >= DOES]
 
 
 def _prefix_bars(head: Mapping[str, Any]) -> list[Bar]:

@@ -174,6 +174,30 @@ def test_scores_of_heads_whose_patterns_are_rules_are_what_the_rules_say() -> No
     assert logits[1, 0] == pytest.approx([0.4] * 4), "0.2 on the destination itself, doubled in layer 1"
     assert all(error == pytest.approx(0, abs=1e-6) for head in found.heads for error in head.score_error)
     assert doing_induction(found) == [(0, 0), (0, 1), (1, 1)]
+    rests = {(head.layer, head.head): head.start for head in found.heads}
+    assert rests == {
+        (0, 0): 0,
+        (0, 1): pytest.approx(0.8 / 3, rel=1e-5),  # at one of the prefixes 2, 3, 4
+        (0, 2): pytest.approx(0.8),
+        (1, 0): pytest.approx(0.8),
+        (1, 1): 0,
+        (1, 2): pytest.approx(0.8),
+    }
+    assert all(head.previous == head.duplicate == 0 for head in found.heads)
+
+
+def test_heads_that_look_at_the_token_before_or_at_its_copy_are_told() -> None:
+    class Elsewhere(Rules):
+        def pattern(self, tokens: Tensor, layer: int) -> Tensor:  # noqa: ARG002 - as Rules
+            found = torch.zeros(*tokens.shape[:1], 3, tokens.shape[1], tokens.shape[1])
+            found[:, 0] = 0.9 * torch.eye(tokens.shape[1]).roll(-1, 1)  # [d, d - 1]
+            same = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
+            found[:, 1] = 0.6 * same
+            return found
+
+    found: Synthetic = done(synthetic(Elsewhere(), study()))  # type: ignore[arg-type]
+    measures = [(head.previous, head.duplicate, head.start, max(head.score)) for head in found.heads[:3]]
+    assert measures == [(pytest.approx(0.9), 0, 0, pytest.approx(0, abs=0.6)), (0, pytest.approx(0.6), 0, 0), (0, 0, 0, 0)]
 
 
 def test_errors_are_those_of_a_mean_over_samples() -> None:
@@ -433,5 +457,7 @@ def test_smollm2s_known_induction_heads_come_out_as_such(smollm2_lens: Lens) -> 
     assert {(18, 6), (17, 3), (17, 4), (17, 5)} <= doing
     assert best[18, 6] == max(best.values()) > 0.7
     assert (16, 0) not in doing
+    assert max(found.heads, key=lambda head: head.previous).head == 0
+    assert next(head for head in found.heads if (head.layer, head.head) == (16, 0)).previous > 0.7
     logits = {(head.layer, head.head): head.logit[-1] for head in found.heads}
     assert all(logits[head] > 0 for head in ((18, 6), (17, 3), (17, 4), (17, 5))), "they copy"
