@@ -18,7 +18,6 @@ attribution multiplies w_f by the destination's s[t] and is as exact as without.
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
@@ -85,7 +84,8 @@ class SAE(nn.Module):
         """What each token's z [..., d_in] is multiplied by before all else: [..., 1]; None where that is nothing."""
         if self.cfg.input_norm == "none":
             return None
-        return math.sqrt(self.cfg.d_in) / z.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        scale: Tensor = self.cfg.d_in**0.5 / z.float().norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return scale
 
     def scaled(self, z: Tensor) -> Tensor:
         """z [..., d_in] as the affine map sees it: itself, or times `token_scale`."""
