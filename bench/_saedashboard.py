@@ -77,9 +77,8 @@ def hooked(folder: Path, context: int) -> Any:
     made = HookedSAETransformer(cfg)
     missing, unexpected = made.load_state_dict(state, strict=False)
     # What it makes itself: masks, rotations, and biases, which are 0 as made and which Llama has not.
-    unknown = [
-        name for name in missing if not name.endswith(("mask", "IGNORE", "rotary_sin", "rotary_cos")) and ".b_" not in name
-    ]
+    known = ("mask", "IGNORE", "rotary_sin", "rotary_cos", "b_Q", "b_K", "b_V", "b_O", "b_in", "b_out", "b_U")
+    unknown = [name for name in missing if not name.endswith(known)]
     if unknown or unexpected:
         sys.exit(f"The model's weights do not fit: {unknown} missing, {unexpected} not known.")
     return made
