@@ -46,11 +46,14 @@ COMMON = 0.2
 UNCLEAR = "unclear"
 BROAD = frozenset({"local", "long-range", "row start"})
 """Families that are too broad to relate two features."""
+SAME = {"token by induction": "induction"}
+"""Families that are a special case of another."""
 
 
 def summaries(table: "FeatureTable", sae: "SAE") -> list[HeadRecord]:
     """One record per head, in order."""
     families = [table.family(idx) for idx in range(len(table))]
+    mechanisms = [SAME.get(family or "", family) for family in families]
     words = [frozenset(plain(text) for text in table.promoted(idx)) for idx in range(len(table))]
     live = np.flatnonzero(table.arrays["count"])
     norm, dfa = table.arrays["head_norm"], np.abs(table.arrays["head_dfa"].astype(np.float64))
@@ -60,7 +63,7 @@ def summaries(table: "FeatureTable", sae: "SAE") -> list[HeadRecord]:
     for head in range(sae.cfg.n_heads):
         led = live[dfa[live].argmax(1) == head]
         top, top_dfa = (_largest(shares[:, head], live) for shares in (norm, dfa))
-        relations = {n: _relations(top[:n], W_dec[:, head], families, words) for n in (TOP, MANY)}
+        relations = {n: _relations(top[:n], W_dec[:, head], mechanisms, words) for n in (TOP, MANY)}
         detail: dict[str, Any] = {
             "top": [[int(i), round(float(norm[i, head]), 4)] for i in top[:TOP]],
             "top_dfa": [[int(i), round(float(dfa[i, head]), 4)] for i in top_dfa[:TOP]],

@@ -67,6 +67,8 @@ def test_ten_features_of_one_mechanism_are_diverse_and_not_polysemantic() -> Non
     head = made(random_slices(20), ["induction"] * 20, words(20))[0]
     assert head.diversity == pytest.approx(1, abs=0.05)
     assert head.polysemantic == 0
+    mixed = made(random_slices(20), ["induction", "token by induction"] * 10, words(20))[0]
+    assert mixed.polysemantic == 0  # one is a special case of the other
     assert made(random_slices(20), ["local"] * 20, words(20))[0].polysemantic == 1  # too broad to relate anything
 
 
