@@ -2,10 +2,20 @@
 
 import pytest
 
-from sae_core.config import HarvestConfig, RowsConfig, Site, TrainConfig
+from sae_core.config import HarvestConfig, InductionStudy, RowsConfig, Site, TrainConfig
 from sae_core.progress import Progress
 from server.doctor import needs, sweep_needs
-from server.estimates import Clock, Shape, Speed, Swept, harvest_seconds, sweep_seconds, train_seconds
+from server.estimates import (
+    Clock,
+    Shape,
+    Speed,
+    Swept,
+    harvest_seconds,
+    induction_seconds,
+    scan_seconds,
+    sweep_seconds,
+    train_seconds,
+)
 from server.terminal import duration
 
 SHAPE = Shape(d_model=576, n_layers=30, n_heads=9, d_head=64, d_vocab=49152)
@@ -115,3 +125,12 @@ def test_nothing_is_left_at_the_end() -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(None, ""), (12.4, "12 s"), (200, "3 min 20 s"), (3900, "1 h 05 min")])
 def test_durations_are_said_as_people_say_them(seconds: float | None, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_a_study_costs_what_it_reads_as_deep_as_it_reads() -> None:
+    assert scan_seconds(2000, 5, SHAPE, SPEED) - 1 == pytest.approx(2 * (scan_seconds(1000, 5, SHAPE, SPEED) - 1))
+    every = induction_seconds(InductionStudy(model="m", corpus="c"), SHAPE, SPEED)
+    first = induction_seconds(InductionStudy(model="m", corpus="c", layers=(2,)), SHAPE, SPEED)
+    assert first["text"] == pytest.approx(every["text"] / 10), "3 layers of 30"
+    assert first["synthetic"] == every["synthetic"], "which goes to the final norm"
+    assert set(induction_seconds(InductionStudy(model="m"), SHAPE, SPEED)) == {"synthetic"}
