@@ -211,11 +211,12 @@ def _agreement(lens: Lens, sae: SAE, tokens: NDArray[Any], found: dict[str, NDAr
         if row >= checked or not largest[feature]:
             continue
         mine = ours[int(row)]
-        shown = ~mine.excluded
-        both = shown & (np.abs(mine.margin[:, feature]) > NEAR)
-        flips += int((((acts > 0) != (mine.acts[:, feature] > 0)) & shown).sum())
+        at = slice(len(mine.acts) - len(acts), None)  # they leave position 0 out
+        shown, values = ~mine.excluded[at], mine.acts[at, feature]
+        both = shown & (np.abs(mine.margin[at, feature]) > NEAR)
+        flips += int((((acts > 0) != (values > 0)) & shown).sum())
         compared += int(both.sum())
-        gaps.append(float(np.abs(acts - mine.acts[:, feature])[both].max(initial=0)) / float(largest[feature]))
+        gaps.append(float(np.abs(acts - values)[both].max(initial=0)) / float(largest[feature]))
     dfa_gaps, silent, excluded = [0.0], 0, 0
     for row in range(checked):
         mine = ours[row]
