@@ -181,7 +181,8 @@ def _activation(sae: SAE, feature: int, z: Tensor) -> tuple[Tensor, Tensor]:
     """Activation and pre-activation [b, pos] of one feature from z [b, pos, d_in]: its column alone, except that `topk` must
     see the others to know whether it is among the largest."""
     one = torch.tensor([feature], device=z.device)
-    preact = (z - sae.b_dec) @ sae.W_enc[:, one] + sae.b_enc[one]
+    w, bias = sae.affine(one)
+    preact = sae.scaled(z) @ w.T + bias
     return sae.activate(preact, one, sae.least(z))[..., 0].cpu(), preact[..., 0].cpu()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from server import plots
 from server.pages.reply import Read, etag, link, reply, unchanged
@@ -30,7 +30,25 @@ ELSEWHERE = (("previous", "the token before"), ("duplicate", "the earlier copy o
 class StudiesPage:
     """Studies, newest first."""
 
+    query: "StudiesQuery"
     studies: tuple[StudyLine, ...]
+
+
+class StudiesQuery(BaseModel):
+    """Which studies are listed."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+
+    sae: str | None = None
+    """Only those of this SAE's features."""
+    feature: int | None = Field(None, ge=0)
+    """Only those of this feature of it."""
+
+    @model_validator(mode="after")
+    def _feature_of_an_sae(self) -> Self:
+        if self.feature is not None and self.sae is None:
+            raise ValueError("`feature` needs an SAE: add sae=<its name>")
+        return self
 
 
 @dataclass(frozen=True)
@@ -57,9 +75,10 @@ class StudyQuery(BaseModel):
 
 @router.get("/studies", include_in_schema=False)
 @router.get("/studies.json", response_model=StudiesPage)
-def studies_page(request: Request, read: Read) -> Response:
-    """Every study."""
-    return reply(request, StudiesPage(studies.studies(read)), "studies.html")
+def studies_page(request: Request, query: Annotated[StudiesQuery, Query()], read: Read) -> Response:
+    """Every study, or those of a feature, which its page asks for as a block: they may come after its harvest."""
+    page = StudiesPage(query, studies.studies(read, query.sae, query.feature))
+    return reply(request, page, "studies.html", block="_studies_of.html")
 
 
 @router.get("/studies/{study_id}", include_in_schema=False)

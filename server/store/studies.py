@@ -80,14 +80,10 @@ def study(session: Session, study_id: int) -> StudyRecord:
     )  # fmt: skip
 
 
-def studies(session: Session, limit: int = 200) -> tuple[StudyLine, ...]:
-    """Studies, newest first."""
-    return _lines(session, _LISTED.limit(limit))
-
-
-def of_feature(session: Session, sae_id: int, index: int) -> tuple[StudyLine, ...]:
-    """Studies of one feature, newest first."""
-    return _lines(session, _LISTED.where(Study.sae_id == sae_id, Study.feature == index))
+def studies(session: Session, sae: str | None = None, feature: int | None = None, limit: int = 200) -> tuple[StudyLine, ...]:
+    """Studies, newest first; of one SAE, or of one feature of it."""
+    listed = _LISTED if sae is None else _LISTED.where(SAE.name == sae)
+    return _lines(session, (listed if feature is None else listed.where(Study.feature == feature)).limit(limit))
 
 
 def training_of(session: Session, model: str) -> TrainConfig | None:

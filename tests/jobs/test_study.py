@@ -72,8 +72,8 @@ def test_a_specificity_study_is_kept_with_its_feature(trained: Home) -> None:
     assert SpecificityStudy.model_validate(record.config) == cfg
     with trained.db.read() as session:
         sae = registry.sae(session, "x")
-        lines = studies.of_feature(session, sae.id, 5)
-        assert studies.of_feature(session, sae.id, 6) == ()
+        lines = studies.studies(session, sae.name, 5)
+        assert studies.studies(session, sae.name, 6) == ()
     assert [line.id for line in lines] == [record.id]
     assert lines[0].summary == record.result["summary"]
     assert any(

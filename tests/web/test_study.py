@@ -17,7 +17,7 @@ from server.tables import SAE, Job, Model
 from tests.core.test_induction import Rules, done, study, text_rows
 from tests.core.test_specificity import Known, known_sae, rows_of, specificity
 from tests.web.conftest import at, put
-from tests.web.reading import Reader, counted
+from tests.web.reading import PART, Reader, counted
 
 NASTY = "<img src=x onerror=alert(1)>"
 
@@ -77,6 +77,20 @@ def test_the_list_leads_to_every_study_and_says_what_it_found(pages: TestClient)
     assert [one["id"] for one in listed] == [3, 2, 1], "newest first"
     assert (listed[2]["sae"], listed[2]["feature"], listed[0]["sae"]) == ("smollm2-l17", 5, None)
     assert "result" not in listed[0]
+
+
+def test_a_features_page_asks_for_its_studies_which_the_list_gives_as_a_block(pages: TestClient) -> None:
+    asked = "/studies?sae=smollm2-l17&feature=5"
+    read = Reader(pages.get("/saes/smollm2-l17/features/5").text)
+    assert asked in {div.get("hx-get") for div in read.all("div")}
+    assert asked in {a["href"] for a in read.all("a")}, "without scripts it is a link"
+    block = pages.get(asked, headers=PART).text
+    assert "<html" not in block
+    assert "/studies/1" in {a["href"] for a in Reader(block).all("a")}
+    assert [one["id"] for one in pages.get("/studies.json?sae=smollm2-l17&feature=5").json()["studies"]] == [1]
+    none = pages.get("/studies?sae=smollm2-l17&feature=6", headers=PART).text
+    assert "--feature 6" in none
+    assert pages.get("/studies?feature=6").status_code == 422
 
 
 def test_without_studies_the_list_says_how_to_make_one(empty_client: TestClient) -> None:
