@@ -48,10 +48,11 @@ def small(n: int = N_ROWS, **changes: Any) -> TrainConfig:
     base: dict[str, Any] = {
         "rows": RowsConfig(context=CONTEXT, tokens=n * CONTEXT), "pool_tokens": 32 * CONTEXT * 2, "batch": 127, "passes": 2,
         "expansion": 4, "collect_rows": 7, "dead_tokens": 130, "checkpoint_steps": 5, "aux_k": 5, "aux_coef": 0.5,
+        "k_anneal": 0.1,  # a gentle start: else a choice that rounding tips over is soon a different SAE
     }  # fmt: skip
     chosen = base | changes
     if chosen.get("arch", "batchtopk") not in ("topk", "batchtopk", "matryoshka"):
-        del chosen["aux_k"], chosen["aux_coef"]
+        del chosen["aux_k"], chosen["aux_coef"], chosen["k_anneal"]
     return config(**chosen)
 
 

@@ -18,7 +18,7 @@ from tests.core.test_ranks import gone, lives, parent_of, ranks_of
 from tests.jobs.conftest import Home, WorkerProcess, tiny_config, wait_for
 
 Start = Callable[..., WorkerProcess]
-LONG = tiny_config(tokens=16_384, passes=3, harvests=())
+LONG = tiny_config(tokens=16_384, passes=3, harvests=()).model_copy(update={"k_anneal": 0.1})  # as in tests/core/test_ranks.py
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
 
 

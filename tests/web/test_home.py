@@ -75,7 +75,10 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
         "/index.json",
         "/saes/{sae}.json",
         "/saes/{sae}/features/{index}.json",
+        "/saes/{sae}/features/{index}/components.json",
         "/jobs.json",
         "/jobs/{job_id}.json",
         "/sweeps/{job_id}.json",
+        "/studies.json",
+        "/studies/{study_id}.json",
     }

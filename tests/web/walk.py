@@ -45,7 +45,7 @@ def walk(page: Page, site: str) -> None:
 
     # the feature, painted by that head
     expect(page).to_have_url(re.compile(rf"/features/{index}\?head=4$"))
-    token = page.locator(".text .t[data-d]").first
+    token = page.locator('.text .t[data-d^="4:"], .text .t[data-d*=" 4:"]').first  # one to which that head gave something
     token.hover()
     panel = page.locator("#inspector")
     expect(panel.get_by_text("head 4", exact=True)).to_be_visible()
