@@ -117,7 +117,8 @@ const keys = {
 
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.target.closest("input, textarea, select, dialog")) {
+  // A dialog keeps the focus until the frame after it closed: a key that comes before then is meant for the page.
+  if (event.target.closest("input, textarea, select, dialog[open]")) {
     if (event.key === "Escape" && !event.target.closest("dialog")) event.target.blur();
     return;
   }

@@ -102,6 +102,20 @@ def test_the_keyboard_reaches_everything(quiet_page: Page, site: str) -> None:
     expect(page).to_have_url(re.compile("features/12$"))
 
 
+def test_a_key_pressed_as_the_dialog_closes_is_for_the_page(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(f"{site}/saes/smollm2-l17/features/3")
+    page.keyboard.press("?")
+    expect(page.get_by_role("dialog", name="Keyboard")).to_be_visible()
+    page.evaluate("""() => {
+      const inside = document.activeElement;
+      document.getElementById("help").close();
+      if (inside !== document.activeElement) throw new Error("the focus had left the dialog at once: nothing is tested");
+      inside.dispatchEvent(new KeyboardEvent("keydown", { key: "5", bubbles: true }));
+    }""")
+    expect(page).to_have_url(re.compile("head=5"))
+
+
 def test_typed_text_without_an_engine_gets_a_sentence_beside_the_box(quiet_page: Page, site: str) -> None:
     page = quiet_page
     page.goto(f"{site}/saes/smollm2-l17/features/3")
