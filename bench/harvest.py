@@ -9,7 +9,7 @@ and writing the tally. `with_visit_vs_forward` adds choosing and the visit in fp
 share of rows visited: near 1 where features have more examples than there are rows, as here.
 `bookkeeping_share` is everything in the scan but model pass and encoder (head sums, counts, histograms, what is kept), over
 the model pass; the first shard is warm-up. `all_layers_per_layer` is the scan of SAEs of all 30 layers in one pass, per
-layer. But for layer 17 those are not trained: their features are z of some tokens less its mean, and one threshold each
+layer. But for layer 17 those are not trained: `sae_core.rates.made_sae` mixes them from z of some tokens, and one threshold each
 makes 30 of them fire per token, so a scan has as much to do as with trained ones.
 
 `rows=256`, `rounds=3` and `features=500` (of the database's figure) take other sizes. About ten minutes on two cores.
@@ -23,17 +23,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import sae_core.harvest as sweep
 from bench import _smollm2, store
-from sae_core.config import HarvestConfig, Site
+from sae_core.config import HarvestConfig
 from sae_core.corpus import Rows
 from sae_core.lens import Lens, resolve_dtype
+from sae_core.rates import made_sae
 from sae_core.saes.base import SAE
 
 Figure = dict[str, object]
@@ -123,7 +124,7 @@ def _ratio(times: dict[str, list[float]], name: str) -> float:
 @torch.no_grad()
 def _forward(model: Any, tokens: Any, at_once: int) -> None:
     for low in range(0, len(tokens), at_once):
-        model(input_ids=torch.from_numpy(tokens[low : low + at_once].astype(np.int64)), use_cache=False).logits  # noqa: B018
+        model(input_ids=torch.from_numpy(tokens[low : low + at_once].astype(np.int64)), use_cache=False)
 
 
 def _scan(lens: Lens, saes: Sequence[SAE], rows: Rows, shard: range, cfg: HarvestConfig, folder: Path) -> None:
@@ -160,12 +161,11 @@ def _timed(lens: Lens, sae: SAE) -> Iterator[dict[str, float]]:
 
         return timing
 
-    lens.read_z = timed(lens.read_z, "model")  # type: ignore[method-assign]
-    sae.encode_sparse = timed(sae.encode_sparse, "encoder")  # type: ignore[method-assign]
-    try:
+    with (
+        mock.patch.object(lens, "read_z", timed(lens.read_z, "model")),
+        mock.patch.object(sae, "encode_sparse", timed(sae.encode_sparse, "encoder")),
+    ):
         yield seconds
-    finally:
-        del lens.read_z, sae.encode_sparse  # the instance's; the class's come to light again
 
 
 # ------------------------------------------------------------------------------------------------- SAEs of other layers
@@ -176,28 +176,5 @@ def made_saes(lens: Lens, like: SAE, rows: Rows) -> dict[int, SAE]:
     layers = [layer for layer in range(lens.info.n_layers) if layer != like.cfg.site.layer]
     chunks = np.array_split(rows.train[:SAMPLE], SAMPLE // 16)
     read = [lens.read_z(torch.from_numpy(chunk.astype(np.int64)), layers) for chunk in chunks]
-    return {layer: made_sae(torch.cat([chunk[layer] for chunk in read]), layer, like) for layer in layers}
-
-
-def made_sae(z: Tensor, layer: int, like: SAE) -> SAE:
-    """Features are the directions of z [b, pos, d_in] at some tokens, and one threshold lets k of them fire per token."""
-    cfg = like.cfg.model_copy(update={"site": Site(layer=layer)})
-    norms = z.norm(dim=-1)
-    most = 10 * float(norms.median())
-    kept = norms <= most
-    kept[:, 0] = False
-    z = z[kept]
-    generator = torch.Generator().manual_seed(layer)
-    chosen = torch.randperm(len(z), generator=generator)[: cfg.d_sae]
-    mean = z.mean(0)
-    directions = torch.nn.functional.normalize(z[chosen] - mean, dim=1)
-    preacts = (z[:1024] - mean) @ directions.T
-    threshold = preacts.flatten().topk(cfg.k * len(preacts)).values[-1]
-    tensors = {
-        "W_enc": directions.T,
-        "b_enc": torch.zeros(cfg.d_sae),
-        "W_dec": directions,
-        "b_dec": mean,
-        "threshold": threshold.expand(cfg.d_sae),
-    }
-    return type(like)(cfg.model_copy(update={"max_norm": most}), tensors)
+    z = {layer: torch.cat([chunk[layer] for chunk in read]) for layer in layers}
+    return {layer: made_sae(lens, layer, z[layer], like.cfg.d_sae, like.cfg.k) for layer in layers}

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import sqlalchemy as sa
@@ -235,11 +236,8 @@ def _timed_transactions(db: Database) -> Iterator[list[float]]:
             yield session
         times.append(time.perf_counter() - begun)
 
-    db.write = timed  # type: ignore[method-assign]
-    try:
+    with mock.patch.object(db, "write", timed):
         yield times
-    finally:
-        db.write = write  # type: ignore[method-assign]
 
 
 def _sqlite_sizes(db: Database) -> dict[str, int]:

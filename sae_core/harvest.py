@@ -95,15 +95,16 @@ def scan_shard(
     share, pending = coded_share(swept_rows(rows, cfg) * rows.context), max(1, min(PENDING, PENDING_OF_ALL // len(saes)))
     scanners = [Scanner(saes[i], shard, cfg, rows.context, share, pending, seen.bars[i]) for i in todo]
     layers = sorted({sae.cfg.site.layer for sae in saes})
-    read = partial(_read_z, lens, layers, rows, cfg)
-    if activations is not None and all(layer in activations and activations[layer].n_rows >= shard.stop for layer in layers):
-        read = partial(_cached_z, activations, layers)
     per_row = 4 * rows.context * len(layers) * max(sae.cfg.d_in for sae in saes)
     at_once = max(1, min(cfg.batch_rows, Z_BYTES // per_row))
+    if activations is not None and all(layer in activations and activations[layer].n_rows >= shard.stop for layer in layers):
+        read = partial(_cached_z, activations, layers)
+    else:
+        read = partial(_read_z, lens, layers, rows, cfg, at_once)
     clock = Clock("scan", len(shard) * rows.context)
     for low in range(shard.start, shard.stop, at_once):
         high = min(low + at_once, shard.stop)
-        z = read(low, high, at_once)
+        z = read(low, high)
         for scanner in scanners:
             scanner.take_in(z[scanner.layer], low)
         fired = {i: scanner.tallier.tally.count.cpu().numpy() for i, scanner in zip(todo, scanners, strict=True)}
@@ -148,7 +149,7 @@ class Scanner:
 
 
 def _read_z(
-    lens: "Lens", layers: Sequence[int], rows: "Rows", cfg: HarvestConfig, low: int, high: int, at_once: int
+    lens: "Lens", layers: Sequence[int], rows: "Rows", cfg: HarvestConfig, at_once: int, low: int, high: int
 ) -> dict[int, Tensor]:
     """z of rows low .. high by layer, from a pass of `at_once` rows: the last row is repeated where there are fewer."""
     from sae_core.lens import resolve_dtype  # TransformerLens takes seconds to import; a cached sweep needs none of it
@@ -159,13 +160,7 @@ def _read_z(
     return {layer: z[: high - low] for layer, z in lens.read_z(tokens.to(lens.device), layers, dtype).items()}
 
 
-def _cached_z(
-    activations: "Mapping[int, Activations]",
-    layers: Sequence[int],
-    low: int,
-    high: int,
-    at_once: int,  # noqa: ARG001 - one face with `_read_z`
-) -> dict[int, Tensor]:
+def _cached_z(activations: "Mapping[int, Activations]", layers: Sequence[int], low: int, high: int) -> dict[int, Tensor]:
     return {layer: activations[layer].read_z(low, high) for layer in layers}
 
 

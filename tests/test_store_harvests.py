@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from bench import _postgres
-from sae_core.config import CorpusSource, HarvestConfig, ModelSource
+from sae_core.config import CorpusSource, ModelSource
 from sae_core.errors import Fenced, JobError
 from sae_core.harvest import HarvestResult, harvest, row_records
 from sae_core.lens import load_lens
@@ -49,21 +49,9 @@ from server.tables import (
     HeadSummary,
     Model,
 )
-from tests.core.tiny_harvest import tiny_rows, tiny_sae
+from tests.core.tiny_harvest import CFG, tiny_rows, tiny_sae
 from tests.core.tiny_models import save_tiny
 
-CFG = HarvestConfig(
-    top_k=4,
-    bands=3,
-    per_band=2,
-    shard_rows=16,
-    batch_rows=4,
-    neighbours=3,
-    logits=5,
-    window=8,
-    dfa_entries=6,
-    model_dtype="float32",
-)
 TABLES = (Feature, FeatureDetail, FeatureHead, HeadSummary, Context, Example, HarvestPart)
 HEADS = [
     HeadRecord(0, 12, 9, {"induction": 4, "unclear": 8}, 0.8, 0.4, {"top": [[3, 0.7], [5, 0.6]], "in_both": 1}),

@@ -19,7 +19,7 @@ prefix is what repeats: the p tokens before s are the last p tokens up to d. Fou
 The pattern of one layer is held at a time, of `pass_tokens` tokens: memory does not grow with layers, samples or rows.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -532,10 +532,9 @@ def _head(scores: HeadScores, text: HeadText | None) -> Head:
 
 
 def _summary(heads: Sequence[Head]) -> str:
-    named: Callable[[Role], list[str]] = lambda role: [f"{h.layer}.{h.head}" for h in heads if h.role == role]  # noqa: E731
     parts = []
     for kind in ("short-prefix", "long-prefix"):
-        found = named(kind)
+        found = [f"{head.layer}.{head.head}" for head in heads if head.role == kind]
         shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
         parts.append(f"{len(found)} {kind} head{'' if len(found) == 1 else 's'}{f' ({shown})' if found else ''}")
     return f"{'; '.join(parts)}; of {len(heads)} heads"

@@ -4,8 +4,9 @@ import hashlib
 
 from fastapi import APIRouter, Request, Response
 
+from server.charts import HeadCell
 from server.pages.reply import Read, link, reply, sae_path, wants_part
-from server.rendering import Cell
+from server.rendering import count
 from server.store.home import HomePage, ModelMap, home_page
 
 router = APIRouter()
@@ -27,9 +28,15 @@ def published(page: HomePage) -> str:
     return hashlib.sha256(repr((there, known)).encode()).hexdigest()[:12]
 
 
-def map_cells(model: ModelMap) -> list[Cell]:
+def map_cells(model: ModelMap) -> list[HeadCell]:
     """The model's heads, each with the way to the features that it leads."""
     return [
-        Cell(cell.layer, cell.head, cell.features, link(f"{sae_path(cell.sae)}", head=cell.head, leads="true"))
+        HeadCell(
+            cell.layer,
+            cell.head,
+            cell.features,
+            (f"leads {count(cell.features)} features",),
+            link(sae_path(cell.sae), head=cell.head, leads="true"),
+        )
         for cell in model.cells
     ]

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse
 
-from server import rendering
+from server import charts, panels, rendering
 from server.resources import resource_path
 
 VERSION = version("headscope")
@@ -145,5 +145,6 @@ def environment() -> Environment:
     )
     names = ("num", "signed", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip", "clock")
     jinja.filters.update({name: getattr(rendering, name) for name in names})
-    jinja.globals.update(link=link, sae_path=sae_path, asset=asset, version=VERSION, draw=rendering, asdict=asdict)
+    jinja.globals.update(link=link, sae_path=sae_path, asset=asset, version=VERSION, asdict=asdict)
+    jinja.globals.update(rendering=rendering, charts=charts, panels=panels)
     return jinja

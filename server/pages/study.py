@@ -8,10 +8,9 @@ from typing import Annotated, Any, Self
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from server import plots
+from server.charts import Bar, HeadCell, Line, Point
 from server.pages.reply import Read, etag, link, reply, unchanged
-from server.plots import HeadCell, Line, Point
-from server.rendering import Bar
+from server.rendering import num
 from server.store import studies
 from server.store.studies import StudyLine, StudyRecord
 
@@ -90,7 +89,7 @@ def study_page(request: Request, study_id: int, query: Annotated[StudyQuery, Que
     if found := unchanged(request, tag):
         return found
     view = _of_heads(record, query) if record.kind == "induction" else _of_feature(record)
-    return reply(request, StudyPage(record), "study.html", tag=tag, plots=plots, **view)
+    return reply(request, StudyPage(record), "study.html", tag=tag, **view)
 
 
 # ------------------------------------------------------------------------------------------------------------ a feature
@@ -127,9 +126,9 @@ def _of_heads(record: StudyRecord, query: StudyQuery) -> dict[str, Any]:
                 head["layer"],
                 head["head"],
                 head["best"],
-                head["role"],
-                ROLE_MARKS.get(head["role"]),
+                (num(head["best"]), head["role"]),
                 toggled(name),
+                ROLE_MARKS.get(head["role"]),
                 name in chosen,
             )
             for name, head in heads.items()

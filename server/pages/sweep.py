@@ -7,8 +7,8 @@ from typing import Annotated, get_args
 from fastapi import APIRouter, Query, Request, Response
 
 from sae_core.config import Arch
+from server.charts import Series, Spot
 from server.pages.reply import Read, reply, sae_path
-from server.rendering import Series, Spot
 from server.store.sweeps import SweepQuery, SweepRecord, SweepRun, chosen, sweep
 
 router = APIRouter()

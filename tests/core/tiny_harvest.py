@@ -6,13 +6,26 @@ from typing import Any
 import numpy as np
 import torch
 
-from sae_core.config import SAEConfig, Site
+from sae_core.config import HarvestConfig, SAEConfig, Site
 from sae_core.corpus import Rows
 from sae_core.lens import Lens
 from sae_core.saes.base import SAE
 from sae_core.saes.batchtopk import BatchTopKSAE
 
 LAYER = 2
+CFG = HarvestConfig(
+    top_k=4,
+    bands=3,
+    per_band=2,
+    shard_rows=16,
+    batch_rows=4,
+    neighbours=3,
+    logits=5,
+    window=8,
+    dfa_entries=6,
+    model_dtype="float32",
+)
+"""A harvest of these rows in two shards, with something in every part."""
 
 
 def tiny_rows(n: int = 24, context: int = 20, vocabulary: int = 60, seed: int = 0) -> Rows:

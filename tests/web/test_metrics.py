@@ -10,7 +10,7 @@ from fastapi.testclient import TestClient
 
 from sae_core.evaluate import Evaluation
 from server.app import create_app
-from server.rendering import MEASURES
+from server.panels import MEASURES
 from tests.web.conftest import SAE, at, put
 from tests.web.factory import METRICS, Shape, interval
 

@@ -8,14 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.app import create_app
+from server.charts import Bar, Curve, HeadCell, bar_chart, head_map, line_chart
 from server.rendering import (
-    Bar,
-    Cell,
-    Curve,
-    bar_chart,
-    head_map,
     level,
-    line_chart,
     num,
     percent,
     signed,
@@ -139,8 +134,8 @@ def test_a_curve_without_points_says_so() -> None:
 
 
 def test_the_map_has_a_cell_for_every_head_and_links_where_something_was_read() -> None:
-    cells = [Cell(2, head, 3 * head, f"/saes/x?head={head}") for head in range(4)]
-    page = Reader(head_map("Map", cells, 3, 4, desc="d"))
-    assert len([r for r in page.all("rect") if r["class"] == "void"]) == 12
+    cells = [HeadCell(2, head, 3 * head, (f"leads {3 * head}",), f"/saes/x?head={head}") for head in range(4)]
+    page = Reader(head_map("Map", cells, 3, 4, columns=("features",), highest=9, desc="d"))
+    assert len([r for r in page.all("rect") if r["class"] == "void"]) == 8
     assert [r["class"] for r in page.all("rect") if r["class"] != "void"] == ["c0", "c5", "c10", "c15"]
     assert page.all("a")[3]["href"] == "/saes/x?head=3"

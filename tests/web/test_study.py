@@ -9,8 +9,8 @@ from fastapi.testclient import TestClient
 from sae_core.config import InductionStudy, RegexProxy, SpecificityStudy
 from sae_core.studies.induction import doing_induction, in_text, induction, synthetic
 from server.app import create_app
+from server.charts import HeadCell, Line, Point, back_to_back, head_map, lines
 from server.db import Database
-from server.plots import HeadCell, Line, Point, back_to_back, heads_map, lines
 from server.settings import Settings
 from server.store import studies
 from server.tables import SAE, Job, Model
@@ -251,10 +251,14 @@ def test_two_histograms_share_their_scale() -> None:
 
 
 def test_the_map_marks_heads_by_role_and_leads_on() -> None:
-    cells = [HeadCell(0, 1, 0.8, "long-prefix", 3, "/a?b=1&c=2", True), HeadCell(1, 0, 0.0, "not induction", None, "/b", False)]
-    read = Reader(heads_map("T", cells, 2, 2, desc="D"))
+    cells = [
+        HeadCell(0, 1, 0.8, ("0.800", "long-prefix"), "/a?b=1&c=2", 3, True),
+        HeadCell(1, 0, 0.0, ("0", "not <induction>"), "/b"),
+    ]
+    read = Reader(head_map("T", cells, 2, 2, columns=("score", "role"), highest=1, desc="D"))
     assert [a["href"] for a in read.all("a")][:2] == ["/a?b=1&c=2", "/b"]
     assert len(read.all("path")) == 1
     colours = [r["class"] for r in read.all("rect")]
     assert colours == ["void", "void", "c12", "c0"]
     assert "head 0.1: 0.800, long-prefix, shown" in read.text
+    assert "not <induction>" in read.text

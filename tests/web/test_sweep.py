@@ -12,10 +12,10 @@ from sqlalchemy.orm import Session
 
 from sae_core.config import RowsConfig, Site, SweepConfig, TrainConfig
 from server.app import create_app
+from server.charts import Series, Spot, frontier, marks_key, scatter
 from server.db import Database
 from server.pages import sweep as pages
 from server.pages.reply import to_json
-from server.rendering import Series, Spot, frontier, marks_key, scatter
 from server.settings import Settings
 from server.store.sweeps import SweepQuery, chosen, sweep
 from server.tables import SAE, Job, JobPoint, Model

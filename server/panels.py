@@ -1,0 +1,195 @@
+"""What the panels of a page draw and say, made from what is stored: bars, curves, and numbers with their sentences."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from server.charts import Bar, Curve
+from server.rendering import num, percent
+from server.store.features import HeadShare
+
+
+def heads_top(heads: Sequence[HeadShare]) -> float:
+    """The largest |mean DFA| with its spread, so that every head's bar is drawn to one scale."""
+    return max((abs(head.dfa) + head.dfa_std for head in heads), default=0.0)
+
+
+EVIDENCE = {
+    "induction": "from tokens that followed an earlier copy of the destination",
+    "previous": "from the token right before",
+    "current": "from the destination itself",
+    "duplicate": "from earlier copies of the destination",
+    "near": "from at most 10 tokens back",
+    "far": "from more than 32 tokens back",
+    "top_share": "from the one strongest source",
+    "row_start": "of everything, row starts included, from row starts",
+    "next": "of the strongest examples read one and the same token by induction",
+    "next_bands": "of the weaker examples have it after an earlier copy of the destination",
+    "next_follows": "of the strongest examples have it as the next token of the text",
+    "positional": "of all activation would have to move if the position in the row did not matter",
+}
+"""What the detectors' shares of positive DFA mean, in words."""
+OTHER_EVIDENCE = {
+    "distance": "tokens back on average",
+    "source_logit": "standard deviations by which it lifts the strongest source's own token",
+    "next_logit": "standard deviations by which it lifts the token that is next by induction",
+    "examples": "examples looked at",
+}
+
+
+def evidence_lines(evidence: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The numbers behind a family as (how much, of what): shares first, the largest first, with what chance would give."""
+    lines = []
+    for name in sorted(EVIDENCE.keys() & evidence.keys(), key=lambda name: -evidence[name]):
+        chance = evidence.get(f"{name}_chance")
+        by_chance = "" if chance is None else f"; by chance {percent(chance, 2)}"
+        lines.append((percent(evidence[name], 2), EVIDENCE[name] + by_chance))
+    lines += [(num(evidence[name], 2), words) for name, words in OTHER_EVIDENCE.items() if name in evidence]
+    known = EVIDENCE.keys() | OTHER_EVIDENCE.keys() | {f"{name}_chance" for name in EVIDENCE}
+    return lines + [(str(value), name.replace("_", " ")) for name, value in evidence.items() if name not in known]
+
+
+CURVES = {
+    "loss": ("Loss", "Mean squared error with the auxiliary loss, by training step."),
+    "fvu": ("Unexplained variance", "Fraction of the variance of z that the SAE does not explain, by training step."),
+    "l0": ("L0", "Mean number of active features per token, by training step."),
+    "dead": ("Dead features", "Share of features that have not fired for long, by training step."),
+}
+
+
+class Step(Protocol):
+    """A point of a job's curves."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def values(self) -> Mapping[str, float]: ...
+
+
+def curves(points: Sequence[Step]) -> list[tuple[str, str, Curve]]:
+    """The curves that the points hold, as (title, description, line), in the order of `CURVES`."""
+    found = []
+    for name, (title, words) in CURVES.items():
+        line = [(point.step, float(point.values[name])) for point in points if name in point.values]
+        if line:
+            found.append((title, words, Curve(name, line)))
+    return found
+
+
+class HasCount(Protocol):
+    """So many features have `key` in common."""
+
+    @property
+    def key(self) -> int | str: ...
+    @property
+    def features(self) -> int: ...
+
+
+class HasRange(Protocol):
+    """So many values lie between `low` and `high`."""
+
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+    @property
+    def count(self) -> int: ...
+
+
+def head_bars(counts: Sequence[HasCount], sae: str) -> list[Bar]:
+    """A bar per head that leads to the features it leads."""
+    return [Bar(str(entry.key), entry.features, f"{sae}?head={entry.key}&leads=true#features") for entry in counts]
+
+
+def plain_bars(values: Sequence[float | None]) -> list[Bar]:
+    """A bar per head; none stands where the value is not known."""
+    return [Bar(str(head), value) for head, value in enumerate(values) if value is not None]
+
+
+def position_bars(parts: Sequence[Mapping[str, Any]], name: str) -> list[Bar]:
+    """A bar per group of positions in the row, for the measure `name`."""
+    return [Bar(_positions(part), part[name]) for part in parts if part.get(name) is not None]
+
+
+class HasFirings(Protocol):
+    """So many firings on so many tokens, at the positions `low` to `high`."""
+
+    @property
+    def low(self) -> int: ...
+    @property
+    def high(self) -> int: ...
+    @property
+    def firings(self) -> int: ...
+    @property
+    def tokens(self) -> int: ...
+
+
+def rate_bars(buckets: Sequence[HasFirings]) -> list[Bar]:
+    """A bar per group of positions: percent of its tokens that fire."""
+    return [Bar(_range(one.low, one.high), 100 * one.firings / one.tokens) for one in buckets if one.tokens]
+
+
+def distance_bars(sample: Mapping[str, Any]) -> list[Bar]:
+    """A bar per group of distances: percent of |DFA| that comes from there."""
+    return [Bar(_range(low, beyond - 1), 100 * share) for low, beyond, share in sample["distance"]]
+
+
+def _positions(part: Mapping[str, Any]) -> str:
+    return _range(part["low"], part["high"])
+
+
+def _range(low: int, high: int) -> str:
+    return str(low) if low == high else f"{low}–{high}"
+
+
+class Measure(NamedTuple):
+    """A number of an evaluation, as a page shows it."""
+
+    name: str
+    value: str
+    words: str
+    """What it means."""
+
+
+MEASURES: tuple[tuple[str, str, Callable[[float | None], str], str], ...] = (
+    ("cosine", "cosine", num, "Mean cosine of z and its reconstruction: 1 if all directions are right."),
+    ("mse", "squared error", num, "Mean of |z − ẑ|² over tokens: summed, not averaged, over the coordinates of z."),
+    ("norm_ratio", "|ẑ| / |z|", num, "Mean length of the reconstruction over that of z."),
+    (
+        "gamma", "gamma", num,
+        "Σ|ẑ|² / Σ ẑ·z: the factor by which ẑ would have to be divided to fit best. Below 1 the SAE shrinks what it rebuilds.",
+    ),
+    ("gamma_centred", "gamma, centred", num, "The same with the mean of z taken from both: b_dec gives the mean for nothing."),
+    ("l1", "L1", num, "Sum of a token's activations, on average."),
+    ("dense_1", "on > 1 %", percent, "Share of features that fire on more than 1 % of tokens."),
+    ("dense_10", "on > 10 %", percent, "Share of features that fire on more than 10 % of tokens: seldom readable ones."),
+    (
+        "decoder_cosine", "decoder neighbour", num,
+        "Mean over live features of the cosine with the nearest other decoder direction: high where features come twice.",
+    ),
+    ("encoder_cosine", "encoder neighbour", num, "The same of encoder directions."),
+    (
+        "encoder_decoder_cosine", "encoder · decoder", num,
+        "Mean over live features of the cosine of their encoder and decoder direction: low where reading and writing differ.",
+    ),
+)  # fmt: skip
+"""Measures of reconstruction that have no sentence of their own: key, name, form, meaning."""
+
+
+def fit_measures(fit: Mapping[str, Any]) -> list[Measure]:
+    """Those of `MEASURES` that were measured, then the density of the median feature."""
+    found = [Measure(name, form(fit[key]), words) for key, name, form, words in MEASURES if fit.get(key) is not None]
+    middle = next((q["density"] for q in fit.get("density_quantiles") or [] if q["share"] == 0.5), None)
+    if middle is not None:
+        spread = ", ".join(f"{percent(q['share'])} of features up to {percent(q['density'])}" for q in fit["density_quantiles"])
+        found.append(Measure("median density", percent(middle), f"Half the features fire on fewer tokens. {spread}."))
+    return found
+
+
+def density_bars(bins: Sequence[HasRange]) -> list[Bar]:
+    """The bars of the density histogram."""
+    return [Bar(f"{percent(b.low)} to {percent(b.high)} of tokens", b.count) for b in bins]
+
+
+def density_ticks(bins: Sequence[HasRange]) -> list[tuple[float, str]]:
+    """A label at every second power of ten."""
+    return [(at, percent(bins[at].low if at < len(bins) else bins[-1].high, 1)) for at in range(0, len(bins) + 1, 6)]
