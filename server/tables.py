@@ -144,6 +144,7 @@ class HarvestPart(Base):
     __tablename__ = "harvest_part"
     harvest_id: Mapped[int] = mapped_column(sa.ForeignKey("harvest.id", ondelete="CASCADE"), primary_key=True)
     part: Mapped[str] = mapped_column(sa.String(60), primary_key=True)
+    worst_gap: Mapped[float | None]  # of its examples: |sum of all DFA + bias - preact| / (sum of |DFA| + |bias|), in fp32
 
 
 class Feature(Base):
@@ -216,6 +217,7 @@ class FeatureHead(Base):
     __table_args__ = (
         sa.Index(None, "harvest_id", "head", "norm_share", "idx"),
         sa.Index(None, "harvest_id", "head", "dfa_share", "idx"),
+        {"sqlite_with_rowid": False},  # its key is most of a row
     )
 
 
@@ -274,14 +276,8 @@ class Example(Base):
     dest: Mapped[int]  # destination, position in the row
     start: Mapped[int]  # first position of the shown window
     act: Mapped[float]  # fp32 visit
-    preact: Mapped[float]  # w . z + c from the hooked z, computed on its own
-    bias: Mapped[float]  # c of the affine map
-    gap: Mapped[float]  # |sum of all DFA + bias - preact| / (sum of |DFA| + |bias|), in fp32
-    acts: Mapped[bytes]  # packing.ACTS: the feature's nonzero activations in the window
-    dfa: Mapped[bytes]  # packing.DFA: kept (source, head, value) by size
-    dropped: Mapped[bytes]  # f4[n_heads]: sum of the window's entries that were not kept
-    before: Mapped[bytes]  # f4[n_heads]: sum over the sources before the window
-    abs_dfa: Mapped[float]  # sum of |DFA| over all heads and sources
+    acts: Mapped[bytes]  # packing.pack_acts: the feature's nonzero activations in the window
+    dfa: Mapped[bytes]  # packing.pack_dfa: kept (source, head, value), per head what is beside them, pre-activation and bias
     __table_args__ = (sa.UniqueConstraint("feature_id", "band", "rank"),)
 
 

@@ -56,8 +56,7 @@ def add_harvest(session: Session, sae: SAE, job_id: str, status: str, *, n_featu
         session.add_all(FeatureHead(harvest_id=harvest.id, head=head, idx=idx, norm_share=0.5) for head in range(n_heads))
         session.add_all(
             Example(
-                feature_id=feature.id, context_id=context.id, band=0, rank=rank, dest=1, start=0, act=1.0, preact=1.0, bias=0.0,
-                gap=0.0, acts=b"", dfa=b"", dropped=b"", before=b"", abs_dfa=1.0,
+                feature_id=feature.id, context_id=context.id, band=0, rank=rank, dest=1, start=0, act=1.0, acts=b"", dfa=b"",
             )
             for rank in range(3)
         )  # fmt: skip

@@ -566,8 +566,6 @@ def _examples(session: Session, feature_id: int, window: int) -> tuple[FeatureEx
 
 def _example(example: Example, row: int, texts: Sequence[str], window: int) -> FeatureExample:
     acts, dfa = read_acts(example), read_dfa(example)
-    total = dfa.total
-    scale = example.abs_dfa + abs(example.bias)
     return FeatureExample(
         band=example.band,
         rank=example.rank,
@@ -579,12 +577,12 @@ def _example(example: Example, row: int, texts: Sequence[str], window: int) -> F
         dfa=tuple(map(DfaEntry, dfa.src.tolist(), dfa.head.tolist(), dfa.value.tolist())),
         dropped=tuple(dfa.dropped.tolist()),
         before=tuple(dfa.before.tolist()),
-        abs_dfa=example.abs_dfa,
-        dfa_sum=total,
-        bias=example.bias,
-        preact=example.preact,
+        abs_dfa=dfa.abs_dfa,
+        dfa_sum=dfa.total,
+        bias=dfa.bias,
+        preact=dfa.preact,
         act=example.act,
-        gap=abs(total + example.bias - example.preact) / scale if scale else 0.0,
+        gap=dfa.gap,
     )
 
 

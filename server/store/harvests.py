@@ -69,8 +69,9 @@ def write_part(db: Database, harvest_id: int, part: int, rows: Iterable["RowReco
         found = session.execute(sa.select(Feature.idx, Feature.id).where(Feature.harvest_id == harvest_id))
         ids = {row.idx: row.id for row in found}
 
-    def insert(session: Session, harvest_id: int, chunk: list["RowRecord"]) -> None:
+    def insert(session: Session, harvest_id: int, chunk: list["RowRecord"]) -> float | None:
         _insert_rows(session, harvest_id, chunk, ids)
+        return max((example.gap for row in chunk for example in row.examples), default=None)
 
     chunks = _cut(rows, lambda row: len(row.examples), EXAMPLES_AT_ONCE)
     _write(db, harvest_id, f"part {part}", chunks, insert, fence)
@@ -92,10 +93,9 @@ def publish(db: Database, harvest_id: int, n_parts: int, fence: Fence) -> None:
         missing = [name for name in ("features", "heads", *(f"part {i}" for i in range(n_parts))) if name not in done]
         if missing:
             raise JobError(f"Harvest {harvest_id} cannot be published: {', '.join(missing[:5])} not written yet; retry its job.")
-        in_harvest = sa.select(sa.func.count(Example.id), sa.func.max(Example.gap)).join(
-            Feature, Feature.id == Example.feature_id
-        )
-        n_examples, worst_gap = session.execute(in_harvest.where(Feature.harvest_id == harvest_id)).one()
+        examples = sa.select(sa.func.count(Example.id)).join(Feature, Feature.id == Example.feature_id)
+        n_examples = session.scalar(examples.where(Feature.harvest_id == harvest_id)) or 0
+        worst_gap = session.scalar(sa.select(sa.func.max(HarvestPart.worst_gap)).where(HarvestPart.harvest_id == harvest_id))
     with db.write() as session:
         fence(session)
         harvest = session.get_one(Harvest, harvest_id)
@@ -114,8 +114,7 @@ def stored_gaps(session: Session, harvest_id: int) -> NDArray[np.float64]:
     found = session.scalars(
         sa.select(Example).join(Feature, Feature.id == Example.feature_id).where(Feature.harvest_id == harvest_id)
     )
-    gaps = [abs(read_dfa(e).total + e.bias - e.preact) / (e.abs_dfa + abs(e.bias)) for e in found]
-    return np.array(gaps, dtype=np.float64)
+    return np.array([read_dfa(example).gap for example in found], dtype=np.float64)
 
 
 # ---- chunks, each written once ----
@@ -144,7 +143,7 @@ def _write(
     harvest_id: int,
     name: str,
     chunks: Iterator[list[T]],
-    insert: Callable[[Session, int, list[T]], None],
+    insert: Callable[[Session, int, list[T]], float | None],
     fence: Fence,
 ) -> None:
     with db.read() as session:
@@ -155,9 +154,10 @@ def _write(
         if f"{name}/{number}" not in done:
             with db.write() as session:
                 fence(session)
-                session.add(HarvestPart(harvest_id=harvest_id, part=f"{name}/{number}"))
+                mark = HarvestPart(harvest_id=harvest_id, part=f"{name}/{number}")
+                session.add(mark)
                 session.flush()
-                insert(session, harvest_id, chunk)
+                mark.worst_gap = insert(session, harvest_id, chunk)
     with db.write() as session:
         fence(session)
         session.add(HarvestPart(harvest_id=harvest_id, part=name))
@@ -244,14 +244,8 @@ EXAMPLE = {
     "dest": "int4",
     "start": "int4",
     "act": "float8",
-    "preact": "float8",
-    "bias": "float8",
-    "gap": "float8",
     "acts": "bytea",
     "dfa": "bytea",
-    "dropped": "bytea",
-    "before": "bytea",
-    "abs_dfa": "float8",
 }
 """Columns of an example, and their types on PostgreSQL, which its binary COPY has to be told."""
 
@@ -261,7 +255,7 @@ def _examples(
 ) -> Iterator[tuple[object, ...]]:
     for e, acts, dfa in zip(examples, pack_acts(examples), pack_dfa(examples), strict=True):
         where = (feature_ids[e.feature], context_ids[e.row], e.band, e.rank, e.dest, e.start)
-        yield (*where, e.act, e.preact, e.bias, e.gap, acts, dfa, b"", b"", e.abs_dfa)
+        yield (*where, e.act, acts, dfa)
 
 
 def _insert_examples(session: Session, rows: Iterable[tuple[object, ...]]) -> None:

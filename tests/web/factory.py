@@ -14,8 +14,9 @@ import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from sae_core.records import ExampleRecord
 from server.db import Database
-from server.packing import ACTS, DFA, F4, I4, pack
+from server.packing import F4, I4, pack, pack_acts, pack_dfa
 from server.tables import (
     SAE,
     Context,
@@ -312,6 +313,9 @@ def add_feature(
     session.add_all(m.row(feature.id, band, rank) for (band, rank), m in zip(places, made, strict=False))
 
 
+DFA = np.dtype([("src", int), ("head", int), ("value", float)])
+
+
 @dataclass
 class Made:
     """An example before it is packed."""
@@ -336,11 +340,16 @@ class Made:
         )
         kept = np.zeros(len(self.dfa))
         np.add.at(kept, entries["head"], entries["value"])
+        pos, value = zip(*self.acts, strict=True)
+        found = ExampleRecord(
+            feature=0, band=band, rank=rank, row=0, dest=self.dest, start=0, act=self.preact, preact=self.preact, bias=self.bias,
+            gap=0.0, abs_dfa=float(np.abs(self.dfa).sum()), acts_pos=np.array(pos), acts_value=np.array(value),
+            dfa_src=entries["src"], dfa_head=entries["head"], dfa_value=entries["value"],
+            dropped=self.dfa.sum(1) - kept, before=np.zeros(len(self.dfa)),
+        )  # fmt: skip
         return Example(
             feature_id=feature_id, context_id=self.context.id, band=band, rank=rank, dest=self.dest, start=0, act=self.preact,
-            preact=self.preact, bias=self.bias, gap=1e-7, acts=pack(np.array(self.acts, ACTS), ACTS), dfa=pack(entries, DFA),
-            dropped=pack(self.dfa.sum(1) - kept, F4), before=pack(np.zeros(len(self.dfa)), F4),
-            abs_dfa=float(np.abs(self.dfa).sum()),
+            acts=pack_acts([found])[0], dfa=pack_dfa([found])[0],
         )  # fmt: skip
 
 
