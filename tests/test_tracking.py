@@ -106,3 +106,23 @@ def test_the_package_is_never_imported_otherwise() -> None:
     code = "import sys, server.cli, server.worker, server.tracking; print('wandb' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_real_package_keeps_a_sweeps_runs_offline(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from sae_core.progress import Progress
+from server.tracking import Tracker
+tracker = Tracker("attention", "sweep-s-1", {"lr": 0.003}, Path(sys.argv[1]))
+for run in (0, 1):
+    for step in (1, 2, 3):
+        tracker.add(Progress("train", step, 3, "steps", values={"loss": run + 1 / step}, step=step, run=run))
+tracker.close()
+assert not tracker._off
+"""
+    offline = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=offline, timeout=120)
+    kept = sorted(tmp_path.rglob("*.wandb"))
+    assert [file.name for file in kept] == ["run-sweep-s-1-000.wandb", "run-sweep-s-1-001.wandb"]
+    assert all(file.read_bytes().count(b"loss") >= 3 for file in kept)
