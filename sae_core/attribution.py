@@ -220,10 +220,10 @@ def sparsify_dfa(dfa: Tensor, *, share: float, max_entries: int, start: NDArray[
     own entries in fp32, never taken as a difference of large sums.
     """
     full = dfa.detach().cpu().numpy().astype(np.float32)
-    n, _, n_src = full.shape
+    n, n_heads, n_src = full.shape
     inside = (np.arange(n_src) >= start[:, None])[:, None]  # [n, 1, src]
     abs_dfa = np.abs(full).sum((1, 2), dtype=np.float64)
-    size = np.where(inside, np.abs(full), np.float32(0)).reshape(n, -1)
+    size = np.where(inside, np.abs(full), np.float32(0)).reshape(n, n_heads * n_src)  # -1 would not do for no example at all
     # One whole number orders entries by size, ties by place: the bits of a positive fp32 rise with it. A partition of such
     # keys finds the largest in a tenth of the time that sorting all takes, and as exactly.
     place = np.arange(size.shape[1], dtype=np.uint64)
@@ -238,7 +238,7 @@ def sparsify_dfa(dfa: Tensor, *, share: float, max_entries: int, start: NDArray[
     chosen = np.arange(k) < count[:, None]
     which, at = np.nonzero(chosen)[0], at[chosen]
     head, src = np.divmod(at, n_src)
-    value = full.reshape(n, -1)[which, at]
+    value = full.reshape(n, n_heads * n_src)[which, at]
     before = np.where(inside, np.float32(0), full).sum(2)
     rest = np.where(inside, full, np.float32(0))
     rest[which, head, src] = 0

@@ -188,7 +188,9 @@ def pack_acts(examples: Sequence[Found]) -> list[bytes]:
     header["n"] = np.bincount(group, minlength=len(examples))
     header["top"] = _largest(value, group, len(examples))
     places, header["low_bits"] = _places(pos, group, len(examples))
-    packed = _packed(header, [*places, _coded(encode(value, header["top"].astype(np.float64)[group]), group)])
+    packed = _packed(
+        header, [*places, _coded(encode(value, header["top"].astype(np.float64)[group]), header["n"].astype(np.int64))]
+    )
     return [blob if n else b"" for blob, n in zip(packed, header["n"].tolist(), strict=True)]
 
 
@@ -253,8 +255,7 @@ def pack_dfa(examples: Sequence[Found]) -> list[bytes]:
 
     places, header["low_bits"] = _places(place, group, size)
     kept = np.repeat(np.stack([np.ones(size, bool), header["before"] > 0], 1), n_heads, axis=1)  # [size, 2 n_heads]
-    rest_codes = _coded(rests.reshape(size, -1)[kept], np.nonzero(kept)[0])
-    return _packed(header, [*places, rest_codes, _coded(entries, group)])
+    return _packed(header, [*places, _coded(rests.reshape(size, -1)[kept], kept.sum(1)), _coded(entries, counts)])
 
 
 def read_dfa(example: Packed) -> Attribution:
@@ -299,8 +300,9 @@ def decode(codes: Ints, top: Floats | float) -> Floats:
     return np.asarray(_SHARES[codes] * top)
 
 
-def _coded(codes: Ints, group: Ints) -> "Field":
-    return codes, np.full(len(codes), _BITS), group
+def _coded(codes: Ints, counts: Ints) -> "Field":
+    """`counts` [size] of the codes belong to each example."""
+    return _bits(codes)[:, -_BITS:].ravel(), _BITS * counts
 
 
 _WEIGHTS = 1 << np.arange(_BITS)[::-1]
@@ -313,8 +315,13 @@ def _read_codes(bits: Bytes, begin: int, n: int) -> Ints:
 
 # ---- places as steps, and bits ----
 
-Field = tuple[Ints, Ints, Ints]
-"""Numbers, the bits that each of them takes, and the example that each belongs to, ascending."""
+Field = tuple[Bytes, Ints]
+"""Bits, of one example after the other, and how many are each example's."""
+
+
+def _bits(numbers: Ints) -> Bytes:
+    """[n, 16]: numbers below 2^16 in binary, the highest digit first."""
+    return np.unpackbits(numbers.astype(">u2").view(np.uint8)).reshape(-1, 16)
 
 
 def _places(place: Ints, group: Ints, size: int) -> tuple[list[Field], Ints]:
@@ -332,12 +339,10 @@ def _places(place: Ints, group: Ints, size: int) -> tuple[list[Field], Ints]:
     low_bits = np.clip(np.rint(np.log2(np.maximum(0.69 * (mean + 0.5), 1))), 0, 15).astype(np.int64)
     low = low_bits[group]
     high = step >> low
-    # As a number of high + 1 bits, the high part would not fit into an integer: ones are written one by one.
-    ends = np.cumsum(high + 1) - 1
-    unary = np.ones(int((high + 1).sum()), np.int64)
-    unary[ends] = 0
-    fields = [(unary, np.ones(len(unary), np.int64), np.repeat(group, high + 1)), (step & ((1 << low) - 1), low, group)]
-    return fields, low_bits
+    unary = np.ones(int((high + 1).sum()), np.uint8)
+    unary[np.cumsum(high + 1) - 1] = 0
+    rest = _bits(step & ((1 << low) - 1))[np.arange(16) >= 16 - low[:, None]]
+    return [(unary, np.bincount(group, high + 1, minlength=size).astype(np.int64)), (rest, low_bits * counts)], low_bits
 
 
 def _read_places(bits: Bytes, n: int, low_bits: int) -> tuple[Ints, int]:
@@ -353,21 +358,18 @@ def _read_places(bits: Bytes, n: int, low_bits: int) -> tuple[Ints, int]:
 
 
 def _packed(header: NDArray[np.void], fields: Sequence[Field]) -> list[bytes]:
-    """Each example's header, then its numbers of the first field, of the second ..., as bits, filled up to whole bytes."""
-    size = len(header)
-    used = [np.bincount(group, widths, minlength=size).astype(np.int64) for _, widths, group in fields]
-    room = (np.sum(used, axis=0) + 7) // 8
-    at = 8 * (np.cumsum(room) - room)  # where each example's bits begin, then where its next field does
-    bits = np.zeros(int(8 * room.sum()), np.uint8)
-    for (numbers, widths, group), in_field in zip(fields, used, strict=True):
-        begins = np.cumsum(widths) - widths
-        place = begins + (at - (np.cumsum(in_field) - in_field))[group]
-        of = np.repeat(np.arange(len(numbers)), widths)
-        digit = np.arange(len(of)) - begins[of]  # 0 is the highest
-        bits[place[of] + digit] = numbers[of] >> (widths[of] - 1 - digit) & 1
-        at = at + in_field
-    heads = _sliced(header.view(np.uint8), np.full(size, header.dtype.itemsize))
-    return [head + body for head, body in zip(heads, _sliced(np.packbits(bits), room), strict=True)]
+    """Each example's header, then its bits of the first field, of the second ..., filled up to whole bytes."""
+    used: Ints = np.sum([counts for _, counts in fields], axis=0)
+    filler = (np.zeros(8 * len(header), np.uint8), -used % 8)
+    runs = [_runs(*field) for field in (*fields, filler)]
+    bits = np.packbits(np.concatenate([filler[0][:0], *(run for example in zip(*runs, strict=True) for run in example)]))
+    heads = _sliced(header.view(np.uint8), np.full(len(header), header.dtype.itemsize))
+    return [head + body for head, body in zip(heads, _sliced(bits, (used + 7) // 8), strict=True)]
+
+
+def _runs(bits: Bytes, counts: Ints) -> list[Bytes]:
+    ends = np.cumsum(counts).tolist()
+    return [bits[end - count : end] for end, count in zip(ends, counts.tolist(), strict=True)]
 
 
 def _sliced(data: Bytes, sizes: Ints) -> list[bytes]:

@@ -300,6 +300,11 @@ def test_small_rest_survives_beside_large_entries() -> None:
     assert one(full, share=0.9, max_entries=2, start=0).dropped.tolist() == [1.0]
 
 
+def test_no_example_at_all_keeps_nothing() -> None:
+    sparse = sparsify_dfa(torch.zeros(0, 3, 5), share=0.95, max_entries=8, start=np.zeros(0, np.int64))
+    assert (len(sparse.kept), len(sparse.value), sparse.dropped.shape) == (0, 0, (0, 3))
+
+
 def test_example_without_any_dfa_keeps_nothing() -> None:
     sparse = one(torch.zeros(3, 5), share=0.95, max_entries=8, start=2)
     assert len(sparse.value) == 0

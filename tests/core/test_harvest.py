@@ -334,6 +334,18 @@ def test_an_example_that_does_not_fire_in_fp32_is_dropped(tiny: Set, tmp_path: P
     assert len(list(examples(table, paths))) == len(selection.feature) - len(silent)
 
 
+def test_a_row_none_of_whose_examples_fires_in_fp32_keeps_nothing(tiny: Set, tmp_path: Path) -> None:
+    selection = choose(scanned(tiny, tmp_path), tiny.sae, tiny.rows, CFG, tmp_path / "selection.npz")
+    names = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    tensors = {name: getattr(tiny.sae, name) for name in names}
+    silent = type(tiny.sae)(tiny.sae.cfg, tensors | {"threshold": torch.full_like(tiny.sae.threshold, torch.inf)})
+    paths = [tmp_path / f"{part.start}.npz" for part in visit_parts([selection], CFG)]
+    for part, path in zip(visit_parts([selection], CFG), paths, strict=True):
+        list(visit(tiny.lens, [silent], tiny.rows, [selection], part, CFG, [path]))
+    table = features(tiny.lens, tiny.sae, selection, paths, CFG, tmp_path / "features.npz")
+    assert list(examples(table, paths)) == []
+
+
 def test_rows_carry_their_tokens_and_texts(tiny: Set, whole: HarvestResult) -> None:
     seen = []
     for part in range(len(whole.parts)):
