@@ -128,17 +128,32 @@ class SaeOverview:
 
 def find_sae(session: Session, name: str) -> Door:
     """The SAE called `name` with its published harvest; Renamed when it once was, else NotFound with those there are."""
+    door = _door(session, SAE.name == name)
+    if door is None:
+        if now_called := current_name(session, name):
+            raise Renamed(name, now_called)
+        raise NotFound(_unknown(name, session.scalars(sa.select(SAE.name).order_by(SAE.name).limit(6)).all()), field="sae")
+    return door
+
+
+def sae_by_id(session: Session, sae_id: int) -> Door:
+    """The SAE of that id."""
+    door = _door(session, SAE.id == sae_id)
+    if door is None:
+        raise NotFound("That SAE was deleted.", field="sae")
+    return door
+
+
+def _door(session: Session, which: sa.ColumnElement[bool]) -> Door | None:
     found = session.execute(
         sa.select(SAE, Model.name, Harvest, Corpus.name)
         .join(Model, Model.id == SAE.model_id)
         .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
         .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
-        .where(SAE.name == name)
+        .where(which)
     ).one_or_none()
     if found is None:
-        if now_called := current_name(session, name):
-            raise Renamed(name, now_called)
-        raise NotFound(_unknown(name, session.scalars(sa.select(SAE.name).order_by(SAE.name).limit(6)).all()), field="sae")
+        return None
     row, model, harvest, corpus = found
     return Door(
         row.id, sae_ref(row, model, harvest, corpus), row.config, row.metrics, row.job_id, row.run, row.created_at,

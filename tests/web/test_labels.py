@@ -1,7 +1,5 @@
 """Labels, notes and stars: written, shown, kept; and what was written safely."""
 
-from collections.abc import Callable, Iterator
-
 import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
@@ -12,37 +10,10 @@ from server.settings import Settings
 from server.store import labels
 from server.store.saes import find_sae
 from server.tables import Label
-from tests.web.conftest import SAE, at, put
+from tests.web.conftest import SAE, Visit
 from tests.web.reading import PART, Reader, counted
 
 FEATURE = f"{SAE}/features/3"
-
-
-@pytest.fixture
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    return put(at(tmp_path_factory.mktemp("people")))
-
-
-@pytest.fixture
-def visit(settings: Settings) -> Iterator[Callable[..., TestClient]]:
-    """Makes a visitor who says to be called so; None says nothing."""
-    app = create_app(settings)
-    clients: list[TestClient] = []
-
-    def visitor(name: str | None = "Maren") -> TestClient:
-        client = TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False)
-        if name is not None:
-            assert client.post("/author", data={"author": name}).status_code == 303
-        clients.append(client)
-        return client
-
-    with TestClient(app):
-        yield visitor
-
-
-@pytest.fixture
-def maren(visit: Callable[..., TestClient]) -> TestClient:
-    return visit("Maren")
 
 
 def known(client: TestClient, index: int = 3) -> dict[str, list[dict[str, object]]]:
@@ -77,7 +48,7 @@ def test_the_table_is_searched_and_halved_by_labels(maren: TestClient) -> None:
     assert len(kept("label=&labelled=")) == 60
 
 
-def test_an_edit_keeps_what_was_there_and_who_ended_it(maren: TestClient, visit: Callable[..., TestClient]) -> None:
+def test_an_edit_keeps_what_was_there_and_who_ended_it(maren: TestClient, visit: Visit) -> None:
     maren.post(f"{FEATURE}/labels", data={"label": "dates"})
     first = known(maren)["labels"][0]["id"]
     ola = visit("Ola Ødegård")
@@ -97,7 +68,7 @@ def test_an_edit_keeps_what_was_there_and_who_ended_it(maren: TestClient, visit:
     assert maren.get(f"{FEATURE}.json").json()["label"] is None
 
 
-def test_of_two_who_change_a_label_at_once_the_second_is_told(maren: TestClient, visit: Callable[..., TestClient]) -> None:
+def test_of_two_who_change_a_label_at_once_the_second_is_told(maren: TestClient, visit: Visit) -> None:
     maren.post(f"{FEATURE}/labels", data={"label": "dates"})
     first = known(maren)["labels"][0]["id"]
     visit("Ola").post(f"{FEATURE}/labels", data={"label": "years", "follows": first})
@@ -107,8 +78,8 @@ def test_of_two_who_change_a_label_at_once_the_second_is_told(maren: TestClient,
     assert [one["text"] for one in known(maren)["labels"]] == ["years"]
 
 
-def test_a_persons_label_is_shown_before_a_methods(maren: TestClient, settings: Settings) -> None:
-    database = Database(settings.url)
+def test_a_persons_label_is_shown_before_a_methods(maren: TestClient, peopled: Settings) -> None:
+    database = Database(peopled.url)
     maren.post(f"{FEATURE}/labels", data={"label": "by hand"})
     with database.write() as session:
         labels.add_label(session, find_sae(session, "smollm2-l17").id, 3, "made", "explainer", method="explain-2")
@@ -118,9 +89,9 @@ def test_a_persons_label_is_shown_before_a_methods(maren: TestClient, settings: 
     assert "explain-2" in maren.get(f"{FEATURE}/labels").text
 
 
-def test_labels_outlive_their_harvest(maren: TestClient, settings: Settings) -> None:
+def test_labels_outlive_their_harvest(maren: TestClient, peopled: Settings) -> None:
     maren.post(f"{FEATURE}/labels", data={"label": "dates"})
-    database = Database(settings.url)
+    database = Database(peopled.url)
     with database.write() as session:
         session.execute(sa.text("update sae set harvest_id = null"))
         session.execute(sa.text("delete from harvest"))
@@ -142,7 +113,7 @@ def test_notes_are_deleted_by_a_mark(maren: TestClient) -> None:
     assert "was deleted by" in shown
 
 
-def test_a_star_belongs_to_a_person_and_goes_again(maren: TestClient, visit: Callable[..., TestClient]) -> None:
+def test_a_star_belongs_to_a_person_and_goes_again(maren: TestClient, visit: Visit) -> None:
     ola = visit("Ola")
     for client in (maren, maren, ola):
         client.post(f"{FEATURE}/star", data={"on": "1"})
@@ -153,7 +124,7 @@ def test_a_star_belongs_to_a_person_and_goes_again(maren: TestClient, visit: Cal
     assert known(maren)["stars"] == ["Ola"]
 
 
-def test_nothing_is_written_without_a_name_and_the_name_is_asked_for_once(visit: Callable[..., TestClient]) -> None:
+def test_nothing_is_written_without_a_name_and_the_name_is_asked_for_once(visit: Visit) -> None:
     nobody = visit(None)
     answer = nobody.post(f"{FEATURE}/labels", data={"label": "dates"})
     assert answer.status_code == 422
@@ -171,7 +142,7 @@ def test_nothing_is_written_without_a_name_and_the_name_is_asked_for_once(visit:
 
 
 @pytest.mark.parametrize("back", ["//evil.example", "https://evil.example", "/\\evil.example", "javascript:x", "/a\nb", ""])
-def test_the_name_form_leads_nobody_to_another_site(visit: Callable[..., TestClient], back: str) -> None:
+def test_the_name_form_leads_nobody_to_another_site(visit: Visit, back: str) -> None:
     assert visit().post("/author", data={"author": "Maren", "back": back}).headers["location"] == "/"
 
 
@@ -240,8 +211,8 @@ def test_htmx_gets_the_block_and_the_title_beside_it(maren: TestClient) -> None:
     assert title["hx-swap-oob"] == "true"
 
 
-def test_what_people_wrote_takes_few_queries_and_adds_none_to_the_page(settings: Settings) -> None:
-    app = create_app(settings)
+def test_what_people_wrote_takes_few_queries_and_adds_none_to_the_page(peopled: Settings) -> None:
+    app = create_app(peopled)
     with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         client.get(FEATURE)
         with counted(app.state.db.engine) as page:
