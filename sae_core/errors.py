@@ -31,7 +31,9 @@ HeadscopeError
 │   ├── UnknownJob
 │   ├── Cancelled           a person cancelled the job; not a fault
 │   └── Fenced              another worker took this job over; this one must stop
+├── Outdated                somebody else changed it meanwhile
 └── NotFound                no such SAE, feature, page
+    └── Renamed             it has another name now
 
 The CLI prints the sentence and exits 2; the API answers it as `{"error": {"code", "message", "field"}}`; a page shows it.
 """
@@ -184,7 +186,21 @@ class Fenced(JobError):
     """Another worker has taken the job over; whatever this one still does must not count."""
 
 
+class Outdated(HeadscopeError):
+    """Somebody else changed it meanwhile, so what was asked for was not done."""
+
+    status = 409
+
+
 class NotFound(HeadscopeError):
     """There is nothing at that address."""
 
     status = 404
+
+
+class Renamed(NotFound):
+    """It has another name now; a page's old address leads to the new one."""
+
+    def __init__(self, old: str, new: str) -> None:
+        super().__init__(f"{old} is called {new} now.", field="sae")
+        self.old, self.new = old, new

@@ -112,6 +112,21 @@ def _hidden(c: str) -> bool:
     return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
+JOINERS = "\u200c\u200d"
+
+
+def written(text: str) -> Markup:
+    """What a person wrote, as one piece that cannot turn the text around it: escaped, and no character of it invisible. Only
+    the joiners of emoji and of scripts that need them stay as they are."""
+    ends = range(1, len(text) - 1)
+    parts = []
+    for at, c in enumerate(text):
+        joins = c in JOINERS and at in ends and not text[at - 1].isascii() and not text[at + 1].isascii()
+        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n" and not joins
+        parts.append(f"⟨{ord(c):X}⟩" if hidden else c)
+    return Markup("<bdi>{}</bdi>").format("".join(parts))
+
+
 class Paint(NamedTuple):
     """How an example is shown."""
 

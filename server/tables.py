@@ -114,7 +114,19 @@ class SAE(Base):
     run: Mapped[int] = mapped_column(default=0)  # which of the job's training runs made it, from 0
     harvest_id: Mapped[int | None] = mapped_column(sa.ForeignKey("harvest.id", use_alter=True))  # the published one
     created_at: Mapped[datetime] = mapped_column(default=now)
+    description: Mapped[str | None] = mapped_column(sa.Text)
+    archived_at: Mapped[datetime | None]  # since when the first page leaves it out
+    revision: Mapped[int] = mapped_column(default=0)  # raised by what people write about it and its features
     __table_args__ = (sa.UniqueConstraint("job_id", "run"),)
+
+
+class FormerName(Base):
+    """A name that an SAE had, which still leads to it."""
+
+    __tablename__ = "former_name"
+    name: Mapped[str] = mapped_column(sa.String(200), primary_key=True)
+    sae_id: Mapped[int] = mapped_column(sa.ForeignKey("sae.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)  # when it was given up
 
 
 class Harvest(Base):
@@ -135,6 +147,9 @@ class Harvest(Base):
     worst_gap: Mapped[float | None]  # largest relative gap of the identity over all examples
     created_at: Mapped[datetime] = mapped_column(default=now)
     published_at: Mapped[datetime | None]
+    name: Mapped[str | None] = mapped_column(sa.String(200))  # what people call it
+    description: Mapped[str | None] = mapped_column(sa.Text)
+    archived_at: Mapped[datetime | None]
     __table_args__ = (sa.UniqueConstraint("job_id", "sae_id"),)  # one job may harvest many SAEs in one pass
 
 
@@ -334,3 +349,113 @@ class Worker(Base):
     device: Mapped[str] = mapped_column(sa.String(100))
     pid: Mapped[int]
     last_seen: Mapped[datetime]
+
+
+# What people write belongs to (sae, index), not to a harvest, and outlives it. Who wrote is a name until there are accounts.
+
+
+class Label(Base):
+    """A name for a feature. Never overwritten: an edit ends it and another follows."""
+
+    __tablename__ = "label"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sae_id: Mapped[int] = mapped_column(sa.ForeignKey("sae.id", ondelete="CASCADE"))
+    idx: Mapped[int]
+    text: Mapped[str] = mapped_column(sa.String(200))
+    author: Mapped[str] = mapped_column(sa.String(60))
+    method: Mapped[str] = mapped_column(sa.String(60))  # "person", or what made it
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    ended_at: Mapped[datetime | None]  # since when it holds no more
+    ended_by: Mapped[str | None] = mapped_column(sa.String(60))
+    follows_id: Mapped[int | None] = mapped_column(sa.ForeignKey("label.id"), index=True)  # the one that it superseded
+    __table_args__ = (sa.Index(None, "sae_id", "idx"),)
+
+
+class Note(Base):
+    """A longer text about a feature."""
+
+    __tablename__ = "note"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sae_id: Mapped[int] = mapped_column(sa.ForeignKey("sae.id", ondelete="CASCADE"))
+    idx: Mapped[int]
+    text: Mapped[str] = mapped_column(sa.Text)
+    author: Mapped[str] = mapped_column(sa.String(60))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    deleted_at: Mapped[datetime | None]
+    deleted_by: Mapped[str | None] = mapped_column(sa.String(60))
+    __table_args__ = (sa.Index(None, "sae_id", "idx"),)
+
+
+class Star(Base):
+    """A feature that somebody wants to find again."""
+
+    __tablename__ = "star"
+    sae_id: Mapped[int] = mapped_column(sa.ForeignKey("sae.id", ondelete="CASCADE"), primary_key=True)
+    idx: Mapped[int] = mapped_column(primary_key=True)
+    author: Mapped[str] = mapped_column(sa.String(60), primary_key=True, index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class FeatureList(Base):
+    """Features that somebody put together, of one SAE or of several."""
+
+    __tablename__ = "feature_list"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(120))
+    description: Mapped[str] = mapped_column(sa.Text)
+    author: Mapped[str] = mapped_column(sa.String(60))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    changed_at: Mapped[datetime] = mapped_column(default=now)
+    deleted_at: Mapped[datetime | None]
+    deleted_by: Mapped[str | None] = mapped_column(sa.String(60))
+
+
+class ListEntry(Base):
+    """A feature in a list."""
+
+    __tablename__ = "list_entry"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    list_id: Mapped[int] = mapped_column(sa.ForeignKey("feature_list.id", ondelete="CASCADE"))
+    sae_id: Mapped[int] = mapped_column(sa.ForeignKey("sae.id", ondelete="CASCADE"))
+    idx: Mapped[int]
+    place: Mapped[int]  # order in the list
+    note: Mapped[str] = mapped_column(sa.Text)
+    author: Mapped[str] = mapped_column(sa.String(60))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    removed_at: Mapped[datetime | None]
+    removed_by: Mapped[str | None] = mapped_column(sa.String(60))
+    __table_args__ = (sa.UniqueConstraint("list_id", "sae_id", "idx"), sa.Index(None, "sae_id", "idx"))
+
+
+class Review(Base):
+    """A blind review: features drawn from an SAE's live ones, to be rated by one or more people."""
+
+    __tablename__ = "review"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    sae_id: Mapped[int] = mapped_column(sa.ForeignKey("sae.id", ondelete="CASCADE"), index=True)
+    harvest_id: Mapped[int]  # the one whose live features were drawn from; it may be gone by now
+    n_live: Mapped[int]  # so many were drawn from
+    seed: Mapped[int] = mapped_column(BigId)
+    author: Mapped[str] = mapped_column(sa.String(60))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class ReviewFeature(Base):
+    """A feature that was drawn."""
+
+    __tablename__ = "review_feature"
+    review_id: Mapped[int] = mapped_column(sa.ForeignKey("review.id", ondelete="CASCADE"), primary_key=True)
+    idx: Mapped[int] = mapped_column(primary_key=True)
+
+
+class Rating(Base):
+    """What one person judged of one feature of a review."""
+
+    __tablename__ = "rating"
+    review_id: Mapped[int] = mapped_column(sa.ForeignKey("review.id", ondelete="CASCADE"), primary_key=True)
+    idx: Mapped[int] = mapped_column(primary_key=True)
+    author: Mapped[str] = mapped_column(sa.String(60), primary_key=True)
+    answer: Mapped[str] = mapped_column(sa.String(10))  # yes, maybe, no
+    label: Mapped[str] = mapped_column(sa.String(200))
+    note: Mapped[str] = mapped_column(sa.Text)
+    created_at: Mapped[datetime] = mapped_column(default=now)

@@ -126,6 +126,8 @@ document.addEventListener("keydown", (event) => {
   if (text && (event.key === "ArrowRight" || event.key === "ArrowLeft")) {
     along(text, event.key === "ArrowRight" ? 1 : -1);
     event.preventDefault();
+  } else if (follow(`[data-key="${CSS.escape(event.key)}"]`)) {
+    event.preventDefault();
   } else if (/^[0-9]$/.test(event.key)) {
     follow(`.heads a[data-head="${event.key}"]`);
   } else if (keys[event.key]?.()) {

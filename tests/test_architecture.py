@@ -13,13 +13,12 @@ ROOT = Path(__file__).resolve().parent.parent
 OURS = ("sae_core", "server", "bench", "migrations", "tests")
 TORCH = ("torch", "transformers", "transformer_lens", "safetensors", "gguf")
 
-# What never names torch at its top: the web, and what `sae_core` shares with it.
-WITHOUT_TORCH = tuple(
-    f"sae_core/{name}.py" for name in ("__init__", "config", "errors", "progress", "corpus", "presets", "records")
-)
-BOTH_HALVES = {"server.worker", "server.engine"}
 # Of `sae_core`, what a process without torch may import.
-LIGHT = {"sae_core", *(f"sae_core.{name}" for name in ("config", "errors", "progress", "corpus", "presets", "records"))}
+SHARED = ("config", "errors", "progress", "corpus", "presets", "records", "agreement", "studies.shares")
+LIGHT = {"sae_core", *(f"sae_core.{name}" for name in SHARED)}
+# What never names torch at its top: the web, and what `sae_core` shares with it.
+WITHOUT_TORCH = tuple(f"sae_core/{name.replace('.', '/')}.py" for name in ("__init__", *SHARED))
+BOTH_HALVES = {"server.worker", "server.engine"}
 # The command line runs in many processes, so it reaches for the other half inside the commands that need it, never at its top.
 INSIDE_FUNCTIONS = {"server.cli", "server.doctor"}
 

@@ -1,10 +1,10 @@
 """Errors as people and scripts meet them: one sentence on a page, or one shape of JSON."""
 
 from fastapi import Request, Response
-from starlette.responses import HTMLResponse, JSONResponse
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 
-from sae_core.errors import HeadscopeError
-from server.pages.reply import VARY, render, wants_json, wants_part
+from sae_core.errors import HeadscopeError, Renamed
+from server.pages.reply import VARY, render, sae_path, wants_json, wants_part
 
 TITLES = {
     403: "Refused",
@@ -19,9 +19,21 @@ TITLES = {
 def error_response(request: Request, error: HeadscopeError) -> Response:
     """The sentence of `error` in the form that the request wants."""
     headers = {"Vary": VARY, "Cache-Control": "no-store"}
+    if isinstance(error, Renamed) and (address := renamed(request, error)):
+        return RedirectResponse(address, 307, headers)
     if wants_json(request) or "application/json" in request.headers.get("accept", ""):
         body = {"error": {"code": error.code, "message": str(error), "field": error.field}}
         return JSONResponse(body, error.status, headers)
     template = "_error.html" if wants_part(request) else "error.html"
     html = render(template, title=TITLES.get(error.status, "Not done"), message=str(error), status=error.status)
     return HTMLResponse(html, error.status, headers)
+
+
+def renamed(request: Request, error: Renamed) -> str | None:
+    """The same address with the SAE's present name, where the former one stood in the path."""
+    path, query = request.url.path, request.url.query
+    for end in ("", "/", ".json"):
+        old = f"/saes/{error.old}{end}"
+        if path == old or (end == "/" and path.startswith(old)):
+            return f"{sae_path(error.new)}{end}{path.removeprefix(old)}{f'?{query}' if query else ''}"
+    return None

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
-from urllib.parse import parse_qs
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import HeadscopeError, UsageError
 from server.live import Live, LiveAttribution, LiveQuestion
+from server.pages.forms import Form
 from server.pages.reply import Read, etag, reply, unchanged
 from server.rendering import Paint
 from server.store.features import DfaEntry, FeatureExample, FeaturePage, feature_page
@@ -43,10 +43,10 @@ class View(BaseModel):
 @router.get("/saes/{sae}/features/{index:int}", include_in_schema=False)
 @router.get("/saes/{sae}/features/{index:int}.json", response_model=FeaturePage)
 def show_feature(request: Request, sae: str, index: int, view: Annotated[View, Query()], read: Read) -> Response:
-    """The feature's page. A published harvest never changes, so its id names the answer."""
+    """The feature's page. A published harvest never changes, so its id names the answer, with what people wrote."""
     door = find_sae(read, sae)
     check_head(door, view.head)
-    tag = etag(request, door.sae.sha256, door.sae.harvest and door.sae.harvest.id)
+    tag = etag(request, door.sae.sha256, door.sae.harvest and door.sae.harvest.id, door.revision)
     return unchanged(request, tag) or reply(
         request, feature_page(read, door, index), "feature.html", block="_examples.html", tag=tag, **about(view)
     )
@@ -65,14 +65,8 @@ def about(
     return {"view": view, "text": text, "answer": answer, "tokens": ",".join(map(str, tokens)), "trouble": trouble}
 
 
-async def form(request: Request) -> dict[str, str]:
-    """The fields of a posted form; htmx and browsers send it urlencoded."""
-    body = (await request.body()).decode("utf-8", errors="replace")
-    return {name: values[-1] for name, values in parse_qs(body, keep_blank_values=True).items()}
-
-
 @router.post("/saes/{sae}/features/{index:int}", include_in_schema=False)
-def try_text(request: Request, sae: str, index: int, read: Read, form: Annotated[dict[str, str], Depends(form)]) -> Response:
+def try_text(request: Request, sae: str, index: int, read: Read, form: Form) -> Response:
     """The typed text taken apart by the engine. Nothing of it is stored."""
     door = find_sae(read, sae)
     page = feature_page(read, door, index)

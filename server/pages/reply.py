@@ -6,7 +6,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote, urlencode
 
 from fastapi import Depends, Request, Response
@@ -18,18 +18,27 @@ from starlette.responses import HTMLResponse
 from server import charts, panels, rendering
 from server.resources import resource_path
 
+if TYPE_CHECKING:
+    from server.db import Database
+
 VERSION = version("headscope")
 VARY = "HX-Request, HX-Request-Type, HX-History-Restore-Request"
 
 
 def read(request: Request) -> Iterator[Session]:
     """A session that reads, for as long as the request lasts; a sentence when the schema is not the one we know."""
-    state = request.app.state
-    if not getattr(state, "schema_checked", False):
-        state.db.check_version()
-        state.schema_checked = True
-    with state.db.read() as session:
+    with known_schema(request).read() as session:
         yield session
+
+
+def known_schema(request: Request) -> "Database":
+    """The app's database, once it is sure that its schema is the one we know."""
+    state = request.app.state
+    db: Database = state.db
+    if not getattr(state, "schema_checked", False):
+        db.check_version()
+        state.schema_checked = True
+    return db
 
 
 Read = Annotated[Session, Depends(read)]
@@ -143,7 +152,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("num", "signed", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip", "clock")
+    names = ("num", "signed", "written", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip", "clock")
     jinja.filters.update({name: getattr(rendering, name) for name in names})
     jinja.globals.update(link=link, sae_path=sae_path, asset=asset, version=VERSION, asdict=asdict)
     jinja.globals.update(rendering=rendering, charts=charts, panels=panels)

@@ -30,7 +30,7 @@ def sae_page(request: Request, sae: str, query: Annotated[FeatureQuery, Query()]
     """The overview and the part of the feature table that the address asks for."""
     door = find_sae(read, sae)
     # Without a published harvest the page tells how the running one goes, which no tag can follow.
-    tag = etag(request, door.sae.harvest.id, door.sae.sha256, door.metrics) if door.sae.harvest else None
+    tag = etag(request, door.sae.harvest.id, door.sae.sha256, door.metrics, door.revision) if door.sae.harvest else None
     if tag and (known := unchanged(request, tag)):
         return known
     table = feature_table(read, door, query)

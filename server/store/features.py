@@ -13,8 +13,9 @@ from sqlalchemy.orm import Session, aliased
 from sae_core.errors import NotFound, UsageError
 from sae_core.records import head_agreement
 from server.packing import F4, read_acts, read_dfa, unfold, unpack
+from server.store.labels import labelled, shown_label
 from server.store.saes import Door, SaeRef
-from server.tables import Context, Example, Feature, FeatureDetail, FeatureHead
+from server.tables import Context, Example, Feature, FeatureDetail, FeatureHead, Harvest
 
 SortKey = Literal["idx", "density", "max", "mean", "head_share", "dfa_share", "distance", "family"]
 SORT_KEYS: tuple[SortKey, ...] = ("idx", "density", "max", "mean", "head_share", "dfa_share", "distance", "family")
@@ -41,6 +42,10 @@ class FeatureQuery(BaseModel):
     """Only features of this family; `unclear` for those of none."""
     dead: bool | None = None
     """True: only features that never fired; false: only those that did."""
+    labelled: bool | None = None
+    """True: only features with a label; false: only those without."""
+    label: str | None = Field(None, max_length=200)
+    """Only features with a label that contains this, in upper or lower case."""
     after: str | None = Field(None, max_length=200)
     """Where the page before this one ended."""
     limit: int = Field(50, ge=1, le=200)
@@ -117,6 +122,8 @@ class FeatureRow:
     distance: float | None
     promoted: tuple[str, ...]
     snippet: Snippet | None
+    label: str | None
+    """What people, or else a method, call it."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +176,7 @@ def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureT
     first = sa.and_(Example.feature_id == feature.id, Example.band == 0, Example.rank == 0)
     found = session.execute(
         sa.select(feature, *page.c["promoted", "verdict", "norm_share", "dfa_share", "dfa", "n_matching", "place"])
-        .add_columns(Example, Context.texts)
+        .add_columns(Example, Context.texts, shown_label(door.id, feature.idx).label("label"))
         .outerjoin(Example, first)
         .outerjoin(Context, Context.id == Example.context_id)
         .order_by(way(page.c.place).nulls_last(), way(page.c.idx))
@@ -210,6 +217,11 @@ def _conditions(harvest_id: int, query: FeatureQuery) -> list[sa.ColumnElement[b
         conditions.append(Feature.family.is_(None) if query.family == "unclear" else Feature.family == query.family)
     if query.dead is not None:
         conditions.append(Feature.n_fired == 0 if query.dead else Feature.n_fired > 0)
+    if query.labelled is not None:
+        there = labelled(harvest_id, Feature.idx)
+        conditions.append(there if query.labelled else ~there)
+    if query.label is not None:
+        conditions.append(labelled(harvest_id, Feature.idx, query.label))
     return conditions
 
 
@@ -258,6 +270,7 @@ def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None) -> Featur
         distance=feature.distance,
         promoted=tuple(text for _, text, _ in row.promoted[:4]),
         snippet=_snippet(row.Example, row.texts) if row.Example is not None else None,
+        label=row.label,
     )
 
 
@@ -418,6 +431,8 @@ class FeaturePage:
 
     sae: SaeRef
     index: int
+    label: str | None
+    """What people, or else a method, call it."""
     n_fired: int
     density: float
     max_act: float
@@ -461,13 +476,13 @@ def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
     harvest_id = _published(door)
     check_index(door, index)
     found = session.execute(
-        sa.select(Feature, FeatureDetail)
+        sa.select(Feature, FeatureDetail, shown_label(door.id, index))
         .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
         .where(Feature.harvest_id == harvest_id, Feature.idx == index)
     ).one_or_none()
     if found is None:
         raise NotFound(f"Feature {index} of {door.sae.name} is not in its published harvest.", field="index")
-    feature, detail = found
+    feature, detail, label = found
     pairs = detail.coactive.get("pairs", [])
     others = _others(session, harvest_id, [int(idx) for idx, *_ in (*detail.neighbours, *pairs)])
     heads = _head_shares(detail)
@@ -476,6 +491,7 @@ def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
     return FeaturePage(
         sae=door.sae,
         index=index,
+        label=label,
         n_fired=feature.n_fired,
         density=feature.density,
         max_act=feature.max_act,
@@ -584,6 +600,50 @@ def _example(example: Example, row: int, texts: Sequence[str], window: int) -> F
         act=example.act,
         gap=dfa.gap,
     )
+
+
+@dataclass(frozen=True)
+class FeatureCard:
+    """A feature in little: what one wants to see of it among others."""
+
+    index: int
+    n_fired: int
+    density: float
+    max_act: float
+    family: str | None
+    heads: tuple[HeadShare, ...]
+    promoted: tuple[str, ...]
+    examples: tuple[FeatureExample, ...]
+    """The strongest."""
+
+
+def feature_cards(session: Session, wanted: Sequence[tuple[int, int]], n_examples: int) -> dict[tuple[int, int], FeatureCard]:
+    """Cards of the features `wanted`, as (harvest, index) pairs: two queries however many."""
+    if not wanted:
+        return {}
+    rows = session.execute(
+        sa.select(Feature, FeatureDetail, Harvest.config)
+        .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
+        .join(Harvest, Harvest.id == Feature.harvest_id)
+        .where(sa.tuple_(Feature.harvest_id, Feature.idx).in_(wanted))
+    ).all()
+    windows = {feature.id: int(config.get("window", 256)) for feature, _, config in rows}
+    examples: dict[int, list[FeatureExample]] = {feature_id: [] for feature_id in windows}
+    strongest = session.execute(
+        sa.select(Example, Context.row, Context.texts)
+        .join(Context, Context.id == Example.context_id)
+        .where(Example.feature_id.in_(windows), Example.band == 0, Example.rank < n_examples)
+        .order_by(Example.rank)
+    )
+    for example, row, texts in strongest:
+        examples[example.feature_id].append(_example(example, row, texts, windows[example.feature_id]))
+    return {
+        (feature.harvest_id, feature.idx): FeatureCard(
+            feature.idx, feature.n_fired, feature.density, feature.max_act, feature.family, _head_shares(detail),
+            _texts(detail.promoted), tuple(examples[feature.id]),
+        )
+        for feature, detail, _ in rows
+    }  # fmt: skip
 
 
 def random_feature(session: Session, door: Door) -> int:

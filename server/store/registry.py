@@ -8,7 +8,8 @@ from sqlalchemy.orm import Session
 
 from sae_core.config import CorpusSource, ModelSource, SAEConfig
 from sae_core.errors import NotFound, SAEMismatch, UnknownCorpus, UnknownModel
-from server.tables import SAE, Corpus, Model
+from server.store.saes import current_name
+from server.tables import SAE, Corpus, FormerName, Model
 
 
 @dataclass(frozen=True)
@@ -202,8 +203,10 @@ def upsert_sae(
 
 
 def sae(session: Session, name: str) -> SAERecord:
-    """The SAE of that name."""
+    """The SAE of that name, or that had it once."""
     row = session.scalar(sa.select(SAE).where(SAE.name == name))
+    if row is None and (now_called := current_name(session, name)):
+        return sae(session, now_called)
     if row is None:
         raise NotFound(f"There is no SAE {name}; `headscope train` makes one.", field="sae")
     return _sae(row)
@@ -232,8 +235,8 @@ def note_metrics(session: Session, name: str, found: dict[str, Any]) -> None:
 
 
 def sae_names(session: Session) -> set[str]:
-    """Names that are taken."""
-    return set(session.scalars(sa.select(SAE.name)))
+    """Names that are taken, former ones too: they still lead to an SAE."""
+    return {*session.scalars(sa.select(SAE.name)), *session.scalars(sa.select(FormerName.name))}
 
 
 def _sae(row: SAE) -> SAERecord:

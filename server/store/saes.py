@@ -10,8 +10,8 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from sae_core.errors import NotFound
-from server.tables import SAE, Corpus, Feature, Harvest, Job, JobPoint, Model
+from sae_core.errors import NotFound, Renamed
+from server.tables import SAE, Corpus, Feature, FormerName, Harvest, Job, JobPoint, Model
 
 DENSITY_EDGES = tuple(10 ** (exponent / 3) for exponent in range(-18, 1))
 """Edges of the density histogram: 10^-6 to 1, three bars a decade; the first bar takes whatever is rarer."""
@@ -61,6 +61,10 @@ class Door:
     job_id: str | None
     run: int
     created_at: datetime
+    revision: int
+    """Raised by what people write about it and its features."""
+    description: str | None
+    archived_at: datetime | None
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,9 @@ class SaeOverview:
     job_id: str | None
     config: dict[str, Any]
     metrics: dict[str, Any]
+    description: str | None
+    """What people say of it."""
+    archived_at: datetime | None
     curve: tuple[CurvePoint, ...]
     density: tuple[Bin, ...]
     """Live features by density."""
@@ -120,18 +127,43 @@ class SaeOverview:
 
 
 def find_sae(session: Session, name: str) -> Door:
-    """The SAE called `name` with its published harvest; NotFound says which SAEs there are."""
+    """The SAE called `name` with its published harvest; Renamed when it once was, else NotFound with those there are."""
+    door = _door(session, SAE.name == name)
+    if door is None:
+        if now_called := current_name(session, name):
+            raise Renamed(name, now_called)
+        raise NotFound(_unknown(name, session.scalars(sa.select(SAE.name).order_by(SAE.name).limit(6)).all()), field="sae")
+    return door
+
+
+def sae_by_id(session: Session, sae_id: int) -> Door:
+    """The SAE of that id."""
+    door = _door(session, SAE.id == sae_id)
+    if door is None:
+        raise NotFound("That SAE was deleted.", field="sae")
+    return door
+
+
+def _door(session: Session, which: sa.ColumnElement[bool]) -> Door | None:
     found = session.execute(
         sa.select(SAE, Model.name, Harvest, Corpus.name)
         .join(Model, Model.id == SAE.model_id)
         .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
         .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
-        .where(SAE.name == name)
+        .where(which)
     ).one_or_none()
     if found is None:
-        raise NotFound(_unknown(name, session.scalars(sa.select(SAE.name).order_by(SAE.name).limit(6)).all()), field="sae")
+        return None
     row, model, harvest, corpus = found
-    return Door(row.id, sae_ref(row, model, harvest, corpus), row.config, row.metrics, row.job_id, row.run, row.created_at)
+    return Door(
+        row.id, sae_ref(row, model, harvest, corpus), row.config, row.metrics, row.job_id, row.run, row.created_at,
+        row.revision, row.description, row.archived_at,
+    )  # fmt: skip
+
+
+def current_name(session: Session, former: str) -> str | None:
+    """What the SAE that was called `former` is called now; None where no SAE gave up that name."""
+    return session.scalar(sa.select(SAE.name).join(FormerName, FormerName.sae_id == SAE.id).where(FormerName.name == former))
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
@@ -166,6 +198,8 @@ def sae_overview(session: Session, door: Door) -> SaeOverview:
         job_id=door.job_id,
         config=door.config,
         metrics=door.metrics,
+        description=door.description,
+        archived_at=door.archived_at,
         curve=_curve(session, door.job_id, door.run),
         density=tuple(Bin(DENSITY_EDGES[i], DENSITY_EDGES[i + 1], n) for i, n in enumerate(counts)) if harvest else (),
         led_by_head=tuple(Count(head, led[head]) for head in range(door.sae.n_heads)) if harvest else (),

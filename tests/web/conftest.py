@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
 from fastapi.testclient import TestClient
@@ -12,6 +13,12 @@ from server.settings import Settings
 from tests.web.factory import Shape, fill
 
 SAE = "/saes/smollm2-l17"
+
+
+class Visit(Protocol):
+    """Makes a visitor who says to be called so; None says nothing."""
+
+    def __call__(self, name: str | None = "Maren") -> TestClient: ...
 
 
 @pytest.fixture(scope="session")
@@ -50,3 +57,30 @@ def put(settings: Settings, shape: Shape | None = None) -> Settings:
 def at(folder: Path) -> Settings:
     """Settings of a folder."""
     return Settings(data=folder, cache=folder / "cache").prepare()
+
+
+@pytest.fixture
+def peopled(settings: Settings) -> Settings:
+    """Settings of a filled database of the test's own, to write into."""
+    return put(settings)
+
+
+@pytest.fixture
+def visit(peopled: Settings) -> Iterator[Visit]:
+    """Visitors of the web process on a database of the test's own."""
+    app = create_app(peopled)
+
+    def visitor(name: str | None = "Maren") -> TestClient:
+        client = TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False)
+        if name is not None:
+            assert client.post("/author", data={"author": name}).status_code == 303
+        return client
+
+    with TestClient(app):
+        yield visitor
+
+
+@pytest.fixture
+def maren(visit: Visit) -> TestClient:
+    """A visitor called Maren."""
+    return visit("Maren")

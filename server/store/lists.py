@@ -1,0 +1,232 @@
+"""Lists of features: named, ordered, with a note per entry; features of several SAEs in one."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from sae_core.errors import NotFound
+from server.store.features import FeatureCard, feature_cards
+from server.store.labels import shown_label
+from server.store.people import LONGEST_TITLE, many_lines, one_line
+from server.tables import SAE, FeatureList, ListEntry, now
+
+CARD_EXAMPLES = 3
+"""Strongest examples that an entry shows."""
+
+
+@dataclass(frozen=True)
+class ListLine:
+    """A list among others."""
+
+    id: int
+    name: str
+    description: str
+    author: str
+    created_at: datetime
+    changed_at: datetime
+    deleted_at: datetime | None
+    deleted_by: str | None
+    entries: int
+
+
+@dataclass(frozen=True)
+class ListsPage:
+    """Every list, the last changed first."""
+
+    lists: tuple[ListLine, ...]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A feature in a list."""
+
+    id: int
+    sae: str
+    index: int
+    label: str | None
+    note: str
+    author: str
+    """Who put it there."""
+    created_at: datetime
+    removed_at: datetime | None
+    removed_by: str | None
+    card: FeatureCard | None
+    """None while its SAE has no published harvest, and of a removed one."""
+
+
+@dataclass(frozen=True)
+class ListPage:
+    """A list with its features."""
+
+    list: ListLine
+    entries: tuple[Entry, ...]
+    removed: tuple[Entry, ...]
+    """Those taken out, the last one first; they can be put back."""
+
+
+# ---- reading ----
+
+_COUNT = (
+    sa.select(sa.func.count())
+    .where(ListEntry.list_id == FeatureList.id, ListEntry.removed_at.is_(None))
+    .scalar_subquery()
+)  # fmt: skip
+_LINES = sa.select(FeatureList, _COUNT.label("entries"))
+
+
+def lists_page(session: Session) -> ListsPage:
+    """Every list that is not deleted."""
+    rows = session.execute(
+        _LINES.where(FeatureList.deleted_at.is_(None)).order_by(FeatureList.changed_at.desc(), FeatureList.id.desc())
+    )
+    return ListsPage(tuple(_line(row, n) for row, n in rows))
+
+
+def list_page(session: Session, list_id: int) -> ListPage:
+    """The list of that id, a deleted one too: four queries."""
+    found = session.execute(_LINES.where(FeatureList.id == list_id)).one_or_none()
+    if found is None:
+        raise _unknown(list_id)
+    rows = session.execute(
+        sa.select(ListEntry, SAE.name, SAE.harvest_id, shown_label(ListEntry.sae_id, ListEntry.idx))
+        .join(SAE, SAE.id == ListEntry.sae_id)
+        .where(ListEntry.list_id == list_id)
+        .order_by(ListEntry.place, ListEntry.id)
+    ).all()
+    wanted = [(harvest_id, row.idx) for row, _, harvest_id, _ in rows if harvest_id is not None and row.removed_at is None]
+    cards = feature_cards(session, wanted, CARD_EXAMPLES)
+    entries = [
+        Entry(
+            row.id, sae, row.idx, label, row.note, row.author, row.created_at, row.removed_at, row.removed_by,
+            None if harvest_id is None else cards.get((harvest_id, row.idx)),
+        )
+        for row, sae, harvest_id, label in rows
+    ]  # fmt: skip
+    return ListPage(
+        list=_line(*found),
+        entries=tuple(one for one in entries if one.removed_at is None),
+        removed=tuple(
+            sorted((one for one in entries if one.removed_at is not None), key=lambda one: one.removed_at or 0, reverse=True)
+        ),
+    )
+
+
+def _line(row: FeatureList, n: int) -> ListLine:
+    return ListLine(
+        row.id, row.name, row.description, row.author, row.created_at, row.changed_at, row.deleted_at, row.deleted_by, n
+    )  # fmt: skip
+
+
+def _unknown(list_id: int) -> NotFound:
+    return NotFound(f"There is no list {list_id}; /lists shows those there are.", field="list")
+
+
+# ---- writing ----
+
+
+def create(session: Session, name: str, description: str, author: str) -> int:
+    """A new list; its id."""
+    row = FeatureList(name=_name(name), description=_description(description), author=author)
+    session.add(row)
+    session.flush()
+    return row.id
+
+
+def describe(session: Session, list_id: int, name: str, description: str) -> None:
+    """Give a list another name and description."""
+    row = _locked(session, list_id)
+    row.name, row.description = _name(name), _description(description)
+
+
+def delete(session: Session, list_id: int, author: str) -> None:
+    """Mark a list as deleted; it can be brought back."""
+    row = _locked(session, list_id)
+    row.deleted_at, row.deleted_by = now(), author
+
+
+def restore(session: Session, list_id: int) -> None:
+    """Bring a deleted list back."""
+    row = _locked(session, list_id)
+    row.deleted_at = row.deleted_by = None
+
+
+def add(session: Session, list_id: int, sae_id: int, index: int, note: str, author: str) -> None:
+    """Put a feature at the end of a list; one that is in it stays where it is."""
+    _locked(session, list_id)
+    note = _note(note)
+    mine = sa.select(ListEntry).where(ListEntry.list_id == list_id)
+    row = session.scalar(mine.where(ListEntry.sae_id == sae_id, ListEntry.idx == index))
+    if row is not None and row.removed_at is None:
+        return
+    last = session.scalar(sa.select(sa.func.max(ListEntry.place)).where(ListEntry.list_id == list_id))
+    place = 0 if last is None else last + 1
+    if row is None:
+        session.add(ListEntry(list_id=list_id, sae_id=sae_id, idx=index, place=place, note=note, author=author))
+    else:
+        row.place, row.author, row.removed_at, row.removed_by = place, author, None, None
+        row.note = note or row.note
+
+
+def annotate(session: Session, list_id: int, entry_id: int, note: str) -> None:
+    """Say why the feature is in the list."""
+    _entry(session, list_id, entry_id).note = _note(note)
+
+
+def remove(session: Session, list_id: int, entry_id: int, author: str) -> None:
+    """Take a feature out of a list; it can be put back where it was."""
+    row = _entry(session, list_id, entry_id)
+    row.removed_at, row.removed_by = now(), author
+
+
+def put_back(session: Session, list_id: int, entry_id: int) -> None:
+    """Put a feature back where it was."""
+    row = _entry(session, list_id, entry_id)
+    row.removed_at = row.removed_by = None
+
+
+def move(session: Session, list_id: int, entry_id: int, way: Literal["up", "down"]) -> None:
+    """Change places with the entry above or below; the first stays first, the last stays last."""
+    row = _entry(session, list_id, entry_id)
+    rows = list(
+        session.scalars(
+            sa.select(ListEntry)
+            .where(ListEntry.list_id == list_id, ListEntry.removed_at.is_(None))
+            .order_by(ListEntry.place, ListEntry.id)
+        )
+    )
+    at = rows.index(row)
+    to = at + (1 if way == "down" else -1)
+    if 0 <= to < len(rows):
+        rows[at].place, rows[to].place = rows[to].place, rows[at].place
+
+
+def _locked(session: Session, list_id: int) -> FeatureList:
+    """The list, locked against others who change it meanwhile; it counts as changed."""
+    row = session.get(FeatureList, list_id, with_for_update=True)
+    if row is None:
+        raise _unknown(list_id)
+    row.changed_at = now()
+    return row
+
+
+def _entry(session: Session, list_id: int, entry_id: int) -> ListEntry:
+    _locked(session, list_id)
+    row = session.scalar(sa.select(ListEntry).where(ListEntry.list_id == list_id, ListEntry.id == entry_id))
+    if row is None:
+        raise NotFound(f"List {list_id} has no entry {entry_id}.", field="entry")
+    return row
+
+
+def _name(text: str) -> str:
+    return one_line(text, "name", LONGEST_TITLE, field="name")
+
+
+def _description(text: str) -> str:
+    return many_lines(text, "description", field="description", empty=True)
+
+
+def _note(text: str) -> str:
+    return many_lines(text, "note", field="note", empty=True)
