@@ -23,12 +23,14 @@ LONGEST_TEXT = 4000
 class View(BaseModel):
     """How the examples are shown; part of the address."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
     context: Literal["5", "16", "full"] = "16"
     """Tokens on each side of the destination."""
     head: int | None = Field(None, ge=0)
     """Paint this head's DFA alone."""
+    came_from: str | None = Field(None, alias="from", max_length=1000)
+    """What the feature table selected, in its order: previous, next and random keep to it."""
 
     def paint(self, page: FeaturePage) -> Paint:
         """How one example of the page is painted."""
@@ -37,7 +39,8 @@ class View(BaseModel):
     def asked(self, **changes: Any) -> dict[str, Any]:
         """The address's parameters, with changes."""
         chosen = {**self.model_dump(), **changes}
-        return {"context": None if chosen["context"] == "16" else chosen["context"], "head": chosen["head"]}
+        context = None if chosen["context"] == "16" else chosen["context"]
+        return {"context": context, "head": chosen["head"], "from": chosen["came_from"]}
 
 
 @router.get("/saes/{sae}/features/{index:int}", include_in_schema=False)
