@@ -32,6 +32,11 @@ class View(BaseModel):
     came_from: str | None = Field(None, alias="from", max_length=1000)
     """What the feature table selected, in its order: previous, next and random keep to it."""
 
+    mark: str | None = Field(None, max_length=200)
+    """Mark this token, which a search has found."""
+    all: bool = False
+    """Every example, not the first ones only."""
+
     def paint(self, page: FeaturePage) -> Paint:
         """How one example of the page is painted."""
         return Paint(page.max_act, self.head, None if self.context == "full" else int(self.context))
@@ -40,7 +45,8 @@ class View(BaseModel):
         """The address's parameters, with changes."""
         chosen = {**self.model_dump(), **changes}
         context = None if chosen["context"] == "16" else chosen["context"]
-        return {"context": context, "head": chosen["head"], "from": chosen["came_from"]}
+        every = "1" if chosen["all"] else None
+        return {"context": context, "head": chosen["head"], "mark": chosen["mark"], "all": every, "from": chosen["came_from"]}
 
 
 @router.get("/saes/{sae}/features/{index:int}", include_in_schema=False)
