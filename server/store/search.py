@@ -105,7 +105,10 @@ def lacking(session: Session) -> list[tuple[int, str]]:
     """Published harvests that nothing is searched of yet, with their SAE's name."""
     written = sa.select(HarvestPart.harvest_id).where(HarvestPart.part == TOKENS_WRITTEN)
     found = session.execute(
-        sa.select(Harvest.id, SAE.name).join(SAE, SAE.harvest_id == Harvest.id).where(Harvest.id.not_in(written)).order_by(Harvest.id)
+        sa.select(Harvest.id, SAE.name)
+        .join(SAE, SAE.harvest_id == Harvest.id)
+        .where(Harvest.id.not_in(written))
+        .order_by(Harvest.id)
     )
     return [(row.id, row.name) for row in found]
 
@@ -173,7 +176,9 @@ def _token_rows(db: Database, harvest_id: int) -> tuple[list[str], Iterator[tupl
     """The tokens' texts, and (kind, text's number, weight, feature, n) of each row."""
     numbers: dict[str, int] = {}
     with db.read() as session:
-        ids = session.execute(sa.select(Feature.id, Feature.idx).where(Feature.harvest_id == harvest_id).order_by(Feature.id)).all()
+        ids = session.execute(
+            sa.select(Feature.id, Feature.idx).where(Feature.harvest_id == harvest_id).order_by(Feature.id)
+        ).all()
     of_id = {row.id: row.idx for row in ids}
     fired = _strongest(_destinations(db, harvest_id, of_id, numbers))
     moved: list[tuple[int, int, float, int, int]] = []
@@ -364,7 +369,9 @@ def _search_token(session: Session, door: Door, q: str, kind: Kind, after: str |
     shown = rows[:PAGE]
     lines = {line.index: line for line in feature_rows(session, door, None, sorted({row.idx for row in shown}))}
     hits = tuple(
-        _hit(door.sae.name, lines[row.idx], token=texts[row.token_id], weight=row.weight, n=row.n) for row in shown if row.idx in lines
+        _hit(door.sae.name, lines[row.idx], token=texts[row.token_id], weight=row.weight, n=row.n)
+        for row in shown
+        if row.idx in lines
     )
     more = str(Place(shown[-1].weight, shown[-1].idx)) if len(rows) > PAGE else None
     return Found(door.sae, q, kind, hits, tuple(texts.values()), 0, False, more, None)
@@ -380,7 +387,9 @@ def _strongest_rows(
             FeatureToken.harvest_id == harvest_id, FeatureToken.kind == kind, FeatureToken.token_id == token_id
         )
         if start is not None:
-            mine = mine.where(sa.tuple_(FeatureToken.weight, FeatureToken.idx) < sa.tuple_(sa.literal(start.value), sa.literal(start.idx)))
+            mine = mine.where(
+                sa.tuple_(FeatureToken.weight, FeatureToken.idx) < sa.tuple_(sa.literal(start.value), sa.literal(start.idx))
+            )
         parts.append(sa.select(mine.order_by(FeatureToken.weight.desc(), FeatureToken.idx.desc()).limit(limit).subquery()))
     if not parts:
         return []
@@ -389,7 +398,16 @@ def _strongest_rows(
 
 
 def _hit(sae: str, line: FeatureRow, **told: Any) -> Hit:
-    given = {"token": None, "weight": None, "n": None, "band": None, "rank": None, "within": False, "snippet": line.snippet, **told}
+    given = {
+        "token": None,
+        "weight": None,
+        "n": None,
+        "band": None,
+        "rank": None,
+        "within": False,
+        "snippet": line.snippet,
+        **told,
+    }
     return Hit(sae=sae, index=line.index, family=line.family, verdict=line.verdict, max_act=line.max_act, **given)
 
 
@@ -400,9 +418,7 @@ def _search_text(session: Session, door: Door, q: str) -> Found:
     harvest = door.sae.harvest
     assert harvest is not None
     rows = _rows_with(session, q, harvest.id, TEXT_ROWS + 1)
-    texts = dict(
-        session.execute(sa.select(Context.id, Context.texts).where(Context.id.in_(rows[:TEXT_ROWS]))).tuples().all()
-    )
+    texts = dict(session.execute(sa.select(Context.id, Context.texts).where(Context.id.in_(rows[:TEXT_ROWS]))).tuples().all())
     spans = {id: span for id, said in texts.items() if (span := span_of(said, q)) is not None}
     found = session.execute(
         sa.select(Feature.idx, Feature.max_act, Example.context_id, Example.band, Example.rank, Example.dest, Example.act)
@@ -424,7 +440,13 @@ def _search_text(session: Session, door: Door, q: str) -> Found:
     hits = []
     for idx, row in shown.items():
         said, (low, high) = texts[row.context_id], spans[row.context_id]
-        snippet = Snippet("".join(said[max(0, row.dest - 10) : row.dest]), said[row.dest], "".join(said[row.dest + 1 : row.dest + 4]), None, None)
+        snippet = Snippet(
+            "".join(said[max(0, row.dest - 10) : row.dest]),
+            said[row.dest],
+            "".join(said[row.dest + 1 : row.dest + 4]),
+            None,
+            None,
+        )
         within = low <= row.dest < high
         told = {"snippet": snippet, "weight": row.act, "band": row.band, "rank": row.rank, "within": within}
         hits.append(_hit(door.sae.name, lines[idx], **told))
@@ -448,7 +470,9 @@ def span_of(texts: Sequence[str], q: str) -> tuple[int, int] | None:
     """The tokens, from and to, in which `q` stands: as it was typed if possible, else its words with anything between them."""
     joined = "".join(texts)
     between = r"[\W_]*".join(map(re.escape, words(q)))
-    found = re.search(re.escape(q.strip()), joined, re.IGNORECASE) or (re.search(between, joined, re.IGNORECASE) if between else None)
+    found = re.search(re.escape(q.strip()), joined, re.IGNORECASE) or (
+        re.search(between, joined, re.IGNORECASE) if between else None
+    )
     if found is None:
         # Compatibility forms and the like: the row has the words, but not in these characters.
         return 0, len(texts)
