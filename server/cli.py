@@ -640,7 +640,7 @@ def db_search(data: Data = None) -> None:
         with db.read() as session:
             waiting = search.lacking(session)
         for harvest_id, name in waiting:
-            search.write(db, harvest_id, lambda session: None)
+            search.write(db, harvest_id, search.unfenced)
             _say(f"{name} can be searched.")
     if not waiting:
         _say("Every published harvest can be searched.")

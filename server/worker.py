@@ -335,7 +335,6 @@ def sweep_job(run: Run) -> None:
     ]
     for nth, (index, one, name) in enumerate(made):
         metrics = run.step(f"evaluate {index}", partial(_evaluate, run, one, index, nth, len(made)))
-        run.step(f"search {index}", partial(hand.search, harvest_id))
         run.step(f"publish {index}", partial(_publish_sae, run, one, name, metrics, index))
     run.step("follow", lambda: _follow(run, [(one, name) for _, one, name in made]))
     shutil.rmtree(run.folder / "runs", ignore_errors=True)

@@ -31,7 +31,7 @@ def _lines(header: Sequence[str], rows: Iterable[Sequence[object]]) -> Iterator[
 
 
 def cell(value: object) -> object:
-    """Text that a spreadsheet would take for a formula gets an apostrophe before it; a NUL, which ends a file for some, its sign."""
+    """Text that a spreadsheet would take for a formula gets an apostrophe before it, and a NUL is shown by its sign."""
     if not isinstance(value, str):
         return value
     text = value.replace("\0", "\u2400")

@@ -95,7 +95,7 @@ class FeatureQuery(BaseModel):
 
     @property
     def selection(self) -> str | None:
-        """Filters and order as one value, for the address of a feature that was come to from the table; None where all is asked."""
+        """Filters and order as one value, for the address of a feature's page; None where all is asked."""
         asked = self.asked(after=None, before=None, limit=None)
         return urlencode({key: value for key, value in asked.items() if value is not None}) or None
 
@@ -588,8 +588,8 @@ def beside(session: Session, door: Door, index: int, query: FeatureQuery, *, bac
     """The feature that follows `index` in what `query` selects, in its order, or that comes before it; NotFound at the end."""
     harvest_id, walk = _published(door), walk_of(door, query)
     norm_share, dfa_share, _ = _shares(query.head)
-    columns = {"idx": Feature.idx, "head_share": norm_share, "dfa_share": dfa_share}
-    place = columns.get(query.key, getattr(Feature, NAMES.get(query.key, query.key), None))
+    shares: dict[str, Any] = {"head_share": norm_share, "dfa_share": dfa_share}
+    place = shares[query.key] if query.key in shares else getattr(Feature, NAMES.get(query.key, query.key))
     statement = sa.select(place, Feature.idx).where(Feature.harvest_id == harvest_id, Feature.idx == index)
     if query.head is not None:
         at_head = sa.and_(FeatureHead.harvest_id == harvest_id, FeatureHead.head == query.head, FeatureHead.idx == Feature.idx)

@@ -101,6 +101,10 @@ def _is_searched(session: Session, harvest_id: int) -> bool:
     return session.get(HarvestPart, (harvest_id, TOKENS_WRITTEN)) is not None
 
 
+def unfenced(session: Session) -> None:
+    """The fence of what no job writes."""
+
+
 def lacking(session: Session) -> list[tuple[int, str]]:
     """Published harvests that nothing is searched of yet, with their SAE's name."""
     written = sa.select(HarvestPart.harvest_id).where(HarvestPart.part == TOKENS_WRITTEN)
@@ -343,7 +347,7 @@ def search(session: Session, door: Door, q: str, kind: Kind, after: str | None =
 def _trouble(session: Session, door: Door, q: str, kind: Kind) -> str | None:
     if door.sae.harvest is None:
         return f"{door.sae.name} has no published harvest yet, so there is nothing to search."
-    if not q or not q.strip() and kind == "text":
+    if not q or (not q.strip() and kind == "text"):
         return "Type what to look for."
     if kind == "text" and not words(q):
         return f"'{q.strip()}' has no letter or digit in it, and texts are searched by words; look for it as a token."
@@ -352,7 +356,7 @@ def _trouble(session: Session, door: Door, q: str, kind: Kind) -> str | None:
     return None
 
 
-def spellings(session: Session, q: str) -> list[sa.Row[Any]]:
+def spellings(session: Session, q: str) -> Sequence[sa.Row[int, str]]:
     """The tokens that `q` means: those that are it exactly, else those that are the same word; the nearest first."""
     same = session.execute(sa.select(Token.id, Token.text).where(Token.word == word(q)).limit(200)).all()
     exactly = [row for row in same if row.text == q and q != q.strip(" ")]
@@ -418,10 +422,12 @@ def _search_text(session: Session, door: Door, q: str) -> Found:
     harvest = door.sae.harvest
     assert harvest is not None
     rows = _rows_with(session, q, harvest.id, TEXT_ROWS + 1)
-    texts = dict(session.execute(sa.select(Context.id, Context.texts).where(Context.id.in_(rows[:TEXT_ROWS]))).tuples().all())
+    said_in = sa.select(Context.id, Context.texts).where(Context.id.in_(rows[:TEXT_ROWS]))
+    texts: dict[int, list[str]] = {row.id: row.texts for row in session.execute(said_in)}
     spans = {id: span for id, said in texts.items() if (span := span_of(said, q)) is not None}
-    found = session.execute(
+    found: Sequence[sa.Row[Any]] = session.execute(
         sa.select(Feature.idx, Feature.max_act, Example.context_id, Example.band, Example.rank, Example.dest, Example.act)
+        .select_from(Example)
         .join(Feature, Feature.id == Example.feature_id)
         .where(Example.context_id.in_(list(spans)))
         .order_by(Example.band, Example.rank)
@@ -545,7 +551,7 @@ def _tokens_of_all(session: Session, refs: Sequence[SaeRef], texts: dict[int, st
 
 
 def _few(session: Session, harvest_id: int, wanted: Sequence[int]) -> dict[int, sa.Row[Any]]:
-    rows = session.execute(
+    rows: Iterable[sa.Row[Any]] = session.execute(
         sa.select(Feature.idx, Feature.family, Feature.max_act, FeatureDetail.verdict)
         .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
         .where(Feature.harvest_id == harvest_id, Feature.idx.in_(wanted))

@@ -85,7 +85,7 @@ class Walk:
         filters = self.query.model_dump(exclude_defaults=True, exclude={"sort", "after", "before", "limit"})
         conditions = [condition for _, condition in self._conditions(self._columns)]
         counted = self._in_order(self._rows(sa.select(sa.func.count()).select_from(Feature)).where(*conditions))
-        return kept(session, harvest, f"count {sorted(filters.items())}", lambda: session.execute(counted).scalar_one())
+        return kept(session, harvest, f"count {sorted(filters.items())}", lambda: int(session.execute(counted).scalar_one()))
 
     # ---- parts: features with a value, and those without ----
 
@@ -124,7 +124,7 @@ class Walk:
             return
         walked = self._rows(sa.select(*(column.label(called) for called, column in columns.items()))).where(*within, *aligned)
         near = walked.order_by(*_ordered(way, place, columns["idx"], missing)).limit(REACH).subquery()
-        fits = [condition for of, condition in self._conditions(near.c) if of != name]
+        fits = [condition for of, condition in self._conditions(dict(near.c.items())) if of != name]
         seen = near.c[name]
         yield sa.select(seen, near.c.idx).where(*fits).order_by(*_ordered(way, seen, near.c.idx, missing)).limit(limit)
         whole = self._in_order(self._rows(sa.select(place, columns["idx"]))).where(*within, *aligned, *others)
@@ -187,4 +187,4 @@ def _beyond(place: Any, idx: Any, start: Place, descending: bool) -> sa.ColumnEl
     else:
         # Compared as a pair, which both databases look up in the index of the two.
         here, mark = sa.tuple_(place, idx), sa.tuple_(sa.literal(start.value), sa.literal(start.idx))
-    return here < mark if descending else here > mark
+    return sa.and_(here < mark) if descending else sa.and_(here > mark)
