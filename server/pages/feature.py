@@ -39,7 +39,7 @@ class View(BaseModel):
 
     def paint(self, page: FeaturePage) -> Paint:
         """How one example of the page is painted."""
-        return Paint(page.max_act, self.head, None if self.context == "full" else int(self.context))
+        return Paint(page.max_act, self.head, None if self.context == "full" else int(self.context), self.mark)
 
     def asked(self, **changes: Any) -> dict[str, Any]:
         """The address's parameters, with changes."""
@@ -57,7 +57,7 @@ def show_feature(request: Request, sae: str, index: int, view: Annotated[View, Q
     check_head(door, view.head)
     tag = etag(request, door.sae.sha256, door.sae.harvest and door.sae.harvest.id)
     return unchanged(request, tag) or reply(
-        request, feature_page(read, door, index), "feature.html", block="_examples.html", tag=tag, **about(view)
+        request, feature_page(read, door, index, every=view.all), "feature.html", block="_examples.html", tag=tag, **about(view)
     )
 
 

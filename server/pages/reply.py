@@ -145,6 +145,7 @@ def environment() -> Environment:
         loader=FileSystemLoader(Path(resource_path("templates"))),
         autoescape=True,
         undefined=StrictUndefined,
+        auto_reload=False,  # looking at each file's time costs more than many a block; `build` reads them once as well
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, UsageError
 from sae_core.records import head_agreement
-from server.packing import F4, read_acts, read_dfa, unfold, unpack
+from server.packing import F4, Packed, read_acts, read_dfa, unfold, unpack
 from server.store.saes import Door, SaeRef
 from server.store.walk import NAMES, Place, Walk
 from server.tables import Context, Example, Feature, FeatureDetail, FeatureHead
@@ -106,6 +106,13 @@ class FeatureQuery(BaseModel):
             return cls.model_validate(dict(parse_qsl(text or "", max_num_fields=30)))
         except ValueError as error:
             raise UsageError(f"'{text}' selects no features; go back to the table.", field="from") from error
+
+
+class Stored(Packed, Protocol):
+    """An example's columns."""
+
+    band: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -246,7 +253,7 @@ def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None) -> Featur
     )
 
 
-def _snippet(example: Example, texts: Sequence[str]) -> Snippet:
+def _snippet(example: Stored, texts: Sequence[str]) -> Snippet:
     entries, dest = read_dfa(example), example.dest
     by_source = np.bincount(entries.src, weights=entries.value, minlength=dest + 1)
     source = int(by_source.argmax())
@@ -437,12 +444,24 @@ class FeaturePage:
     """Of the kept examples, a sample of the firings: where DFA comes from by distance, and how it is spread."""
     neighbours: tuple[Neighbour, ...]
     examples: tuple[FeatureExample, ...]
+    """The first `AT_ONCE`, or all that were kept."""
+    kept: int | None
+    """How many were kept, where `examples` are not all."""
     previous: int | None
     next: int | None
 
+    def shows(self, place: Reference) -> bool:
+        """Whether that example is among `examples`."""
+        return any((example.band, example.rank) == (place.band, place.rank) for example in self.examples)
 
-def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
-    """The page of feature `index` of the published harvest: three queries after the door's one."""
+
+AT_ONCE = 20
+"""Examples that a feature's page begins with: from every band, and the strongest."""
+
+
+def feature_page(session: Session, door: Door, index: int, *, every: bool = False) -> FeaturePage:
+    """The page of feature `index` of the published harvest, with its first or with `every` example: three queries after the
+    door's one."""
     harvest_id = _published(door)
     check_index(door, index)
     found = session.execute(
@@ -456,6 +475,8 @@ def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
     pairs = detail.coactive.get("pairs", [])
     others = _others(session, harvest_id, [int(idx) for idx, *_ in (*detail.neighbours, *pairs)])
     heads = _head_shares(detail)
+    config = door.sae.harvest.config if door.sae.harvest else {}
+    shown, kept = _examples(session, feature.id, config, every)
     histogram_edges, histogram_counts = unfold(detail.histogram, log=True)
     logit_edges, logit_counts = unfold(detail.logits, log=False)
     return FeaturePage(
@@ -488,7 +509,8 @@ def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
         coactive=_partners(pairs, others),
         sample=detail.sample,
         neighbours=_neighbours(detail.neighbours, others),
-        examples=_examples(session, feature.id, int((door.sae.harvest.config if door.sae.harvest else {}).get("window", 256))),
+        examples=shown,
+        kept=kept if kept > len(shown) else None,
         previous=index - 1 if index > 0 else None,
         next=index + 1 if index + 1 < door.sae.d_sae else None,
     )
@@ -539,17 +561,33 @@ def _texts(promoted: Sequence[Sequence[Any]]) -> tuple[str, ...]:
     return tuple(text for _, text, _ in promoted[:3])
 
 
-def _examples(session: Session, feature_id: int, window: int) -> tuple[FeatureExample, ...]:
-    rows = session.execute(
-        sa.select(Example, Context.row, Context.texts)
+def _examples(session: Session, feature_id: int, config: dict[str, Any], every: bool) -> tuple[tuple[FeatureExample, ...], int]:
+    """The examples to show, and how many there are."""
+    columns = (Example.band, Example.rank, Example.dest, Example.start, Example.act, Example.acts, Example.dfa)
+    mine = (
+        sa.select(*columns, Context.row, Context.texts, sa.func.count().over().label("kept"))
         .join(Context, Context.id == Example.context_id)
         .where(Example.feature_id == feature_id)
         .order_by(Example.band, Example.rank)
     )
-    return tuple(_example(example, row, texts, window) for example, row, texts in rows)
+    if not every:
+        counted = sa.select(sa.func.count()).where(Example.feature_id == feature_id).scalar_subquery()
+        strongest, of_each = first_of_bands(config)
+        first = Example.rank < sa.case((Example.band == 0, strongest), else_=of_each)
+        mine = mine.with_only_columns(*columns, Context.row, Context.texts, counted.label("kept")).where(first)
+    rows = session.execute(mine).all()
+    window = int(config.get("window", 256))
+    return tuple(_example(row, row.row, row.texts, window) for row in rows), rows[0].kept if rows else 0
 
 
-def _example(example: Example, row: int, texts: Sequence[str], window: int) -> FeatureExample:
+def first_of_bands(config: dict[str, Any]) -> tuple[int, int]:
+    """How many of the strongest, and how many of each band, make the first `AT_ONCE`; `config` is the harvest's."""
+    bands, per_band = int(config.get("bands", 4)), int(config.get("per_band", 5))
+    of_each = min(per_band, max(1, AT_ONCE * 3 // 5 // bands)) if bands else 0
+    return max(1, AT_ONCE - bands * of_each), of_each
+
+
+def _example(example: Stored, row: int, texts: Sequence[str], window: int) -> FeatureExample:
     acts, dfa = read_acts(example), read_dfa(example)
     return FeatureExample(
         band=example.band,
@@ -586,19 +624,24 @@ def random_feature(session: Session, door: Door, query: FeatureQuery) -> int:
 
 def beside(session: Session, door: Door, index: int, query: FeatureQuery, *, backward: bool) -> int:
     """The feature that follows `index` in what `query` selects, in its order, or that comes before it; NotFound at the end."""
-    harvest_id, walk = _published(door), walk_of(door, query)
+    found = walk_of(door, query).from_(session, place_of(session, door, index, query), 1, backward=backward)
+    if not found:
+        where = "first" if backward else "last"
+        raise NotFound(f"Feature {index} is the {where} of those that the filter selects.", field="index")
+    return found[0].idx
+
+
+def place_of(session: Session, door: Door, index: int, query: FeatureQuery) -> Place:
+    """Where feature `index` stands in the order of `query`."""
+    harvest_id = _published(door)
     norm_share, dfa_share, _ = _shares(query.head)
     shares: dict[str, Any] = {"head_share": norm_share, "dfa_share": dfa_share}
-    place = shares[query.key] if query.key in shares else getattr(Feature, NAMES.get(query.key, query.key))
-    statement = sa.select(place, Feature.idx).where(Feature.harvest_id == harvest_id, Feature.idx == index)
+    value = shares[query.key] if query.key in shares else getattr(Feature, NAMES.get(query.key, query.key))
+    statement = sa.select(value, Feature.idx).where(Feature.harvest_id == harvest_id, Feature.idx == index)
     if query.head is not None:
         at_head = sa.and_(FeatureHead.harvest_id == harvest_id, FeatureHead.head == query.head, FeatureHead.idx == Feature.idx)
         statement = statement.outerjoin(FeatureHead, at_head)
     here = session.execute(statement).one_or_none()
     if here is None:
         raise NotFound(f"Feature {index} of {door.sae.name} is not in its published harvest.", field="index")
-    found = walk.from_(session, Place(*here), 1, backward=backward)
-    if not found:
-        where = "first" if backward else "last"
-        raise NotFound(f"Feature {index} is the {where} of those that the filter selects.", field="index")
-    return found[0].idx
+    return Place(*here)
