@@ -1,79 +1,111 @@
-"""How quickly pages of the published harvest come, and how large the database is; serves HEADSCOPE_DATA on a free port."""
+"""How quickly the pages of a published harvest come: serves HEADSCOPE_DATA on a free port, one worker, one client at a time.
 
-import os
+`feature_*` is the feature page as a browser asks for it, of random live features with as many examples as a page begins with
+where the harvest kept so many. `requests_per_s` is one client asking as fast as it is answered; nothing is cached but what a
+process keeps of templates and tokens. Sizes are of the median page, compressed as gzip level 6 would; `queries` are statements
+per feature page, `assets_kb` the style sheet and all scripts, compressed.
+"""
+
+import gzip
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import httpx
 import sqlalchemy as sa
 
+from bench._served import Figure, headscope, spread, times_of
 from server.db import Database, sqlite_path
+from server.resources import resource_path
 from server.settings import Settings
-from server.tables import SAE
+from server.store.features import AT_ONCE, feature_page
+from server.store.saes import find_sae
+from server.tables import SAE, Example, Feature
 
-REQUESTS = 200
+ASSETS = ("app.css", "app.js", "vendor/htmx-4.0.1.min.js", "vendor/hx-sse-4.0.1.min.js")
 
 
-def run() -> dict[str, dict[str, object]]:
-    """Median and 99th percentile of each kind of page over one connection, and bytes of database per feature."""
+def run(requests: int = 200, seconds: int = 5) -> dict[str, Figure]:
+    """Every kind of page `requests` times; `requests_per_s` over `seconds`."""
     settings = Settings()
-    with Database(settings.url).read() as session:
-        found = session.execute(sa.select(SAE.name, SAE.d_sae).where(SAE.harvest_id.is_not(None))).first()
-    if found is None:
-        sys.exit(f"Nothing is published in {settings.data}; run `make demo` first, or set HEADSCOPE_DATA.")
-    name, d_sae = found
+    database = Database(settings.url)
+    name, d_sae, full = _published(database)
     chosen = random.Random(0)
-    kinds = {
+    figures: dict[str, Figure] = {}
+    kinds: dict[str, Callable[[], str]] = {
         "home": lambda: "/",
         "sae": lambda: f"/saes/{name}",
         "table": lambda: f"/saes/{name}?sort=-dfa_share&head={chosen.randrange(3)}",
-        "feature": lambda: f"/saes/{name}/features/{chosen.randrange(d_sae)}",
-        "feature_json": lambda: f"/saes/{name}/features/{chosen.randrange(d_sae)}.json",
+        "feature_json": lambda: f"/saes/{name}/features/{chosen.choice(full)}.json",
     }
-    figures: dict[str, dict[str, object]] = {}
-    with _served() as address, httpx.Client(base_url=address, timeout=30) as client:
+
+    def feature() -> str:
+        return f"/saes/{name}/features/{chosen.choice(full)}"
+
+    with headscope() as address, httpx.Client(base_url=address, timeout=30) as client:
+        times, answers = times_of(client, feature, requests, warm=100)
+        figures |= spread("feature_", times, "<= 3", "<= 15")
+        figures["requests_per_s"] = _per_second(client, feature, seconds)
+        figures["html_kb"] = _size([len(answer.content) for answer in answers], "<= 60")
+        figures["html_gzip_kb"] = _size([len(gzip.compress(answer.content, 6)) for answer in answers], "<= 12")
         for kind, path in kinds.items():
-            times, size = [], 0
-            for index in range(REQUESTS + 10):
-                begun = time.perf_counter()
-                answer = client.get(path())
-                took = (time.perf_counter() - begun) * 1e3
-                answer.raise_for_status()
-                if index >= 10:  # the first ones warm caches up
-                    times.append(took)
-                    size += len(answer.content)
-            figures[f"{kind}_p50"] = {"value": round(statistics.median(times), 2), "unit": "ms", "target": None}
-            figures[f"{kind}_p99"] = {"value": round(sorted(times)[int(0.99 * len(times))], 2), "unit": "ms", "target": None}
-            figures[f"{kind}_size"] = {"value": round(size / REQUESTS / 1024, 1), "unit": "KiB", "target": None}
+            times, answers = times_of(client, path, requests)
+            figures |= spread(f"{kind}_", times)
+            figures[f"{kind}_kb"] = _size([len(answer.content) for answer in answers], None)
+    figures["queries"] = {"value": _queries(database, name, full[0]), "unit": "", "target": "<= 5"}
+    static = [(resource_path("static") / asset).read_bytes() for asset in ASSETS]
+    figures["assets_kb"] = {
+        "value": round(sum(len(gzip.compress(f, 9)) for f in static) / 1e3, 1),
+        "unit": "kB",
+        "target": "<= 80",
+    }
     path = sqlite_path(settings.url)
     if path:
         figures["database_per_feature"] = {"value": round(path.stat().st_size / d_sae / 1024, 1), "unit": "KiB", "target": None}
+    database.close()
     return figures
 
 
-@contextmanager
-def _served() -> Iterator[str]:
-    """The web process on a free port of 127.0.0.1."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]
-    process = subprocess.Popen(command, env=os.environ, stdout=subprocess.DEVNULL)
-    try:
-        address = f"http://127.0.0.1:{port}"
-        for _ in range(200):
-            try:
-                httpx.get(f"{address}/healthz")
-                break
-            except httpx.TransportError:
-                time.sleep(0.05)
-        yield address
-    finally:
-        process.terminate()
-        process.wait(10)
+def _published(database: Database) -> tuple[str, int, list[int]]:
+    """An SAE's name and size, and its features with the most examples, up to as many as a page begins with."""
+    with database.read() as session:
+        found = session.execute(sa.select(SAE).where(SAE.harvest_id.is_not(None)).order_by(SAE.id)).scalars().first()
+        if found is None:
+            sys.exit(f"Nothing is published in {Settings().data}; run `make demo` first, or set HEADSCOPE_DATA.")
+        examples = sa.func.count(Example.id)
+        counted = session.execute(
+            sa.select(Feature.idx, examples)
+            .join(Example, Example.feature_id == Feature.id)
+            .where(Feature.harvest_id == found.harvest_id)
+            .group_by(Feature.idx)
+        ).all()
+    least = min(AT_ONCE, max(n for _, n in counted))
+    return found.name, found.d_sae, [idx for idx, n in counted if n >= least]
+
+
+def _per_second(client: httpx.Client, path: Callable[[], str], seconds: int) -> Figure:
+    begun, n = time.perf_counter(), 0
+    while time.perf_counter() - begun < seconds:
+        client.get(path()).raise_for_status()
+        n += 1
+    return {"value": round(n / (time.perf_counter() - begun)), "unit": "requests/s", "target": ">= 600"}
+
+
+def _size(sizes: list[int], target: str | None) -> Figure:
+    return {"value": round(statistics.median(sizes) / 1e3, 1), "unit": "kB", "target": target}
+
+
+def _queries(database: Database, name: str, index: int) -> int:
+    """Statements that the database is asked for a feature page, its door's among them."""
+    asked: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        asked.append(statement)
+
+    with database.read() as session:
+        sa.event.listen(database.engine, "before_cursor_execute", note)
+        feature_page(session, find_sae(session, name), index)
+        sa.event.remove(database.engine, "before_cursor_execute", note)
+    return len([statement for statement in asked if statement.lstrip().upper().startswith("SELECT")])

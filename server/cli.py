@@ -52,7 +52,7 @@ from server.db import Database, sqlite_path
 from server.jobs import Jobs, slug
 from server.options import built, given, options, split_texts, takes
 from server.settings import Settings
-from server.store import registry, stored_harvests, studies, sweeps
+from server.store import registry, search, stored_harvests, studies, sweeps
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
@@ -631,6 +631,19 @@ def db_upgrade(data: Data = None) -> None:
     finally:
         db.close()
     _say(f"{settings.url!r} is up to date.")
+
+
+@db_app.command("search", epilog="Example: [bold]headscope db search[/bold]")
+def db_search(data: Data = None) -> None:
+    """Make harvests searchable that were published before there was a search. Pages stay usable meanwhile."""
+    with _opened(_settings(data=data)) as (_, db):
+        with db.read() as session:
+            waiting = search.lacking(session)
+        for harvest_id, name in waiting:
+            search.write(db, harvest_id, search.unfenced)
+            _say(f"{name} can be searched.")
+    if not waiting:
+        _say("Every published harvest can be searched.")
 
 
 @model_app.command(

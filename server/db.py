@@ -36,10 +36,14 @@ def _compact(value: object) -> str:
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # and not a backslash that somebody wrote before "u0000"
 
 
+READ = f"mmap_size={2**30}"
+"""SQLite reads the file's first GiB in place: several times quicker than copying page after page, where many are looked at."""
+
+
 def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:
     connection.isolation_level = None  # we say BEGIN ourselves, so that a writer takes its lock at the start
     # Larger pages, of a new database only: rows of features are of 1 to 2 kB, of which one often would not fit into the rest.
-    for pragma in ("page_size=8192", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000"):
+    for pragma in ("page_size=8192", "journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", "busy_timeout=30000", READ):
         connection.execute(f"PRAGMA {pragma}")
 
 

@@ -98,6 +98,7 @@ def token_text(text: str) -> Markup:
     return _visible(text).replace("↵", Markup('<i class="nl">↵</i>'))
 
 
+@lru_cache(maxsize=65536)
 def token_chip(text: str) -> Markup:
     """A token standing alone, its spaces made visible."""
     spaced = _visible(text).replace(" ", Markup('<i class="sp">·</i>')).replace("↵", Markup('<i class="nl">↵</i>'))
@@ -136,6 +137,8 @@ class Paint(NamedTuple):
     """Paint this head's DFA alone."""
     context: int | None = 16
     """Tokens on each side of the destination; None shows the whole window."""
+    mark: str | None = None
+    """A token that was looked for; it is marked wherever it stands."""
 
 
 def example_tokens(example: FeatureExample, paint: Paint) -> Markup:
@@ -144,8 +147,9 @@ def example_tokens(example: FeatureExample, paint: Paint) -> Markup:
     A token with numbers carries them for the panel: `data-a` activation, `data-d` its DFA as `head:value` pairs. Sources
     that matter stay in view however far back they are.
     """
-    by_source, entries = _by_source(example, paint.head)
-    scale = max((abs(value) for value in _by_source(example, None)[0].values()), default=0.0)
+    by_source, whole, entries = _by_source(example, paint.head)
+    scale = max(map(abs, whole.values()), default=0.0)
+    marked = None if paint.mark is None else _bare(paint.mark)
     levels = {src: level(abs(v), scale) if abs(v) >= FAINTEST * scale else 0 for src, v in by_source.items()}
     end = example.start + len(example.texts)
     shown = _in_view(example, levels, paint.context, end)
@@ -154,21 +158,38 @@ def example_tokens(example: FeatureExample, paint: Paint) -> Markup:
     for position in shown:
         if position - last > 1:
             parts.append(_left_out(position - last - 1))
-        parts.append(_token(example, position, levels.get(position, 0), by_source.get(position, 0.0), entries, paint.scale))
         last = position
+        raw = example.texts[position - example.start]
+        found = marked is not None and _bare(raw) == marked
+        if position in entries or position in example.acts or position == example.dest or found:
+            strength, dfa = levels.get(position, 0), by_source.get(position, 0.0)
+            parts.append(_token(example, position, raw, found, strength, dfa, entries.get(position), paint.scale))
+        else:
+            parts.append(_plain(raw))
     if end - last > 1:
         parts.append(_left_out(end - last - 1))
     return Markup("".join(parts))  # noqa: S704 - every part is escaped above
 
 
-def _by_source(example: FeatureExample, head: int | None) -> tuple[dict[int, float], dict[int, list[str]]]:
-    sums: dict[int, float] = {}
+def _bare(text: str) -> str:
+    return (text.strip(" ") or text).casefold()
+
+
+def _by_source(example: FeatureExample, head: int | None) -> tuple[dict[int, float], dict[int, float], dict[int, list[str]]]:
+    """By source: DFA of `head`, of all heads, and the entries as `head:value`."""
+    whole: dict[int, float] = {}
     entries: dict[int, list[str]] = {}
-    for src, at, value in ((entry.src, entry.head, entry.value) for entry in example.dfa):
-        entries.setdefault(src, []).append(f"{at}:{value:.4g}")
-        if head is None or at == head:
-            sums[src] = sums.get(src, 0.0) + value
-    return sums, entries
+    for entry in example.dfa:
+        src = entry.src
+        whole[src] = whole.get(src, 0.0) + entry.value
+        entries.setdefault(src, []).append(f"{entry.head}:{entry.value:.4g}")
+    if head is None:
+        return whole, whole, entries
+    sums: dict[int, float] = {}
+    for entry in example.dfa:
+        if entry.head == head:
+            sums[entry.src] = sums.get(entry.src, 0.0) + entry.value
+    return sums, whole, entries
 
 
 def _in_view(example: FeatureExample, levels: Mapping[int, int], context: int | None, end: int) -> Sequence[int]:
@@ -191,49 +212,59 @@ def _left_out(n: int) -> str:
     return f'<i class="gap" title="{n} more">⋯</i>'
 
 
-def _token(
-    example: FeatureExample, position: int, strength: int, dfa: float, entries: Mapping[int, list[str]], scale: float
-) -> str:
-    raw = example.texts[position - example.start]
-    text = token_text(raw)
+@lru_cache(maxsize=65536)
+def _plain(raw: str) -> str:
     # The sign of a line end stays inside the token; the line itself ends after it.
-    tail = "<wbr>" if "\n" in raw else ""
+    return f"{token_text(raw)}<wbr>" if "\n" in raw else str(token_text(raw))
+
+
+@lru_cache(maxsize=65536)
+def _split(raw: str) -> tuple[str, str, str]:
+    """(leading space, word, line end). The space stands outside, so that a mark hugs its word and lines still break at spaces."""
+    text = str(token_text(raw))
+    space = " " if text.startswith(" ") and len(text) > 1 else ""
+    return space, text[1:] if space else text, "<wbr>" if "\n" in raw else ""
+
+
+def _token(
+    example: FeatureExample,
+    position: int,
+    raw: str,
+    found: bool,
+    strength: int,
+    dfa: float,
+    entries: Sequence[str] | None,
+    scale: float,
+) -> str:
     act = example.acts.get(position, 0.0)
-    classes = []
+    classes = "t"
     if act > 0:
-        classes.append(f"a{level(act, scale)}")
+        classes += f" a{level(act, scale)}"
     if strength:
-        classes.append(f"{'p' if dfa > 0 else 'n'}{strength}")
+        classes += f" {'p' if dfa > 0 else 'n'}{strength}"
+    if found:
+        classes += " found"
     if position == example.dest:
-        classes.append("dest")
+        classes += " dest"
     data = f' data-a="{act:.4g}"' if act > 0 else ""
-    if position in entries:
-        data += f' data-d="{" ".join(entries[position])}"'
-    if not data and not classes:
-        return f"{text}{tail}"
-    space = " " if text.startswith(" ") else ""
-    # The leading space stands outside, so that a mark hugs its word and lines still break at spaces.
-    word = text[1:] if space and len(text) > 1 else text
-    space = space if len(text) > 1 else ""
-    return f'{space}<span class="{" ".join(["t", *classes])}" data-p="{position}"{data}>{word}</span>{tail}'
+    if entries:
+        data += f' data-d="{" ".join(entries)}"'
+    space, word, tail = _split(raw)
+    return f'{space}<span class="{classes}" data-p="{position}"{data}>{word}</span>{tail}'
 
 
 def head_strip(example: FeatureExample) -> Markup:
     """A bar per head: the DFA of this example, sources summed, drawn up for positive and down for negative."""
     sums = example.by_head
-    top = max((abs(value) for value in sums), default=0.0) or 1.0
+    top = max(map(abs, sums), default=0.0) or 1.0
     width = 6 * len(sums)
-    bars = []
+    drawn = {"pos": "", "neg": ""}
     for head, value in enumerate(sums):
         height = max(0.5, 10 * abs(value) / top)
-        y = 11 - height if value > 0 else 11
-        sign = "pos" if value > 0 else "neg"
-        bars.append(
-            f'<g><title>head {head}: {signed(value)}</title><rect class="hit" x="{6 * head}" y="0" width="6" height="22"/>'
-            f'<rect class="{sign}" x="{6 * head + 1}" y="{y:.1f}" width="4" height="{height:.1f}"/></g>'
-        )
+        drawn["pos" if value > 0 else "neg"] += f"M{6 * head + 1} 11h4v{-height if value > 0 else height:.1f}h-4"
+    bars = "".join(f'<path class="{sign}" d="{path}"/>' for sign, path in drawn.items() if path)
     label = ", ".join(f"head {head} {signed(value, 2)}" for head, value in enumerate(sums))
     return Markup(  # noqa: S704 - numbers only
-        f'<svg class="strip" role="img" aria-label="DFA by head: {label}" viewBox="0 0 {width} 22" width="{width}" height="22">'
-        f'<line class="axis" x1="0" x2="{width}" y1="11" y2="11"/>{"".join(bars)}</svg>'
+        f'<svg class="strip" role="img" viewBox="0 0 {width} 22" width="{width}" height="22"><title>DFA by head: {label}</title>'
+        f'<path class="axis" d="M0 11h{width}"/>{bars}</svg>'
     )

@@ -236,6 +236,29 @@ class FeatureHead(Base):
     )
 
 
+class Token(Base):
+    """A token's text, once for all harvests, to search by."""
+
+    __tablename__ = "token"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    text: Mapped[str] = mapped_column(sa.Text, unique=True)  # as shown
+    word: Mapped[str] = mapped_column(sa.Text, index=True)  # as it is looked for: no spaces around it, small letters
+
+
+class FeatureToken(Base):
+    """What a token has to do with a feature: it fires on it, promotes it or suppresses it."""
+
+    __tablename__ = "feature_token"
+    harvest_id: Mapped[int] = mapped_column(sa.ForeignKey("harvest.id", ondelete="CASCADE"), primary_key=True)
+    kind: Mapped[int] = mapped_column(primary_key=True)  # search.FIRES, PROMOTES, SUPPRESSES
+    token_id: Mapped[int] = mapped_column(sa.ForeignKey("token.id"), primary_key=True)
+    weight: Mapped[float] = mapped_column(primary_key=True)  # strongest activation on it, or |logit weight|
+    idx: Mapped[int] = mapped_column(primary_key=True)
+    n: Mapped[int]  # kept examples whose destination it is; for logits the rank, from 0
+    # The key is the order in which it is read, so on SQLite the table is its own index.
+    __table_args__ = ({"sqlite_with_rowid": False},)
+
+
 class HeadSummary(Base):
     """What a harvest's features say of one head of the site."""
 

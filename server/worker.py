@@ -58,7 +58,7 @@ from server.db import Database
 from server.downloads import sha256_of
 from server.estimates import Shape
 from server.settings import Settings
-from server.store import harvests, registry, studies
+from server.store import harvests, registry, search, studies
 from server.store import jobs as store
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
@@ -506,6 +506,7 @@ def harvest_job(run: Run) -> None:
         run.step(f"write heads {index}", partial(hand.write_heads, index, harvest_id))
         for number in range(len(parts)):
             run.step(f"write {index} {number}", partial(hand.write_part, index, harvest_id, number, len(parts)))
+        run.step(f"search {index}", partial(hand.search, harvest_id))
         run.step(f"publish {index}", partial(hand.publish, index, harvest_id, len(parts)))
 
 
@@ -623,6 +624,10 @@ class _Hands:
         self._writes(index, number + 1, n_parts)
         rows = sweep.row_records(self.table(index), self.parts(index, n_parts), number)
         harvests.write_part(self.run.worker.db, harvest_id, number, rows, self.run.fence)
+
+    def search(self, harvest_id: int) -> None:
+        """What is searched of an SAE's features."""
+        search.write(self.run.worker.db, harvest_id, self.run.fence)
 
     def _writes(self, index: int, done: int, n_parts: int) -> None:
         each = n_parts + 1

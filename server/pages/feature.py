@@ -23,21 +23,30 @@ LONGEST_TEXT = 4000
 class View(BaseModel):
     """How the examples are shown; part of the address."""
 
-    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, populate_by_name=True)
 
     context: Literal["5", "16", "full"] = "16"
     """Tokens on each side of the destination."""
     head: int | None = Field(None, ge=0)
     """Paint this head's DFA alone."""
+    came_from: str | None = Field(None, alias="from", max_length=1000)
+    """What the feature table selected, in its order: previous, next and random keep to it."""
+
+    mark: str | None = Field(None, max_length=200)
+    """Mark this token, which a search has found."""
+    all: bool = False
+    """Every example, not the first ones only."""
 
     def paint(self, page: FeaturePage) -> Paint:
         """How one example of the page is painted."""
-        return Paint(page.max_act, self.head, None if self.context == "full" else int(self.context))
+        return Paint(page.max_act, self.head, None if self.context == "full" else int(self.context), self.mark)
 
     def asked(self, **changes: Any) -> dict[str, Any]:
         """The address's parameters, with changes."""
         chosen = {**self.model_dump(), **changes}
-        return {"context": None if chosen["context"] == "16" else chosen["context"], "head": chosen["head"]}
+        context = None if chosen["context"] == "16" else chosen["context"]
+        every = "1" if chosen["all"] else None
+        return {"context": context, "head": chosen["head"], "mark": chosen["mark"], "all": every, "from": chosen["came_from"]}
 
 
 @router.get("/saes/{sae}/features/{index:int}", include_in_schema=False)
@@ -48,7 +57,7 @@ def show_feature(request: Request, sae: str, index: int, view: Annotated[View, Q
     check_head(door, view.head)
     tag = etag(request, door.sae.sha256, door.sae.harvest and door.sae.harvest.id, door.revision)
     return unchanged(request, tag) or reply(
-        request, feature_page(read, door, index), "feature.html", block="_examples.html", tag=tag, **about(view)
+        request, feature_page(read, door, index, every=view.all), "feature.html", block="_examples.html", tag=tag, **about(view)
     )
 
 

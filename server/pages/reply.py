@@ -121,6 +121,11 @@ def sae_path(name: str) -> str:
     return f"/saes/{quote(name, safe='')}"
 
 
+def feature_path(sae: str, index: int) -> str:
+    """The address of a feature's page."""
+    return f"{sae_path(sae)}/features/{index}"
+
+
 def asset(name: str) -> str:
     """The address of a static file; it changes with the file, so browsers may keep it for good."""
     return f"/static/{name}?v={build()}"
@@ -149,11 +154,12 @@ def environment() -> Environment:
         loader=FileSystemLoader(Path(resource_path("templates"))),
         autoescape=True,
         undefined=StrictUndefined,
+        auto_reload=False,  # looking at each file's time costs more than many a block; `build` reads them once as well
         trim_blocks=True,
         lstrip_blocks=True,
     )
     names = ("num", "signed", "written", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip", "clock")
     jinja.filters.update({name: getattr(rendering, name) for name in names})
-    jinja.globals.update(link=link, sae_path=sae_path, asset=asset, version=VERSION, asdict=asdict)
+    jinja.globals.update(link=link, sae_path=sae_path, feature_path=feature_path, asset=asset, version=VERSION, asdict=asdict)
     jinja.globals.update(rendering=rendering, charts=charts, panels=panels)
     return jinja

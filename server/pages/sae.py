@@ -1,16 +1,20 @@
 """`/saes/{sae}`: how good an SAE is, what its features are like, and the table to find one."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import RedirectResponse
 
 from sae_core.errors import UsageError
-from server.pages.reply import Read, etag, link, reply, sae_path, unchanged, wants_part
-from server.store.features import FeatureQuery, FeatureTable, check_index, feature_table, random_feature
+from server.db import Database
+from server.pages.csv_file import csv_stream
+from server.pages.feature import View
+from server.pages.reply import Read, etag, feature_path, link, reply, sae_path, unchanged, wants_part
+from server.store.features import FeatureQuery, FeatureTable, beside, check_index, feature_table, random_feature, walk_of
 from server.store.heads import HeadLine, head_summaries
-from server.store.saes import SaeOverview, find_sae, sae_overview
+from server.store.saes import Door, SaeOverview, find_sae, sae_overview
 
 router = APIRouter()
 
@@ -41,10 +45,52 @@ def sae_page(request: Request, sae: str, query: Annotated[FeatureQuery, Query()]
 
 
 @router.get("/saes/{sae}/random", include_in_schema=False)
-def random_page(sae: str, read: Read) -> Response:
-    """On to some live feature."""
-    index = random_feature(read, find_sae(read, sae))
-    return RedirectResponse(f"{sae_path(sae)}/features/{index}", 303, {"Cache-Control": "no-store"})
+def random_page(sae: str, view: Annotated[View, Query()], read: Read) -> Response:
+    """On to some live feature, of those that `from` selects."""
+    index = random_feature(read, find_sae(read, sae), FeatureQuery.of_selection(view.came_from))
+    return RedirectResponse(link(feature_path(sae, index), **view.asked()), 303, {"Cache-Control": "no-store"})
+
+
+@router.get("/saes/{sae}/features/{index:int}/{way}", include_in_schema=False)
+def beside_page(sae: str, index: int, way: Literal["next", "previous"], view: Annotated[View, Query()], read: Read) -> Response:
+    """On to the feature after or before this one, in what `from` selects and in its order."""
+    door, query = find_sae(read, sae), FeatureQuery.of_selection(view.came_from)
+    there = beside(read, door, index, query, backward=way == "previous")
+    return RedirectResponse(link(feature_path(sae, there), **view.asked()), 303)
+
+
+@router.get("/saes/{sae}/features.csv", include_in_schema=False)
+def features_csv(request: Request, sae: str, query: Annotated[FeatureQuery, Query()], read: Read) -> Response:
+    """All that the filter selects, in the table's order, as a file."""
+    door = find_sae(read, sae)
+    walk_of(door, query)  # a wrong question is answered before the file begins
+    return csv_stream(f"{sae} features", COLUMNS, _csv_rows(request.app.state.db, door, query))
+
+
+COLUMNS = (
+    "index", "text before", "strongest on", "text after", "strongest source", "source offset", "strongest", "mean", "firings",
+    "fires on", "head", "head share by weights", "head by data", "head share by data", "mean dfa of the head", "looks back",
+    "family", "verdict", "promotes",
+)  # fmt: skip
+
+
+def _csv_rows(db: Database, door: Door, query: FeatureQuery) -> Iterator[tuple[object, ...]]:
+    # The request's own session ends with the handler, and the file is made after it: a short one for each part.
+    at: str | None = query.after
+    while True:
+        with db.read() as session:
+            part = feature_table(session, door, query.model_copy(update={"limit": 200, "after": at, "before": None}))
+        for row in part.rows:
+            shown = row.snippet
+            yield (
+                row.index,
+                *((shown.before, shown.token, shown.after, shown.source, shown.source_offset) if shown else (None,) * 5),
+                *(row.max_act, row.mean_act, row.n_fired, row.density, row.head, row.head_share, row.dfa_head, row.dfa_share),
+                *(row.dfa, row.distance, row.family, row.verdict, "|".join(row.promoted)),
+            )
+        at = part.next
+        if at is None:
+            return
 
 
 @router.get("/saes/{sae}/jump", include_in_schema=False)
@@ -55,4 +101,4 @@ def jump(sae: str, read: Read, q: str = "") -> Response:
     if not (typed.isascii() and typed.isdigit()):
         raise UsageError(f"'{q}' is no feature; type an index from 0 to {door.sae.d_sae - 1}.", field="q")
     check_index(door, int(typed))
-    return RedirectResponse(f"{sae_path(sae)}/features/{int(typed)}", 303)
+    return RedirectResponse(feature_path(sae, int(typed)), 303)

@@ -2,19 +2,21 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, UsageError
 from sae_core.records import head_agreement
-from server.packing import F4, read_acts, read_dfa, unfold, unpack
-from server.store.labels import labelled, shown_label
+from server.packing import F4, Packed, read_acts, read_dfa, unfold, unpack
+from server.store.labels import shown_label
 from server.store.saes import Door, SaeRef
+from server.store.walk import NAMES, Place, Walk
 from server.tables import Context, Example, Feature, FeatureDetail, FeatureHead, Harvest
 
 SortKey = Literal["idx", "density", "max", "mean", "head_share", "dfa_share", "distance", "family"]
@@ -32,12 +34,20 @@ class FeatureQuery(BaseModel):
     """Show and sort shares of this head; without it, of each feature's leading head."""
     leads: bool = False
     """Only features whose decoder norm is largest at `head`."""
+    leads_dfa: bool = False
+    """Only features whose |mean DFA| is largest at `head`."""
     min_density: float | None = Field(None, ge=0, le=1)
     """Only features that fire on at least this share of tokens."""
     max_density: float | None = Field(None, ge=0, le=1)
     """Only features that fire on at most this share of tokens."""
-    min_max: float | None = None
+    min_max: float | None = Field(None, allow_inf_nan=False)
     """Only features whose strongest activation is at least this."""
+    max_max: float | None = Field(None, allow_inf_nan=False)
+    """Only features whose strongest activation is at most this."""
+    min_share: float | None = Field(None, ge=0, le=1)
+    """Only features of whose decoder's norm at least this share lies at `head`, or without one at their leading head."""
+    min_dfa_share: float | None = Field(None, ge=0, le=1)
+    """The same by data: the head's share of |mean DFA|."""
     family: str | None = Field(None, max_length=30)
     """Only features of this family; `unclear` for those of none."""
     dead: bool | None = None
@@ -48,6 +58,8 @@ class FeatureQuery(BaseModel):
     """Only features with a label that contains this, in upper or lower case."""
     after: str | None = Field(None, max_length=200)
     """Where the page before this one ended."""
+    before: str | None = Field(None, max_length=200)
+    """Where the page after this one begins; `after` goes first."""
     limit: int = Field(50, ge=1, le=200)
     """Rows on a page."""
 
@@ -61,8 +73,8 @@ class FeatureQuery(BaseModel):
     def _known_sort(self) -> Self:
         if self.key not in SORT_KEYS:
             raise ValueError(f"there is no column '{self.key}' to sort by; the columns are {', '.join(SORT_KEYS)}")
-        if self.leads and self.head is None:
-            raise ValueError("`leads` needs a head: add head=0, for example")
+        if (self.leads or self.leads_dfa) and self.head is None:
+            raise ValueError(f"`{'leads' if self.leads else 'leads_dfa'}` needs a head: add head=0, for example")
         return self
 
     @property
@@ -81,9 +93,31 @@ class FeatureQuery(BaseModel):
         return self.order.startswith("-")
 
     def asked(self, **changes: Any) -> dict[str, Any]:
-        """What differs from the defaults, ready for an address. A change other than `after` begins at the first page."""
-        values = {**self.model_dump(exclude_defaults=True), "after": self.after if not changes else None, **changes}
+        """What differs from the defaults, ready for an address. Any change begins at the first page, unless it names another."""
+        here = {} if not changes else {"after": None, "before": None}
+        values = {**self.model_dump(exclude_defaults=True), **here, **changes}
         return {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
+
+    @property
+    def selection(self) -> str | None:
+        """Filters and order as one value, for the address of a feature's page; None where all is asked."""
+        asked = self.asked(after=None, before=None, limit=None)
+        return urlencode({key: value for key, value in asked.items() if value is not None}) or None
+
+    @classmethod
+    def of_selection(cls, text: str | None) -> "FeatureQuery":
+        """What `selection` made; UsageError for anything else."""
+        try:
+            return cls.model_validate(dict(parse_qsl(text or "", max_num_fields=30)))
+        except ValueError as error:
+            raise UsageError(f"'{text}' selects no features; go back to the table.", field="from") from error
+
+
+class Stored(Packed, Protocol):
+    """An example's columns."""
+
+    band: int
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -135,21 +169,48 @@ class FeatureTable:
     rows: tuple[FeatureRow, ...]
     next: str | None
     """Cursor for the page after this one; None on the last."""
+    previous: str | None
+    """Cursor for the page before this one; None on the first."""
 
 
-def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureTable:
-    """The part of the table that `query` asks for: one query, by keyset, so that a deep page costs what the first does."""
-    harvest = door.sae.harvest
-    if harvest is None:
-        return FeatureTable(query, 0, (), None)
+def walk_of(door: Door, query: FeatureQuery) -> Walk:
+    """The way through the table that `query` asks for."""
     if query.head is not None and query.head >= door.sae.n_heads:
         raise UsageError(
             f"Head {query.head} does not exist: {door.sae.name} has heads 0 to {door.sae.n_heads - 1}.", field="head"
         )
-    conditions = _conditions(harvest.id, query)
-    matching = sa.select(sa.func.count()).select_from(Feature).where(*conditions).scalar_subquery()
-    norm_share, dfa_share, dfa = _shares(query.head)
-    column = _sort_column(query, norm_share, dfa_share)
+    return Walk(door, query, query.key, query.descending)
+
+
+def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureTable:
+    """The part of the table that `query` asks for, by keyset, so that a deep page costs what the first does."""
+    walk = walk_of(door, query)
+    if door.sae.harvest is None:
+        return FeatureTable(query, 0, (), None, None)
+    mark = query.after if query.after is not None else query.before
+    start = None if mark is None else Place.read(mark, query.key)
+    backward = start is not None and query.after is None
+    found = walk.from_(session, start, query.limit + 1, backward=backward)
+    shown, more = found[: query.limit], len(found) > query.limit
+    if backward:
+        shown.reverse()
+    there = bool(shown)
+    return FeatureTable(
+        query=query,
+        n_matching=walk.count(session),
+        rows=feature_rows(session, door, query.head, [place.idx for place in shown]),
+        next=str(shown[-1]) if there and (more or backward) else None,
+        previous=str(shown[0]) if there and (start is not None if not backward else more) else None,
+    )
+
+
+def feature_rows(session: Session, door: Door, head: int | None, wanted: Sequence[int]) -> tuple[FeatureRow, ...]:
+    """The lines of the features `wanted`, in their order: one query."""
+    if door.sae.harvest is None or not wanted:
+        return ()
+    harvest_id = door.sae.harvest.id
+    norm_share, dfa_share, dfa = _shares(head)
+    first = sa.and_(Example.feature_id == Feature.id, Example.band == 0, Example.rank == 0)
     statement = (
         sa.select(
             Feature,
@@ -158,37 +219,18 @@ def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureT
             norm_share.label("norm_share"),
             dfa_share.label("dfa_share"),
             dfa.label("dfa"),
-            matching.label("n_matching"),
-            column.label("place"),
         )
+        .add_columns(Example, Context.texts, shown_label(door.id, Feature.idx).label("label"))
         .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
-        .where(*conditions)
-    )
-    if query.head is not None:
-        at_head = sa.and_(FeatureHead.harvest_id == harvest.id, FeatureHead.head == query.head, FeatureHead.idx == Feature.idx)
-        statement = statement.join(FeatureHead, at_head)
-    if query.after is not None:
-        statement = statement.where(_beyond(query, column))
-    way = sa.desc if query.descending else sa.asc
-    page = statement.order_by(way(column).nulls_last(), way(Feature.idx)).limit(query.limit + 1).subquery()
-    feature = aliased(Feature, page)
-    # Only the features that are shown bring their strongest example along.
-    first = sa.and_(Example.feature_id == feature.id, Example.band == 0, Example.rank == 0)
-    found = session.execute(
-        sa.select(feature, *page.c["promoted", "verdict", "norm_share", "dfa_share", "dfa", "n_matching", "place"])
-        .add_columns(Example, Context.texts, shown_label(door.id, feature.idx).label("label"))
         .outerjoin(Example, first)
         .outerjoin(Context, Context.id == Example.context_id)
-        .order_by(way(page.c.place).nulls_last(), way(page.c.idx))
-    ).all()
-    shown = found[: query.limit]
-    rows = tuple(_feature_row(row, row[0], query.head) for row in shown)
-    return FeatureTable(
-        query=query,
-        n_matching=found[0].n_matching if found else 0,
-        rows=rows,
-        next=_cursor(shown[-1].place, shown[-1][0].idx) if len(found) > query.limit else None,
+        .where(Feature.harvest_id == harvest_id, Feature.idx.in_(wanted))
     )
+    if head is not None:
+        at_head = sa.and_(FeatureHead.harvest_id == harvest_id, FeatureHead.head == head, FeatureHead.idx == Feature.idx)
+        statement = statement.outerjoin(FeatureHead, at_head)
+    lines = {row[0].idx: _feature_row(row, row[0], head) for row in session.execute(statement)}
+    return tuple(lines[idx] for idx in wanted if idx in lines)
 
 
 def _shares(head: int | None) -> tuple[Any, Any, Any]:
@@ -196,61 +238,6 @@ def _shares(head: int | None) -> tuple[Any, Any, Any]:
     if head is None:
         return Feature.top_head_share, Feature.top_head_dfa_share, sa.null()
     return FeatureHead.norm_share, FeatureHead.dfa_share, FeatureHead.dfa
-
-
-def _cursor(place: float | str | None, idx: int) -> str:
-    # repr of a float reads back as the very same float.
-    return f"{'' if place is None else place if isinstance(place, str) else repr(place)}~{idx}"
-
-
-def _conditions(harvest_id: int, query: FeatureQuery) -> list[sa.ColumnElement[bool]]:
-    conditions = [Feature.harvest_id == harvest_id]
-    if query.leads:
-        conditions.append(Feature.top_head == query.head)
-    if query.min_density is not None:
-        conditions.append(Feature.density >= query.min_density)
-    if query.max_density is not None:
-        conditions.append(Feature.density <= query.max_density)
-    if query.min_max is not None:
-        conditions.append(Feature.max_act >= query.min_max)
-    if query.family is not None:
-        conditions.append(Feature.family.is_(None) if query.family == "unclear" else Feature.family == query.family)
-    if query.dead is not None:
-        conditions.append(Feature.n_fired == 0 if query.dead else Feature.n_fired > 0)
-    if query.labelled is not None:
-        there = labelled(harvest_id, Feature.idx)
-        conditions.append(there if query.labelled else ~there)
-    if query.label is not None:
-        conditions.append(labelled(harvest_id, Feature.idx, query.label))
-    return conditions
-
-
-def _sort_column(query: FeatureQuery, norm_share: Any, dfa_share: Any) -> Any:
-    return {
-        "idx": Feature.idx,
-        "density": Feature.density,
-        "max": Feature.max_act,
-        "mean": Feature.mean_act,
-        "head_share": norm_share,
-        "dfa_share": dfa_share,
-        "distance": Feature.distance,
-        "family": Feature.family,
-    }[query.key]
-
-
-def _beyond(query: FeatureQuery, column: Any) -> sa.ColumnElement[bool]:
-    """Rows after the cursor. A missing value sorts last both ways, so it lies beyond every value."""
-    value, _, index = (query.after or "").rpartition("~")
-    try:
-        idx = int(index)
-        at: float | str | None = None if value == "" else value if query.key == "family" else float(value)
-    except ValueError as error:
-        raise UsageError(f"'{query.after}' is no place in this table; start again without `after`.", field="after") from error
-    further_idx = Feature.idx < idx if query.descending else Feature.idx > idx
-    if at is None:
-        return sa.and_(column.is_(None), further_idx)
-    further = column < at if query.descending else column > at
-    return sa.or_(further, sa.and_(column == at, further_idx), column.is_(None))
 
 
 def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None) -> FeatureRow:
@@ -274,7 +261,7 @@ def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None) -> Featur
     )
 
 
-def _snippet(example: Example, texts: Sequence[str]) -> Snippet:
+def _snippet(example: Stored, texts: Sequence[str]) -> Snippet:
     entries, dest = read_dfa(example), example.dest
     by_source = np.bincount(entries.src, weights=entries.value, minlength=dest + 1)
     source = int(by_source.argmax())
@@ -467,12 +454,24 @@ class FeaturePage:
     """Of the kept examples, a sample of the firings: where DFA comes from by distance, and how it is spread."""
     neighbours: tuple[Neighbour, ...]
     examples: tuple[FeatureExample, ...]
+    """The first `AT_ONCE`, or all that were kept."""
+    kept: int | None
+    """How many were kept, where `examples` are not all."""
     previous: int | None
     next: int | None
 
+    def shows(self, place: Reference) -> bool:
+        """Whether that example is among `examples`."""
+        return any((example.band, example.rank) == (place.band, place.rank) for example in self.examples)
 
-def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
-    """The page of feature `index` of the published harvest: three queries after the door's one."""
+
+AT_ONCE = 20
+"""Examples that a feature's page begins with: from every band, and the strongest."""
+
+
+def feature_page(session: Session, door: Door, index: int, *, every: bool = False) -> FeaturePage:
+    """The page of feature `index` of the published harvest, with its first or with `every` example: three queries after the
+    door's one."""
     harvest_id = _published(door)
     check_index(door, index)
     found = session.execute(
@@ -486,6 +485,8 @@ def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
     pairs = detail.coactive.get("pairs", [])
     others = _others(session, harvest_id, [int(idx) for idx, *_ in (*detail.neighbours, *pairs)])
     heads = _head_shares(detail)
+    config = door.sae.harvest.config if door.sae.harvest else {}
+    shown, kept = _examples(session, feature.id, config, every)
     histogram_edges, histogram_counts = unfold(detail.histogram, log=True)
     logit_edges, logit_counts = unfold(detail.logits, log=False)
     return FeaturePage(
@@ -519,7 +520,8 @@ def feature_page(session: Session, door: Door, index: int) -> FeaturePage:
         coactive=_partners(pairs, others),
         sample=detail.sample,
         neighbours=_neighbours(detail.neighbours, others),
-        examples=_examples(session, feature.id, int((door.sae.harvest.config if door.sae.harvest else {}).get("window", 256))),
+        examples=shown,
+        kept=kept if kept > len(shown) else None,
         previous=index - 1 if index > 0 else None,
         next=index + 1 if index + 1 < door.sae.d_sae else None,
     )
@@ -570,17 +572,33 @@ def _texts(promoted: Sequence[Sequence[Any]]) -> tuple[str, ...]:
     return tuple(text for _, text, _ in promoted[:3])
 
 
-def _examples(session: Session, feature_id: int, window: int) -> tuple[FeatureExample, ...]:
-    rows = session.execute(
-        sa.select(Example, Context.row, Context.texts)
+def _examples(session: Session, feature_id: int, config: dict[str, Any], every: bool) -> tuple[tuple[FeatureExample, ...], int]:
+    """The examples to show, and how many there are."""
+    columns = (Example.band, Example.rank, Example.dest, Example.start, Example.act, Example.acts, Example.dfa)
+    mine = (
+        sa.select(*columns, Context.row, Context.texts, sa.func.count().over().label("kept"))
         .join(Context, Context.id == Example.context_id)
         .where(Example.feature_id == feature_id)
         .order_by(Example.band, Example.rank)
     )
-    return tuple(_example(example, row, texts, window) for example, row, texts in rows)
+    if not every:
+        counted = sa.select(sa.func.count()).where(Example.feature_id == feature_id).scalar_subquery()
+        strongest, of_each = first_of_bands(config)
+        first = Example.rank < sa.case((Example.band == 0, strongest), else_=of_each)
+        mine = mine.with_only_columns(*columns, Context.row, Context.texts, counted.label("kept")).where(first)
+    rows = session.execute(mine).all()
+    window = int(config.get("window", 256))
+    return tuple(_example(row, row.row, row.texts, window) for row in rows), rows[0].kept if rows else 0
 
 
-def _example(example: Example, row: int, texts: Sequence[str], window: int) -> FeatureExample:
+def first_of_bands(config: dict[str, Any]) -> tuple[int, int]:
+    """How many of the strongest, and how many of each band, make the first `AT_ONCE`; `config` is the harvest's."""
+    bands, per_band = int(config.get("bands", 4)), int(config.get("per_band", 5))
+    of_each = min(per_band, max(1, AT_ONCE * 3 // 5 // bands)) if bands else 0
+    return max(1, AT_ONCE - bands * of_each), of_each
+
+
+def _example(example: Stored, row: int, texts: Sequence[str], window: int) -> FeatureExample:
     acts, dfa = read_acts(example), read_dfa(example)
     return FeatureExample(
         band=example.band,
@@ -646,13 +664,39 @@ def feature_cards(session: Session, wanted: Sequence[tuple[int, int]], n_example
     }  # fmt: skip
 
 
-def random_feature(session: Session, door: Door) -> int:
-    """A live feature, each about equally likely: the next one after a random place in the shuffled order."""
+def random_feature(session: Session, door: Door, query: FeatureQuery) -> int:
+    """A live feature of those that `query` selects, each about equally likely: the next one after a random place in the
+    shuffled order. NotFound where there is none."""
+    _published(door)
+    live = query if query.dead is not None else query.model_copy(update={"dead": False})
+    walk = replace(walk_of(door, live), key="shuffle", descending=False)
+    start = Place(random.randrange(2**31), -1)  # noqa: S311
+    found = walk.from_(session, start, 1) or walk.from_(session, None, 1)
+    if not found:
+        raise NotFound(f"No feature of {door.sae.name} that is alive is selected.", field="sae")
+    return found[0].idx
+
+
+def beside(session: Session, door: Door, index: int, query: FeatureQuery, *, backward: bool) -> int:
+    """The feature that follows `index` in what `query` selects, in its order, or that comes before it; NotFound at the end."""
+    found = walk_of(door, query).from_(session, place_of(session, door, index, query), 1, backward=backward)
+    if not found:
+        where = "first" if backward else "last"
+        raise NotFound(f"Feature {index} is the {where} of those that the filter selects.", field="index")
+    return found[0].idx
+
+
+def place_of(session: Session, door: Door, index: int, query: FeatureQuery) -> Place:
+    """Where feature `index` stands in the order of `query`."""
     harvest_id = _published(door)
-    live = sa.select(Feature.idx).where(Feature.harvest_id == harvest_id, Feature.n_fired > 0).order_by(Feature.shuffle_key)
-    place = random.randrange(2**31)  # noqa: S311
-    found = session.scalar(live.where(Feature.shuffle_key >= place).limit(1))
-    found = session.scalar(live.limit(1)) if found is None else found
-    if found is None:
-        raise NotFound(f"No feature of {door.sae.name} is alive.", field="sae")
-    return found
+    norm_share, dfa_share, _ = _shares(query.head)
+    shares: dict[str, Any] = {"head_share": norm_share, "dfa_share": dfa_share}
+    value = shares[query.key] if query.key in shares else getattr(Feature, NAMES.get(query.key, query.key))
+    statement = sa.select(value, Feature.idx).where(Feature.harvest_id == harvest_id, Feature.idx == index)
+    if query.head is not None:
+        at_head = sa.and_(FeatureHead.harvest_id == harvest_id, FeatureHead.head == query.head, FeatureHead.idx == Feature.idx)
+        statement = statement.outerjoin(FeatureHead, at_head)
+    here = session.execute(statement).one_or_none()
+    if here is None:
+        raise NotFound(f"Feature {index} of {door.sae.name} is not in its published harvest.", field="index")
+    return Place(*here)

@@ -59,8 +59,8 @@ def begin(
 
 def write_features(db: Database, harvest_id: int, features: Iterable["FeatureRecord"], fence: Fence) -> None:
     """Store every feature of the SAE, and the heads of live ones."""
-    chunks = _cut(features, lambda _: 1, FEATURES_AT_ONCE)
-    _write(db, harvest_id, "features", chunks, _insert_features, fence)
+    chunks = cut(features, lambda _: 1, FEATURES_AT_ONCE)
+    write_chunks(db, harvest_id, "features", chunks, _insert_features, fence)
 
 
 def write_part(db: Database, harvest_id: int, part: int, rows: Iterable["RowRecord"], fence: Fence) -> None:
@@ -73,8 +73,8 @@ def write_part(db: Database, harvest_id: int, part: int, rows: Iterable["RowReco
         _insert_rows(session, harvest_id, chunk, ids)
         return max((example.gap for row in chunk for example in row.examples), default=None)
 
-    chunks = _cut(rows, lambda row: len(row.examples), EXAMPLES_AT_ONCE)
-    _write(db, harvest_id, f"part {part}", chunks, insert, fence)
+    chunks = cut(rows, lambda row: len(row.examples), EXAMPLES_AT_ONCE)
+    write_chunks(db, harvest_id, f"part {part}", chunks, insert, fence)
 
 
 def write_heads(db: Database, harvest_id: int, heads: Iterable["HeadRecord"], fence: Fence) -> None:
@@ -83,7 +83,7 @@ def write_heads(db: Database, harvest_id: int, heads: Iterable["HeadRecord"], fe
     def insert(session: Session, harvest_id: int, chunk: list["HeadRecord"]) -> None:
         session.execute(sa.insert(HeadSummary), [{"harvest_id": harvest_id, **vars(head)} for head in chunk])
 
-    _write(db, harvest_id, "heads", _cut(heads, lambda _: 1, FEATURES_AT_ONCE), insert, fence)
+    write_chunks(db, harvest_id, "heads", cut(heads, lambda _: 1, FEATURES_AT_ONCE), insert, fence)
 
 
 def publish(db: Database, harvest_id: int, n_parts: int, fence: Fence) -> None:
@@ -120,7 +120,7 @@ def stored_gaps(session: Session, harvest_id: int) -> NDArray[np.float64]:
 # ---- chunks, each written once ----
 
 
-def _cut(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
+def cut(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
     """Runs of items that hold `most` or just more; always the same runs of the same items, so that their marks mean the same."""
     chunk: list[T] = []
     held = 0
@@ -138,7 +138,7 @@ def _marks(session: Session, harvest_id: int) -> set[str]:
     return set(session.scalars(sa.select(HarvestPart.part).where(HarvestPart.harvest_id == harvest_id)))
 
 
-def _write(
+def write_chunks(
     db: Database,
     harvest_id: int,
     name: str,
@@ -146,6 +146,7 @@ def _write(
     insert: Callable[[Session, int, list[T]], float | None],
     fence: Fence,
 ) -> None:
+    """Each chunk in a transaction of its own, with its mark; `name` is the mark of all. What is written already is left."""
     with db.read() as session:
         done = _marks(session, harvest_id)
     if name in done:

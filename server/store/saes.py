@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, Renamed
+from server.store.kept import kept
 from server.tables import SAE, Corpus, Feature, FormerName, Harvest, Job, JobPoint, Model
 
 DENSITY_EDGES = tuple(10 ** (exponent / 3) for exponent in range(-18, 1))
@@ -185,7 +187,7 @@ def sae_ref(row: SAE, model: str, harvest: Harvest | None, corpus: str | None) -
 def sae_overview(session: Session, door: Door) -> SaeOverview:
     """Everything above the feature table."""
     harvest = door.sae.harvest
-    groups = _feature_groups(session, harvest.id) if harvest else []
+    groups = kept(session, harvest, "groups", partial(_feature_groups, session, harvest.id)) if harvest else []
     led: defaultdict[int, int] = defaultdict(int)
     families: defaultdict[str, int] = defaultdict(int)
     for group in groups:

@@ -1,6 +1,7 @@
 """The harvests that are stored: listed, and deleted bit by bit, so that nobody who writes meanwhile waits for long."""
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -9,9 +10,10 @@ from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from sae_core.errors import JobError, NotFound
 from server.db import Database
+from server.store import search
 from server.store.harvests import PUBLISHED, REPLACED, RUNNING
 from server.store.jobs import OPEN
-from server.tables import SAE, Context, Feature, FeatureHead, Harvest, Job
+from server.tables import SAE, Context, Feature, FeatureHead, FeatureToken, Harvest, Job
 
 CHUNK_SECONDS = 0.05
 """What one transaction aims at: half of what a writer may make others wait."""
@@ -68,7 +70,9 @@ def delete(db: Database, harvest_id: int, *, force: bool = False) -> None:
         harvest.status = REPLACED
     # Details and examples go with their features, what else is left with the harvest itself: there is little of it.
     _in_chunks(db, Feature.id, Feature.harvest_id == harvest_id)
-    _in_chunks(db, Context.id, Context.harvest_id == harvest_id)
+    _in_chunks(db, Context.id, Context.harvest_id == harvest_id, also=search.delete_texts)
+    for kind in (search.FIRES, search.PROMOTES, search.SUPPRESSES):
+        _in_chunks(db, FeatureToken.token_id, sa.and_(FeatureToken.harvest_id == harvest_id, FeatureToken.kind == kind))
     with db.read() as session:
         heads = session.scalars(sa.select(FeatureHead.head).where(FeatureHead.harvest_id == harvest_id).distinct()).all()
     for head in heads:
@@ -77,8 +81,15 @@ def delete(db: Database, harvest_id: int, *, force: bool = False) -> None:
         session.execute(sa.delete(Harvest).where(Harvest.id == harvest_id))
 
 
-def _in_chunks(db: Database, key: InstrumentedAttribute[int], which: sa.ColumnElement[bool]) -> None:
-    """Delete the rows `which`, told apart by `key`; as many at a time as take about CHUNK_SECONDS."""
+def _in_chunks(
+    db: Database,
+    key: InstrumentedAttribute[int],
+    which: sa.ColumnElement[bool],
+    *,
+    also: Callable[[Session, Sequence[int]], None] | None = None,
+) -> None:
+    """Delete the rows `which`, told apart by `key`; as many at a time as take about CHUNK_SECONDS. `also` deletes what else
+    goes by those keys."""
     size = FIRST_CHUNK
     while True:
         with db.write() as session:
@@ -86,6 +97,8 @@ def _in_chunks(db: Database, key: InstrumentedAttribute[int], which: sa.ColumnEl
             keys = session.scalars(sa.select(key).where(which).order_by(key).limit(size)).all()
             if keys:
                 session.execute(sa.delete(key.class_).where(which, key.in_(keys)))
+                if also is not None:
+                    also(session, keys)
         if not keys:
             return
         size = min(max(1, int(len(keys) * CHUNK_SECONDS / max(time.monotonic() - begun, 1e-4))), 4 * size, 10_000)
