@@ -1,14 +1,14 @@
 """Whether `doctor` plans a harvest right: time, disk and memory of a plan over those of a real harvest of part of its tokens.
 
 A made SAE (`sae_core.rates`) of 24,576 features, 32 of them active on a token, at SmolLM2's layer 17, is harvested over
-`rows=256` rows of the demo's text, in a process of its own. The plan of that size is made from rates measured just before, as
-`headscope doctor --features 24576 --measure` does. `time` compares the sum over the phases that grow with the work; `planned_10m`
-is what the plan says of 10M tokens, `extrapolated_10m` what follows from the measured phases: scan by tokens, visit by examples,
-the rest by live features. About ten minutes on two cores.
+`rows=256` rows of the demo's text, in a process of its own. The plan of that very size is made from rates measured just before,
+as `headscope doctor --features 24576 --measure` does, given the number of examples found: over so few tokens features have fewer
+than they may. `time` compares the sum over the phases, whose own ratios follow; `planned_10m` is what the plan says of 10M tokens,
+whose visit goes to far more rows with far fewer examples each, so that it cannot be worked out from the short one's.
+Memory is what the process holds at most beside what it held before the harvest. About five minutes on two cores.
 """
 
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from bench import _smollm2
+from bench._processes import forget_peak, peak_memory
 from sae_core.config import HarvestConfig
 from sae_core.harvest import Files, choose, features, scan_shard, shards, swept_rows, visit, visit_parts
 from sae_core.rates import harvest_rates, made_sae
@@ -39,13 +40,6 @@ def run(rows: int = 256) -> dict[str, dict[str, object]]:
     size = Size(found["tokens"], found["context"], FEATURES, K, found["d_in"], found["n_heads"])
     plan, long = harvest_plan(cfg, size, rates, found["examples"]), Size(**{**size.__dict__, "tokens": LONG})
     seconds = found["seconds"]
-    examples = FEATURES * (cfg.top_k + cfg.bands * cfg.per_band)
-    extrapolated = {
-        "scan": seconds["scan"] * LONG / found["tokens"],
-        "choose": seconds["choose"] * FEATURES / found["live"],
-        "visit": seconds["visit"] * examples / found["examples"],
-        "features": seconds["features"] * FEATURES / found["live"],
-    }
     planned = harvest_plan(cfg.model_copy(update={"tokens": LONG}), long, rates).seconds
     wanted = ">= 0.8 and <= 1.2"
 
@@ -53,13 +47,12 @@ def run(rows: int = 256) -> dict[str, dict[str, object]]:
         return {"value": float(f"{value:.3g}"), "unit": "x", "target": target}
 
     figures = {
-        "time": ratio(sum(planned[name] for name in extrapolated) / sum(extrapolated.values())),
+        "time": ratio(sum(plan.seconds[name] for name in seconds) / sum(seconds.values())),
         "disk": ratio(sum(plan.disk[name] for name in ("tallies", "choice", "examples")) / found["disk"]),
         "memory": ratio(plan.peak / found["memory"]),
         "planned_10m": {"value": round(sum(planned.values()) / 60), "unit": "min", "target": None},
-        "extrapolated_10m": {"value": round(sum(extrapolated.values()) / 60), "unit": "min", "target": None},
     }
-    return figures | {name: ratio(planned[name] / extrapolated[name], None) for name in extrapolated}
+    return figures | {name: ratio(plan.seconds[name] / seconds[name], None) for name in seconds}
 
 
 def measure(rows: int) -> dict[str, object]:
@@ -68,8 +61,9 @@ def measure(rows: int) -> dict[str, object]:
     text = _smollm2.demo_rows(lens)
     cfg = HarvestConfig(tokens=rows * text.context)
     tokens = torch.from_numpy(text.train[:16].astype("int64"))
-    z, before = lens.read_z(tokens, [LAYER])[LAYER], _memory()
+    z = lens.read_z(tokens, [LAYER])[LAYER]
     sae = made_sae(lens, LAYER, z, FEATURES, K)
+    before = forget_peak()
     seconds: dict[str, float] = {}
     with tempfile.TemporaryDirectory(prefix="headscope-bench-") as name:
         files = Files(Path(name))
@@ -103,13 +97,8 @@ def measure(rows: int) -> dict[str, object]:
         "examples": len(chosen.feature),
         "live": table.totals.n_live,
         "disk": disk,
-        "memory": _memory() - before,
+        "memory": peak_memory() - before,
     }
-
-
-def _memory() -> int:
-    """Bytes that the process has held at most."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

@@ -339,7 +339,7 @@ def status(db: Database, *ids: int) -> tuple[str, ...]:
 
 def test_chunks_are_the_same_whenever_they_are_cut() -> None:
     def cut() -> list[list[int]]:
-        return list(harvests._cut(iter([3, 1, 9, 2, 2, 2]), lambda n: n, 4))
+        return list(harvests.cut(iter([3, 1, 9, 2, 2, 2]), lambda n: n, 4))
 
     assert cut() == cut() == [[3, 1], [9], [2, 2], [2]]
 

@@ -2,19 +2,21 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from starlette.responses import RedirectResponse
 
 from sae_core.errors import UsageError
-from server.db import Database
 from server.pages.csv_file import csv_stream
 from server.pages.feature import View
 from server.pages.reply import Read, etag, feature_path, link, reply, sae_path, unchanged, wants_part
 from server.store.features import FeatureQuery, FeatureTable, beside, check_index, feature_table, random_feature, walk_of
 from server.store.heads import HeadLine, head_summaries
 from server.store.saes import Door, SaeOverview, find_sae, sae_overview
+
+if TYPE_CHECKING:
+    from server.db import Database
 
 router = APIRouter()
 
@@ -51,11 +53,12 @@ def random_page(sae: str, view: Annotated[View, Query()], read: Read) -> Respons
     return RedirectResponse(link(feature_path(sae, index), **view.asked()), 303, {"Cache-Control": "no-store"})
 
 
-@router.get("/saes/{sae}/features/{index:int}/{way}", include_in_schema=False)
-def beside_page(sae: str, index: int, way: Literal["next", "previous"], view: Annotated[View, Query()], read: Read) -> Response:
+@router.get("/saes/{sae}/features/{index:int}/next", include_in_schema=False)
+@router.get("/saes/{sae}/features/{index:int}/previous", include_in_schema=False)
+def beside_page(request: Request, sae: str, index: int, view: Annotated[View, Query()], read: Read) -> Response:
     """On to the feature after or before this one, in what `from` selects and in its order."""
     door, query = find_sae(read, sae), FeatureQuery.of_selection(view.came_from)
-    there = beside(read, door, index, query, backward=way == "previous")
+    there = beside(read, door, index, query, backward=request.url.path.endswith("/previous"))
     return RedirectResponse(link(feature_path(sae, there), **view.asked()), 303)
 
 
@@ -74,7 +77,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def _csv_rows(db: Database, door: Door, query: FeatureQuery) -> Iterator[tuple[object, ...]]:
+def _csv_rows(db: "Database", door: Door, query: FeatureQuery) -> Iterator[tuple[object, ...]]:
     # The request's own session ends with the handler, and the file is made after it: a short one for each part.
     at: str | None = query.after
     while True:

@@ -425,7 +425,7 @@ def _search_text(session: Session, door: Door, q: str) -> Found:
     said_in = sa.select(Context.id, Context.texts).where(Context.id.in_(rows[:TEXT_ROWS]))
     texts: dict[int, list[str]] = {row.id: row.texts for row in session.execute(said_in)}
     spans = {id: span for id, said in texts.items() if (span := span_of(said, q)) is not None}
-    found: Sequence[sa.Row[Any]] = session.execute(
+    found = session.execute(
         sa.select(Feature.idx, Feature.max_act, Example.context_id, Example.band, Example.rank, Example.dest, Example.act)
         .select_from(Example)
         .join(Feature, Feature.id == Example.feature_id)

@@ -78,6 +78,8 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
         "/saes/{sae}/features/{index}/components.json",
         "/saes/{sae}/features/{index}/labels.json",
         "/labels.json",
+        "/search.json",
+        "/saes/{sae}/search.json",
         "/lists.json",
         "/lists/{list_id}.json",
         "/saes/{sae}/reviews.json",
