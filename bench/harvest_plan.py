@@ -3,8 +3,8 @@
 A made SAE (`sae_core.rates`) of 24,576 features, 32 of them active on a token, at SmolLM2's layer 17, is harvested over
 `rows=256` rows of the demo's text, in a process of its own. The plan of that very size is made from rates measured just before,
 as `headscope doctor --features 24576 --measure` does, given the number of examples found: over so few tokens features have fewer
-than they may. `time` compares the sum over the phases, whose own ratios follow; `planned_10m` is what the plan says of 10M tokens,
-whose visit goes to far more rows with far fewer examples each, so that it cannot be worked out from the short one's.
+than they may. `time` compares the sum over the phases, whose own ratios follow. `planned_10m` is what the plan says of 10M
+tokens, whose visit goes to far more rows with far fewer examples each, so that it cannot be worked out from the short one's.
 Memory is what the process holds at most beside what it held before the harvest. About five minutes on two cores.
 """
 
