@@ -425,7 +425,7 @@ def _search_text(session: Session, door: Door, q: str) -> Found:
     said_in = sa.select(Context.id, Context.texts).where(Context.id.in_(rows[:TEXT_ROWS]))
     texts: dict[int, list[str]] = {row.id: row.texts for row in session.execute(said_in)}
     spans = {id: span for id, said in texts.items() if (span := span_of(said, q)) is not None}
-    found = session.execute(
+    found: Sequence[Any] = session.execute(
         sa.select(Feature.idx, Feature.max_act, Example.context_id, Example.band, Example.rank, Example.dest, Example.act)
         .select_from(Example)
         .join(Feature, Feature.id == Example.feature_id)
@@ -434,11 +434,11 @@ def _search_text(session: Session, door: Door, q: str) -> Found:
         .limit(TEXT_EXAMPLES)
     ).all()
 
-    def nearness(row: sa.Row[Any]) -> tuple[bool, float]:
+    def nearness(row: Any) -> tuple[bool, float]:
         low, high = spans[row.context_id]
         return not low <= row.dest < high, -row.act / (row.max_act or 1)
 
-    best: dict[int, sa.Row[Any]] = {}
+    best: dict[int, Any] = {}
     for row in sorted(found, key=nearness):
         best.setdefault(row.idx, row)
     shown = dict(list(best.items())[:PAGE])
