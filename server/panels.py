@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from server.charts import Bar, Curve
+from server.charts import Bar, Curve, Series
 from server.rendering import num, percent
 from server.store.features import HeadShare
 
@@ -121,6 +121,45 @@ class HasFirings(Protocol):
     def firings(self) -> int: ...
     @property
     def tokens(self) -> int: ...
+
+
+FAMILY_MARKS = {
+    "induction": 0,
+    "token by induction": 0,
+    "previous token": 1,
+    "duplicate token": 2,
+    "suppression": 4,
+    "local": 5,
+    "long-range": 3,
+}
+"""Shapes (`charts.MARKS`) of the families that a map of heads marks; two of one kind share one."""
+MARKED_FAMILIES = ("induction", "previous token", "duplicate token", "long-range", "suppression", "local")
+
+
+def family_mark(family: int | str) -> int | None:
+    """The shape of a family."""
+    return FAMILY_MARKS.get(str(family))
+
+
+def family_key() -> list[Series]:
+    """The shapes and what they mean."""
+    return [Series(name, FAMILY_MARKS[name], ()) for name in MARKED_FAMILIES]
+
+
+class HasValue(Protocol):
+    """A bar of whole numbers: `low` <= ... < `high`."""
+
+    @property
+    def low(self) -> int: ...
+    @property
+    def high(self) -> int: ...
+    @property
+    def value(self) -> float: ...
+
+
+def span_bars(spans: Sequence[HasValue]) -> list[Bar]:
+    """A bar per group of distances."""
+    return [Bar(_range(span.low, span.high - 1), span.value) for span in spans]
 
 
 def rate_bars(buckets: Sequence[HasFirings]) -> list[Bar]:

@@ -1,7 +1,10 @@
 """How every page answers: the whole page, one block of it for htmx, or the same dataclass as JSON."""
 
+import csv
 import hashlib
-from collections.abc import Iterator
+import io
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
@@ -85,6 +88,20 @@ def reply(
     return HTMLResponse(render(chosen, page=page, **view), status, headers)
 
 
+def csv_reply(name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Response:
+    """Rows as a file to keep, called `name`.csv; an empty cell is a value that is not known."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([header, *rows])
+    headers = {"Content-Disposition": f'attachment; filename="{file_name(name)}.csv"', "Cache-Control": "private, no-cache"}
+    return Response(text.getvalue(), headers=headers, media_type="text/csv; charset=utf-8")
+
+
+def file_name(name: str) -> str:
+    """`name` with nothing in it that a file's name or a header cannot hold."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "headscope"
+
+
 def to_json(page: Any) -> bytes:
     """The dataclass `page` as JSON."""
     kind = type(page)
@@ -110,6 +127,16 @@ def link(path: str, **params: Any) -> str:
 def sae_path(name: str) -> str:
     """The address of an SAE's page."""
     return f"/saes/{quote(name, safe='')}"
+
+
+def head_path(sae: str, head: int) -> str:
+    """The address of a head's page."""
+    return f"{sae_path(sae)}/heads/{head}"
+
+
+def heads_path(model: str) -> str:
+    """The address of the table of a model's heads."""
+    return f"/models/{quote(model)}/heads"
 
 
 def asset(name: str) -> str:
@@ -145,6 +172,8 @@ def environment() -> Environment:
     )
     names = ("num", "signed", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip", "clock")
     jinja.filters.update({name: getattr(rendering, name) for name in names})
-    jinja.globals.update(link=link, sae_path=sae_path, asset=asset, version=VERSION, asdict=asdict)
+    jinja.globals.update(
+        link=link, sae_path=sae_path, head_path=head_path, heads_path=heads_path, asset=asset, version=VERSION, asdict=asdict
+    )
     jinja.globals.update(rendering=rendering, charts=charts, panels=panels)
     return jinja
