@@ -1,6 +1,8 @@
 """What the panels of a page draw and say, made from what is stored: bars, curves, and numbers with their sentences."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
 from server.charts import Bar, Curve, Series
@@ -121,6 +123,37 @@ class HasFirings(Protocol):
     def firings(self) -> int: ...
     @property
     def tokens(self) -> int: ...
+
+
+class Cited(Protocol):
+    """An SAE as a citation names it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+def bibtex(title: str, address: str, sae: Cited, harvest: int | None, made: datetime | None, version: str) -> str:
+    """A page as a BibTeX entry: whoever has the SAE and the harvest can see the same numbers again."""
+    key = re.sub(r"[^a-z0-9]+", "-", f"headscope-{sae.name}-{title}".lower()).strip("-")
+    note = f"SAE {sae.name} of {sae.model}, sha256 {sae.sha256}" + (f", harvest {harvest}" if harvest is not None else "")
+    fields = {
+        "title": f"{{{_tex(title)}}}",
+        "howpublished": f"\\url{{{address}}}",
+        "year": str(made.year) if made else None,
+        "month": str(made.month) if made else None,
+        "note": f"{_tex(note)}. Headscope {version}",
+    }
+    lines = "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items() if value)
+    return f"@misc{{{key},\n{lines}}}"
+
+
+def _tex(text: str) -> str:
+    """Text with what TeX reads as a command made harmless."""
+    return re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", "/")).replace("~", "-").replace("^", "-")
 
 
 FAMILY_MARKS = {

@@ -12,6 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse
 
+from server.figures import collecting
 from server.jobs import Jobs
 from server.pages.reply import Read, render, reply
 from server.store import jobs as store
@@ -113,4 +114,5 @@ async def events(request: Request, job_id: Annotated[str, Depends(known_job)]) -
 def _block(request: Request, job_id: str) -> tuple[str, bool]:
     with request.app.state.db.read() as session:
         page = look(session, job_id)
-    return render("_job.html", page=page), page.job.ended
+    with collecting():
+        return render("_job.html", page=page), page.job.ended

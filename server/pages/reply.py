@@ -18,10 +18,14 @@ from pydantic import TypeAdapter
 from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse
 
+from sae_core.errors import UsageError
 from server import charts, panels, rendering
+from server.figures import SCHEMES, Figure, collecting, pick, standalone
 from server.resources import resource_path
 
 VERSION = version("headscope")
+SVG_CSP = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+"""Of an SVG file, which holds its own style and nothing else."""
 VARY = "HX-Request, HX-Request-Type, HX-History-Restore-Request"
 
 
@@ -84,8 +88,24 @@ def reply(
     headers = {**_headers(tag), **(headers or {})}
     if wants_json(request):
         return Response(to_json(page), status, headers, media_type="application/json")
-    chosen = block if block and wants_part(request) else template
-    return HTMLResponse(render(chosen, page=page, **view), status, headers)
+    asked = request.query_params.get("figure")
+    chosen = block if block and wants_part(request) and not asked else template
+    with collecting(request.url.query) as figures:
+        text = render(chosen, page=page, origin=str(request.base_url).rstrip("/"), **view)
+    if asked:
+        return _file(*pick(figures, asked), request.query_params.get("scheme", "light"))
+    return HTMLResponse(text, status, headers)
+
+
+def _file(figure: Figure, kind: str, scheme: str) -> Response:
+    """A figure of a page as a file."""
+    if kind == "csv" and figure.data:
+        return csv_reply(figure.name, figure.data.header, figure.data.rows)
+    if scheme not in SCHEMES:
+        raise UsageError(f"'{scheme}' is no colour scheme; there are {' and '.join(SCHEMES)}.", field="scheme")
+    name = f'inline; filename="{file_name(figure.name)}.svg"'
+    headers = {"Content-Disposition": name, "Cache-Control": "private, no-cache", "Content-Security-Policy": SVG_CSP}
+    return Response(standalone(figure, scheme), headers=headers, media_type="image/svg+xml")
 
 
 def csv_reply(name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Response:
