@@ -48,13 +48,12 @@ def feature_svg(page: FeaturePage) -> str:
         ("strongest", num(page.max_act)),
         ("fires on", percent(page.density)),
     )
-    for place, (name, value) in enumerate(facts):
-        x = 690 + 170 * place
-        parts += [_text(x, 72, name, 20, c["soft"]), _text(x, 106, shorten(value, 16, placeholder="…"), 28, c["ink"], "700")]
+    for x, (name, value) in zip((640, 890, 1020), facts, strict=True):
+        parts += [_text(x, 72, name, 20, c["soft"]), _text(x, 106, shorten(value, 18, placeholder="…"), 28, c["ink"], "700")]
     if page.verdict:
         parts.append(_text(SIDE, 190, shorten(visible(page.verdict), 84, placeholder="…"), 27, c["ink"]))
     parts += _heads(page, c)
-    promoted = "   ".join(visible(token.text).strip() or "space" for token in page.promoted[:6])
+    promoted = " · ".join(visible(token.text).strip() or "space" for token in page.promoted[:6])
     parts += [
         _text(640, 254, "promotes", 20, c["soft"]),
         _text(640, 290, shorten(promoted, 44, placeholder="…"), 26, c["pos"], "700"),
@@ -99,7 +98,11 @@ def _example(example: FeatureExample, c: dict[str, str]) -> Iterator[str]:
     top = max((abs(value) for value in gave.values()), default=0.0)
     sources = {position: value for position, value in gave.items() if top and abs(value) >= PAINTED * top}
     first = max(example.start, min([example.dest - 12, *(s for s in sources if s >= example.dest - AROUND)]))
-    yield _text(SIDE, 400, f"strongest example, activation {num(example.act)}", 20, c["soft"])
+    said = f"strongest example, activation {num(example.act)}"
+    if sources and (strongest := max(sources, key=lambda position: abs(sources[position]))) < first:
+        text = visible(example.texts[strongest - example.start]).strip()
+        said += f"; its strongest source stands {example.dest - strongest} tokens back: “{shorten(text, 24, placeholder='…')}”"
+    yield _text(SIDE, 400, said, 20, c["soft"])
     lines = _lines([(position, example.texts[position - example.start]) for position in range(first, _end(example))])
     for place, line in enumerate(lines[:LINES]):
         spans = []

@@ -90,6 +90,14 @@ def cancel(request: Request, job_id: str) -> Response:
     return RedirectResponse(f"/jobs/{job_id}", 303)
 
 
+@router.post("/jobs/{job_id}/retry", include_in_schema=False)
+def retry(request: Request, job_id: str) -> Response:
+    """Run a failed or cancelled job again, from what it left on disk."""
+    with closing(Jobs(request.app.state.settings, request.app.state.db)) as jobs:
+        jobs.retry(job_id)
+    return RedirectResponse(f"/jobs/{job_id}", 303)
+
+
 def known_job(request: Request, job_id: str) -> str:
     """The id, once it is sure that there is such a job: an event stream cannot answer 404."""
     with request.app.state.db.read() as session:

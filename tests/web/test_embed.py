@@ -95,10 +95,11 @@ def test_a_link_in_a_chat_has_a_picture(client: TestClient) -> None:
 
 
 def test_the_picture_has_letters_where_the_machine_has_no_font() -> None:
-    empty = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 200 40" width="200" height="40"><rect width="200" height="40"/>{}</svg>'
+    size = 'viewBox="0 0 200 40" width="200" height="40"'
+    empty = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><rect width="200" height="40"/>{{}}</svg>'
     *_, without = pixels(png(empty.format("")))
     *_, with_text = pixels(png(empty.format('<text x="4" y="30" font-size="24" fill="#fff">Feature</text>')))
-    assert without == 1
+    assert without <= 2, "rows are stored by how they differ from the one above"
     assert with_text > 10
 
 
