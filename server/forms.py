@@ -89,7 +89,7 @@ def exactly(value: Any) -> str:
     """A value as text that reads back as the very same."""
     if isinstance(value, float):
         return repr(value)
-    if isinstance(value, list | tuple) and value:
+    if isinstance(value, list | tuple):
         return ",".join(map(exactly, value))
     return written(value)
 
@@ -188,7 +188,7 @@ def filled(model: type[C], values: Mapping[str, str]) -> Filled[C]:
         errors: dict[str, str] = {}
         for one in error.errors():
             what = one["msg"].removeprefix("Value error, ")
-            sentence = "This is needed." if one["type"] == "missing" else f"{what[0].upper()}{what[1:]}."
+            sentence = "This is needed." if one["type"] == "missing" else f"{what}."
             for name in _named(model, values, one["loc"], what):
                 errors.setdefault(name, sentence)
         return Filled(None, errors)
@@ -205,8 +205,8 @@ def _named(model: type[Config], values: Mapping[str, str], loc: tuple[int | str,
     names = [one.name for one in _inputs(model, values, {}, {})]
     while loc:
         path = ".".join(map(str, loc))
-        if path in names:
-            return [path]
+        if inside := [name for name in names if name == path or name.startswith(f"{path}.")]:
+            return inside[:1]  # of a config that is missing as a whole, its first
         loc = loc[:-1]
     return [""] + [name for name in names if re.search(rf"(?<![\w/]){name.rpartition('.')[2]}(?!\w)", what)]
 

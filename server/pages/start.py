@@ -18,6 +18,7 @@ from server.pages.feature import form
 from server.pages.reply import Read, reply
 from server.store import jobs as store
 from server.store import registry
+from server.store.saes import find_sae
 
 router = APIRouter()
 
@@ -142,9 +143,10 @@ def _shown(
 
 def _of_sae(session: Session, kind: str, name: str) -> dict[str, str]:
     """What a job about an SAE best begins with: the corpus and the rows that it was trained on, so that what was held out is."""
-    train = registry.sae(session, name).config.train
-    if train is None:
+    stored = find_sae(session, name).config.get("train")
+    if not stored:
         return {}
+    train = TrainConfig.model_validate(stored)
     begun: dict[str, Any] = {"corpus": train.corpus, "rows": train.rows.model_dump()}
     if kind == "harvest" and train.harvests:
         begun["harvest"] = train.harvests[-1].model_dump()
