@@ -14,7 +14,7 @@ from starlette.types import Scope
 
 from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
 from server.db import Database
-from server.pages import components, embed, feature, head, health, home, jobs, sae, start, study, sweep
+from server.pages import compare, components, embed, feature, head, health, home, jobs, sae, start, study, sweep
 from server.pages.errors import error_response
 from server.resources import resource_path
 from server.security import TRUSTED_HOSTS, SecurityHeaders, refuse_cross_origin
@@ -52,7 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
-    for page in (health, home, sae, head, feature, embed, components, start, jobs, sweep, study):
+    for page in (health, home, sae, head, feature, embed, components, compare, start, jobs, sweep, study):
         app.include_router(page.router)
     return app
 

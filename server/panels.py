@@ -179,6 +179,16 @@ def family_key() -> list[Series]:
     return [Series(name, FAMILY_MARKS[name], ()) for name in MARKED_FAMILIES]
 
 
+def cosine_bars(counts: Sequence[int]) -> list[Bar]:
+    """A bar per step of cosine, from 0 to 1."""
+    return [Bar(f"{num(i / len(counts), 2)} to {num((i + 1) / len(counts), 2)}", n) for i, n in enumerate(counts)]
+
+
+def cosine_ticks(counts: Sequence[int]) -> list[tuple[float, str]]:
+    """Labels at quarters."""
+    return [(len(counts) * part, num(part, 2)) for part in (0, 0.25, 0.5, 0.75, 1)]
+
+
 class HasValue(Protocol):
     """A bar of whole numbers: `low` <= ... < `high`."""
 

@@ -76,7 +76,7 @@ def look(session: Session, job_id: str) -> JobPage:
         children=tuple(store.children(session, job_id)),
         curve=() if counted else points,
         log=tuple(store.log_lines(session, job_id)),
-        study=studies.of_job(session, job_id) if job.kind == "study" else None,
+        study=studies.of_job(session, job_id) if job.kind in ("study", "compare") else None,
         saes=() if many else saes_made_by(session, job_id, store.saes_of(job.config)),
         counters=points[-1].values if counted and points else {},
     )

@@ -89,6 +89,7 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
         "/jobs/{job_id}.json",
         "/saes/{sae}/heads/{head}.json",
         "/models/{model}/heads.json",
+        "/compare.json",
         "/sweeps/{job_id}.json",
         "/studies.json",
         "/studies/{study_id}.json",
