@@ -359,6 +359,21 @@ class EvaluateJob(Config):
     """How it is measured."""
 
 
+class CompareJob(Config):
+    """Two SAEs of one site, their features matched by decoder cosine."""
+
+    sae: str
+    """The SAE's name."""
+    against: str
+    """Name of the SAE to match it with."""
+
+    @model_validator(mode="after")
+    def _are_two(self) -> Self:
+        if self.sae == self.against:
+            raise ValueError(f"{self.sae} is the same on both sides; choose two SAEs")
+        return self
+
+
 class TokensProxy(Config):
     """True where the token itself is one of a set."""
 

@@ -14,7 +14,25 @@ from starlette.types import Scope
 
 from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
 from server.db import Database
-from server.pages import components, feature, forms, health, home, jobs, labels, lists, ratings, sae, search, study, sweep
+from server.pages import (
+    compare,
+    components,
+    embed,
+    feature,
+    forms,
+    head,
+    health,
+    home,
+    jobs,
+    labels,
+    lists,
+    ratings,
+    sae,
+    search,
+    start,
+    study,
+    sweep,
+)  # fmt: skip
 from server.pages.errors import error_response
 from server.resources import resource_path
 from server.security import TRUSTED_HOSTS, SecurityHeaders, refuse_cross_origin
@@ -52,7 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
-    pages = (home, search, sae, feature, components, labels, lists, ratings, jobs, sweep, study)
+    pages = (home, search, sae, head, feature, embed, components, compare, labels, lists, ratings, start, jobs, sweep, study)
     for page in (health, forms, *pages):
         app.include_router(page.router)
     return app

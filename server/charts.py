@@ -9,18 +9,23 @@ from typing import NamedTuple
 
 from markupsafe import Markup, escape
 
+from server.figures import Data, keep
 from server.rendering import NARROW, count, level, num, percent
 
 # --- what all have ---
 
 
-def figure(title: str, desc: str, body: str, width: int, height: int, twin: str, kind: str = "chart") -> Markup:
-    """A chart with its title and description, and its numbers as text beside it. `body` and `twin` are escaped by their maker."""
+def figure(
+    title: str, desc: str, body: str, width: int, height: int, twin: str, kind: str = "chart", data: Data | None = None
+) -> Markup:
+    """A chart with its title and description, its numbers as text beside it, and its files. `body` and `twin` are escaped by
+    their maker; `data` has the numbers in full."""
+    files = keep(title, desc, body, width, height, data)
     return Markup(  # noqa: S704 - title and desc are escaped here, the rest by its maker
         f'<figure class="{kind}"><figcaption>{escape(title)}</figcaption>'
         f'<svg role="img" viewBox="0 0 {width} {height}" preserveAspectRatio="xMidYMid meet">'
         f"<title>{escape(title)}</title><desc>{escape(desc)}</desc>{body}</svg>"
-        f"<details><summary>as text</summary><p>{escape(desc)}</p>{twin}</details></figure>"
+        f"<details><summary>as text</summary><p>{escape(desc)}</p>{files}{twin}</details></figure>"
     )
 
 
@@ -107,7 +112,8 @@ def bar_chart(
         f"<tr><th scope=row>{escape(bar.label)}<td>{num(bar.value, 4) if bar.value % 1 else count(bar.value)}{escape(unit)}"
         for bar in bars
     )
-    return figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>")
+    data = Data(("what", f"value{unit}"), [(bar.label, bar.value) for bar in bars])
+    return figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>", data=data)
 
 
 def _height(value: float, top: float, log: bool) -> float:
@@ -152,7 +158,8 @@ def line_chart(title: str, curve: Curve, *, desc: str, width: int = 300, height:
         f'<text class="now" x="{width}" y="9" text-anchor="end">now {num(points[-1][1])}</text>'
     )
     rows = "".join(f"<tr><th scope=row>{count(x)}<td>{num(y, 4)}" for x, y in _thinned(points, 12))
-    return figure(title, desc, body, width, height, f"<table><tbody>{rows}</table>")
+    data = Data(("step", curve.name), curve.points)
+    return figure(title, desc, body, width, height, f"<table><tbody>{rows}</table>", data=data)
 
 
 # --- points ---
@@ -239,7 +246,9 @@ def scatter(
         for spot in sorted(one.spots)
     )
     table = f"<table><thead><tr><th>run<th>L0<th>{escape(title)}</thead><tbody>{rows}</table>"
-    return figure(title, desc, "".join(parts), width, height, table, kind="scatter")
+    points = [(one.name, spot.label, spot.x, spot.y, spot.low, spot.high) for one in series for spot in sorted(one.spots)]
+    data = Data(("series", "run", "l0", "value", "low", "high"), points)
+    return figure(title, desc, "".join(parts), width, height, table, kind="scatter", data=data)
 
 
 def _spot(spot: Spot, series: Series, at: Callable[[float, float], tuple[float, float]], said: Callable[[float], str]) -> str:
@@ -388,7 +397,8 @@ def lines(
         for point in line.points
     )
     table = f"<table><thead><tr><th>line<th>{escape(across)}<th>{escape(title)}</thead><tbody>{rows}</table>"
-    return figure(title, desc, "".join(parts), width, height, table, kind="scatter")
+    data = Data(("line", across, "value", "low", "high"), [(line.name, *point) for line in drawn for point in line.points])
+    return figure(title, desc, "".join(parts), width, height, table, kind="scatter", data=data)
 
 
 def _line(
@@ -480,7 +490,10 @@ def back_to_back(
         if up or down
     )
     heads = f"<thead><tr><th>{escape(across)}<th>{escape(names[0])}<th>{escape(names[1])}</thead>"
-    return figure(title, desc, "".join(parts), width, height, f"<table>{heads}<tbody>{rows}</table>", kind="scatter two-sided")
+    bars = [(edges[i], edges[i + 1], up, down) for i, (up, down) in enumerate(zip(above, below, strict=True))]
+    data = Data(("from", "to", *names), bars)
+    table = f"<table>{heads}<tbody>{rows}</table>"
+    return figure(title, desc, "".join(parts), width, height, table, kind="scatter two-sided", data=data)
 
 
 def _levels(largest: float, log: bool) -> list[float]:
@@ -541,8 +554,9 @@ def head_map(
         middle = f"translate({x + size / 2 - 1} {y + size / 2 - 1})"
         mark = f'<path class="mark s{cell.mark}" d="{MARKS[cell.mark]}" transform="{middle}"/>' if cell.mark is not None else ""
         text = escape(f"head {cell.layer}.{cell.head}: {', '.join(cell.says)}{', shown' if cell.chosen else ''}")
+        chosen = ' class="chosen"' if cell.chosen else ""
         parts.append(
-            f'<a href="{escape(cell.link)}"{" class=chosen" if cell.chosen else ""}><title>{text}</title>'
+            f'<a href="{escape(cell.link)}"{chosen}><title>{text}</title>'
             f'<rect class="c{level(cell.value, highest)}" x="{x}" y="{y}" {side}/>{mark}</a>'
         )
     rows = "".join(
@@ -552,7 +566,8 @@ def head_map(
     )
     names = "".join(f"<th>{escape(name)}" for name in columns)
     table = f"<table><thead><tr><th>head{names}</thead><tbody>{rows}</table>"
-    return figure(title, desc, "".join(parts), width, height, table, kind="map")
+    data = Data(("layer", "head", "value", *columns), [(cell.layer, cell.head, cell.value, *cell.says) for cell in cells])
+    return figure(title, desc, "".join(parts), width, height, table, kind="map", data=data)
 
 
 def map_key(cells: Sequence[HeadCell]) -> Markup:

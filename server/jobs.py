@@ -16,8 +16,8 @@ from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from dbos import error as dbos_error
 from sqlalchemy.orm import Session
 
-from sae_core.config import EvaluateJob, HarvestJob, InductionStudy, SpecificityStudy, SweepConfig, TrainConfig, said
-from sae_core.errors import DatabaseTooOld, LayerOutOfRange, NotFound, UsageError
+from sae_core.config import CompareJob, EvaluateJob, HarvestJob, InductionStudy, SpecificityStudy, SweepConfig, TrainConfig, said
+from sae_core.errors import DatabaseTooOld, LayerOutOfRange, NotFound, SAEMismatch, UsageError
 from server.db import Database
 from server.settings import Settings
 from server.store import jobs as store
@@ -28,7 +28,14 @@ from server.store.sweeps import run_names, sweep_name
 APP = "headscope"
 VERSION = "2"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
 QUEUE = "gpu"
-PRIORITY = {"evaluate": 1, "study": 1, "harvest": 1, "train": 2, "sweep": 3}  # what a person waits for comes before new work
+PRIORITY = {
+    "compare": 1,
+    "evaluate": 1,
+    "study": 1,
+    "harvest": 1,
+    "train": 2,
+    "sweep": 3,
+}  # what a person waits for comes before new work
 NAME_LENGTH = 60
 TITLE_LENGTH = 300
 SWEEP_NAME_LENGTH = 36  # what tells a run from its siblings is added to it, and both must fit a harvest's id
@@ -136,6 +143,22 @@ class Jobs:
                 registry.corpus(session, cfg.corpus)
             shown = title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 1]}…"
             store.create(session, job_id, "study", shown, cfg.model_dump(mode="json"))
+        self.release()
+        return job_id
+
+    def enqueue_compare(self, cfg: CompareJob) -> str:
+        """Queue the matching of two SAEs' features and give the job's id, which follows from their harvests: asked twice, it
+        runs once, and again after a new harvest.
+
+        Raises SAEMismatch where they read different sites.
+        """
+        with self._db.write() as session:
+            ours, theirs = (registry.sae(session, name) for name in (cfg.sae, cfg.against))
+            check_same_coordinates(ours, theirs)
+            seen = sorted(id for id in registry.harvests_of(session, (ours.id, theirs.id)))
+            job_id = f"compare-{ours.id}-{theirs.id}-{'-'.join(map(str, seen)) or 'all'}"
+            title = f"Match features of {cfg.sae} and {cfg.against}"
+            store.create(session, job_id, "compare", title, cfg.model_dump(mode="json"))
         self.release()
         return job_id
 
@@ -277,6 +300,17 @@ def check_layer(name: str, model: Shape, layer: int) -> None:
     """Refuse, as far as the model is known, a layer that it lacks."""
     if model.n_layers is not None and layer >= model.n_layers:
         raise LayerOutOfRange(f"{name} has layers 0 to {model.n_layers - 1}; there is no layer {layer}.", field="layer")
+
+
+def check_same_coordinates(ours: registry.SAERecord, theirs: registry.SAERecord) -> None:
+    """Refuse to match SAEs that read different sites: their directions live in different spaces."""
+    a, b = ours.config, theirs.config
+    if (a.model_fingerprint, a.site, a.d_in) != (b.model_fingerprint, b.site, b.d_in):
+        raise SAEMismatch(
+            f"{theirs.name} reads layer {b.site.layer} of {b.model}, not layer {a.site.layer} of {a.model}, so their features "
+            "cannot be matched; choose two SAEs of one site.",
+            field="against",
+        )
 
 
 def check_feature(sae: registry.SAERecord, feature: int) -> None:

@@ -6,26 +6,24 @@ be None takes the word `none`.
 
 import inspect
 import re
-import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from sae_core.config import Config
 from sae_core.errors import UsageError
+from server.fields import NONE, choices, config_in, is_config, read, written
 
 C = TypeVar("C", bound=Config)
-NONE = "none"
 
 
 def options(model: type[Config], *, skip: Iterable[str] = (), prefix: str = "") -> dict[str, inspect.Parameter]:
     """Keyword parameters for typer, by parameter name; unset ones arrive as None, so that defaults stay the model's."""
     found = {}
     for name, info in model.model_fields.items():
-        if name in skip or _is_config(info.annotation):
+        if name in skip or is_config(info.annotation):
             continue
         default = None if info.is_required() else info.get_default(call_default_factory=True)
         key = f"{prefix}{name}".replace("-", "_")
@@ -33,7 +31,7 @@ def options(model: type[Config], *, skip: Iterable[str] = (), prefix: str = "") 
         typed = _typed(info.annotation)
         names = (f"{flag}/--no-{key}".replace("_", "-"),) if typed is bool else (flag,)
         option = typer.Option(
-            *names, help=info.description, show_default=_written(default), metavar=_metavar(info.annotation, typed)
+            *names, help=info.description, show_default=written(default), metavar=_metavar(info.annotation, typed)
         )
         annotation = Annotated[typed | None, option]  # type: ignore[valid-type]
         found[key] = inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
@@ -58,7 +56,7 @@ def given(values: dict[str, Any], model: type[Config], *, prefix: str = "") -> d
     """The fields of `model` among `values` that were set on the command line; the model has not checked them yet."""
     keys = {f"{prefix}{name}".replace("-", "_"): name for name in model.model_fields}
     return {
-        keys[key]: _read(model.model_fields[keys[key]], value)
+        keys[key]: read(model.model_fields[keys[key]], value)
         for key, value in values.items()
         if key in keys and value is not None
     }
@@ -84,7 +82,7 @@ def _refusal(model: type[Config], error: ValidationError, flags: Mapping[str, st
     what = first["msg"].removeprefix("Value error, ")
     field = _flag(model, first["loc"], flags)
     if field:
-        value = "" if isinstance(first["input"], dict) else f" {_written(first['input'])}"
+        value = "" if isinstance(first["input"], dict) else f" {written(first['input'])}"
         return UsageError(f"--{field}{value}: {what}.", field=field)
     named = _mentioned(model, what, flags)
     said = ", ".join(f"--{name}" for name in named)
@@ -94,35 +92,15 @@ def _refusal(model: type[Config], error: ValidationError, flags: Mapping[str, st
 # ---- types ----
 
 
-def _is_config(annotation: Any) -> bool:
-    return any(isinstance(part, type) and issubclass(part, Config) for part in _parts(annotation))
-
-
-def _parts(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is Literal:
-        return []
-    inner = get_args(annotation)
-    return [part for arg in inner for part in _parts(arg)] if inner else [annotation]
-
-
-def _choices(annotation: Any) -> list[Any]:
-    """What a field may be: the arms of its union, limits stripped, since the model itself checks them."""
-    if get_origin(annotation) is Annotated:
-        return _choices(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, types.UnionType):
-        return [choice for arm in get_args(annotation) for choice in _choices(arm)]
-    return [annotation]
-
-
 def _typed(annotation: Any) -> Any:
-    """The type that the command line reads: a number where only numbers can stand, else text that `_read` takes apart."""
-    choices = _choices(annotation)
-    return choices[0] if len(choices) == 1 and choices[0] in (int, float, bool, str) else str
+    """The type that the command line reads: a number where only numbers can stand, else text that `read` takes apart."""
+    arms = choices(annotation)
+    return arms[0] if len(arms) == 1 and arms[0] in (int, float, bool, str) else str
 
 
 def _metavar(annotation: Any, typed: Any) -> str | None:
     """What the help shows where the value goes; None leaves it to the type."""
-    shown = [_kind(choice) for choice in _choices(annotation)]
+    shown = [_kind(choice) for choice in choices(annotation)]
     return None if typed is not str or shown == ["<str>"] else "|".join(shown)
 
 
@@ -132,24 +110,11 @@ def _kind(choice: Any) -> str:
     if get_origin(choice) is Literal:
         return "|".join(map(str, get_args(choice)))
     if get_origin(choice) is tuple:
-        return f"{_kind(_choices(get_args(choice)[0])[0])},..."
+        return f"{_kind(choices(get_args(choice)[0])[0])},..."
     return {int: "<int>", float: "<float>"}.get(choice, "<str>")
 
 
 # ---- values ----
-
-
-def _read(info: FieldInfo, value: Any) -> Any:
-    """Text as the field's kind of value; what cannot be read stays text, for the model to refuse."""
-    if not isinstance(value, str):
-        return value
-    choices = _choices(info.annotation)
-    if type(None) in choices and value.strip().lower() == NONE:
-        return None
-    words = [word for choice in choices if get_origin(choice) is Literal for word in get_args(choice)]
-    if value not in words and any(get_origin(choice) is tuple for choice in choices):
-        return tuple(part.strip() for part in value.split(",") if part.strip())
-    return value
 
 
 def split_texts(written: str) -> tuple[str, ...]:
@@ -167,17 +132,6 @@ def split_texts(written: str) -> tuple[str, ...]:
     return tuple(texts)
 
 
-def _written(value: Any) -> str:
-    """A value as one would type it."""
-    if value is None or value == ():
-        return NONE
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple | list):
-        return ",".join(map(_written, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
 # ---- names ----
 
 
@@ -188,7 +142,7 @@ def _flag(model: type[Config], loc: tuple[int | str, ...], flags: Mapping[str, s
     for part in loc:  # beside fields, a place holds positions in lists and the arms of unions
         if isinstance(part, str) and inner is not None and part in inner.model_fields:
             path.append(part)
-            inner = next((p for p in _parts(inner.model_fields[part].annotation) if _is_config(p)), None)
+            inner = config_in(inner.model_fields[part].annotation)
         elif isinstance(part, str) and inner is not None and not path:
             path.append(part)  # a field that the config does not have
             inner = None
@@ -216,7 +170,7 @@ def _mentioned(model: type[Config], sentence: str, flags: Mapping[str, str]) -> 
 
 def _paths(model: type[Config], before: tuple[str, ...] = ()) -> Iterator[list[str]]:
     for name, info in model.model_fields.items():
-        inner = next((p for p in _parts(info.annotation) if _is_config(p)), None)
+        inner = config_in(info.annotation)
         if get_origin(info.annotation) is dict:
             continue
         if inner is None:

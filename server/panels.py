@@ -1,9 +1,11 @@
 """What the panels of a page draw and say, made from what is stored: bars, curves, and numbers with their sentences."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
-from server.charts import Bar, Curve
+from server.charts import Bar, Curve, Series
 from server.rendering import num, percent
 from server.store.features import HeadShare
 
@@ -121,6 +123,86 @@ class HasFirings(Protocol):
     def firings(self) -> int: ...
     @property
     def tokens(self) -> int: ...
+
+
+class Cited(Protocol):
+    """An SAE as a citation names it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def sha256(self) -> str: ...
+
+
+def bibtex(title: str, address: str, sae: Cited, harvest: int | None, made: datetime | None, version: str) -> str:
+    """A page as a BibTeX entry: whoever has the SAE and the harvest can see the same numbers again."""
+    key = re.sub(r"[^a-z0-9]+", "-", f"headscope-{sae.name}-{title}".lower()).strip("-")
+    note = f"SAE {sae.name} of {sae.model}, sha256 {sae.sha256}" + (f", harvest {harvest}" if harvest is not None else "")
+    fields = {
+        "title": f"{{{_tex(title)}}}",
+        "howpublished": f"\\url{{{address}}}",
+        "year": str(made.year) if made else None,
+        "month": str(made.month) if made else None,
+        "note": f"{_tex(note)}. Headscope {version}",
+    }
+    lines = "".join(f"  {name} = {{{value}}},\n" for name, value in fields.items() if value)
+    return f"@misc{{{key},\n{lines}}}"
+
+
+def _tex(text: str) -> str:
+    """Text with what TeX reads as a command made harmless."""
+    return re.sub(r"([&%$#_{}])", r"\\\1", text.replace("\\", "/")).replace("~", "-").replace("^", "-")
+
+
+FAMILY_MARKS = {
+    "induction": 0,
+    "token by induction": 0,
+    "previous token": 1,
+    "duplicate token": 2,
+    "suppression": 4,
+    "local": 5,
+    "long-range": 3,
+}
+"""Shapes (`charts.MARKS`) of the families that a map of heads marks; two of one kind share one."""
+MARKED_FAMILIES = ("induction", "previous token", "duplicate token", "long-range", "suppression", "local")
+
+
+def family_mark(family: int | str) -> int | None:
+    """The shape of a family."""
+    return FAMILY_MARKS.get(str(family))
+
+
+def family_key() -> list[Series]:
+    """The shapes and what they mean."""
+    return [Series(name, FAMILY_MARKS[name], ()) for name in MARKED_FAMILIES]
+
+
+def cosine_bars(counts: Sequence[int]) -> list[Bar]:
+    """A bar per step of cosine, from 0 to 1."""
+    return [Bar(f"{num(i / len(counts), 2)} to {num((i + 1) / len(counts), 2)}", n) for i, n in enumerate(counts)]
+
+
+def cosine_ticks(counts: Sequence[int]) -> list[tuple[float, str]]:
+    """Labels at quarters."""
+    return [(len(counts) * part, num(part, 2)) for part in (0, 0.25, 0.5, 0.75, 1)]
+
+
+class HasValue(Protocol):
+    """A bar of whole numbers: `low` <= ... < `high`."""
+
+    @property
+    def low(self) -> int: ...
+    @property
+    def high(self) -> int: ...
+    @property
+    def value(self) -> float: ...
+
+
+def span_bars(spans: Sequence[HasValue]) -> list[Bar]:
+    """A bar per group of distances."""
+    return [Bar(_range(span.low, span.high - 1), span.value) for span in spans]
 
 
 def rate_bars(buckets: Sequence[HasFirings]) -> list[Bar]:

@@ -105,8 +105,13 @@ def token_chip(text: str) -> Markup:
     return Markup('<span class="chip">{}</span>').format(spaced)
 
 
+def visible(text: str) -> str:
+    """`text` with no character invisible, or able to turn the text around it."""
+    return "".join(_SIGNS.get(c) or (f"⟨{ord(c):X}⟩" if _hidden(c) else c) for c in text)
+
+
 def _visible(text: str) -> Markup:
-    return escape("".join(_SIGNS.get(c) or (f"⟨{ord(c):X}⟩" if _hidden(c) else c) for c in text))
+    return escape(visible(text))
 
 
 def _hidden(c: str) -> bool:

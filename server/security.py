@@ -8,19 +8,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sae_core.errors import HeadscopeError
 
-CSP = "; ".join(
-    (
-        "default-src 'none'",
-        "script-src 'self'",
-        "style-src 'self'",
-        "img-src 'self' data:",
-        "font-src 'self'",
-        "connect-src 'self'",
-        "form-action 'self'",
-        "base-uri 'none'",
-        "frame-ancestors 'none'",
-    )
+RULES = (
+    "default-src 'none'",
+    "script-src 'self'",
+    "style-src 'self'",
+    "img-src 'self' data:",
+    "font-src 'self'",
+    "connect-src 'self'",
+    "form-action 'self'",
+    "base-uri 'none'",
+    "frame-ancestors 'none'",
 )
+CSP = "; ".join(RULES)
 HEADERS = {
     "Content-Security-Policy": CSP,
     "X-Content-Type-Options": "nosniff",
@@ -29,6 +28,12 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
 }
+EMBED_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'self'; img-src 'self'; font-src 'self'; base-uri 'none'",
+    "Cross-Origin-Resource-Policy": "cross-origin",
+}
+"""Of a card that other sites may frame, local slides too, so it names no ancestors: it has no script, no form and no cookie
+to abuse. Its style sheet may be read by a frame of any origin as well."""
 TRUSTED_HOSTS = ["127.0.0.1", "localhost", "testserver"]
 """Names this server answers to; any other `Host` is refused, which stops DNS rebinding."""
 

@@ -40,11 +40,21 @@ from sqlalchemy.orm import Session
 from sae_core import harvest as sweep
 from sae_core import heads, machine
 from sae_core.activations import Activations, about
-from sae_core.config import EvaluateJob, HarvestJob, InductionStudy, SpecificityStudy, SweepConfig, TrainConfig, study_job
+from sae_core.config import (
+    CompareJob,
+    EvaluateJob,
+    HarvestJob,
+    InductionStudy,
+    SpecificityStudy,
+    SweepConfig,
+    TrainConfig,
+    study_job,
+)
 from sae_core.corpus import Rows, prepare_rows
 from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SlotTaken
 from sae_core.evaluate import evaluate
 from sae_core.lens import Lens, load_lens
+from sae_core.matching import match
 from sae_core.parallel import check_processes, train_parallel
 from sae_core.probes import read_texts
 from sae_core.progress import Progress, relayed
@@ -82,6 +92,7 @@ SAID = {
     "synthetic": "Reading random tokens with a prefix copied.",
     "text": "Looking for induction in real text.",
     "cut": "Cutting repeated prefixes down to one token.",
+    "match": "Matching decoder directions.",
     "choose": "Choosing examples.",
     "visit": "Visiting the chosen rows with attention patterns.",
     "features": "Describing the features.",
@@ -477,6 +488,54 @@ def _store_study(run: Run, cfg: SpecificityStudy | InductionStudy, result: dict[
         run.say(note)
     run.say(f"It found: {result['summary']}.")
     run.say(f"See it at http://{run.worker.settings.host}:{run.worker.settings.port}/studies/{study_id}.")
+
+
+# ----------------------------------------------------------------------------------------------------------- compare job
+
+
+def compare(run: Run) -> None:
+    """The features of two SAEs, matched; what is found is kept as a study is."""
+    cfg = CompareJob.model_validate(run.job.config)
+    result = run.step("match", lambda: _match(run, cfg))
+    run.step("store", lambda: _store_match(run, cfg, result))
+
+
+def _match(run: Run, cfg: CompareJob) -> dict[str, Any]:
+    names = (cfg.sae, cfg.against)
+    run.report(Progress("match", 0, 1, "pairs"))
+    with run.worker.db.read() as session:
+        records = [registry.sae(session, name) for name in names]
+        fired = [registry.live_features(session, name) for name in names]
+    jobs.check_same_coordinates(*records)
+    saes = [load_sae(run.worker.settings.data / record.folder, run.worker.device) for record in records]
+    notes = [
+        f"{name} has no published harvest, so all its features count, dead ones too."
+        for name, live in zip(names, fired, strict=True)
+        if live is None
+    ]
+    live = [torch.arange(sae.cfg.d_sae) if found is None else torch.tensor(found) for sae, found in zip(saes, fired, strict=True)]
+    found = match(saes[0].W_dec.detach(), saes[1].W_dec.detach(), *live, names, notes).model_dump(mode="json")
+    run.report(Progress("match", 1, 1, "pairs"))
+    return found
+
+
+def _store_match(run: Run, cfg: CompareJob, result: dict[str, Any]) -> None:
+    with run.write() as session:
+        of = registry.sae(session, cfg.sae)
+        studies.write(
+            session,
+            job_id=run.id,
+            kind="compare",
+            title=run.job.title,
+            model_id=of.model_id,
+            sae_id=of.id,
+            feature=None,
+            config=run.job.config,
+            result=result,
+        )
+    run.say(f"It found: {result['summary']}.")
+    where = f"compare?a={cfg.sae}&b={cfg.against}"
+    run.say(f"See it at http://{run.worker.settings.host}:{run.worker.settings.port}/{where}.")
 
 
 # ----------------------------------------------------------------------------------------------------------- harvest job
@@ -931,6 +990,13 @@ def study_workflow(job_id: str) -> str:
     """DBOS's entry to `study`."""
     assert _worker is not None
     return _worker.work(job_id, study)
+
+
+@DBOS.workflow(name="compare", max_recovery_attempts=None)
+def compare_workflow(job_id: str) -> str:
+    """DBOS's entry to `compare`."""
+    assert _worker is not None
+    return _worker.work(job_id, compare)
 
 
 @DBOS.workflow(name="harvest", max_recovery_attempts=None)

@@ -8,10 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_core.errors import EngineAway, UsageError
 from server.live import ComponentsQuestion, LiveComponents
-from server.pages.feature import check_head, engine
+from server.pages.feature import engine
 from server.pages.reply import Read, reply
 from server.store.examples import example_row
 from server.store.features import check_index
+from server.store.heads import check_head
 from server.store.saes import Door, SaeRef, find_sae
 
 router = APIRouter()

@@ -12,6 +12,7 @@ from server.pages.forms import Form
 from server.pages.reply import Read, etag, reply, unchanged
 from server.rendering import Paint
 from server.store.features import DfaEntry, FeatureExample, FeaturePage, feature_page
+from server.store.heads import check_head
 from server.store.saes import Door, find_sae
 
 router = APIRouter()
@@ -59,12 +60,6 @@ def show_feature(request: Request, sae: str, index: int, view: Annotated[View, Q
     return unchanged(request, tag) or reply(
         request, feature_page(read, door, index, every=view.all), "feature.html", block="_examples.html", tag=tag, **about(view)
     )
-
-
-def check_head(door: Door, head: int | None) -> None:
-    """UsageError unless the SAE reads that head."""
-    if head is not None and head >= door.sae.n_heads:
-        raise UsageError(f"Head {head} does not exist: {door.sae.name} has heads 0 to {door.sae.n_heads - 1}.", field="head")
 
 
 def about(

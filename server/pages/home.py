@@ -4,12 +4,20 @@ import hashlib
 
 from fastapi import APIRouter, Request, Response
 
+from server import panels
 from server.charts import HeadCell
-from server.pages.reply import Read, link, reply, sae_path, wants_part
+from server.pages.reply import Read, head_path, reply, wants_part
 from server.rendering import count
+from server.store.home import HeadCell as HomeCell
 from server.store.home import HomePage, ModelMap, home_page
+from server.store.saes import Count
 
 router = APIRouter()
+
+LEAST_OF_A_FAMILY = 3
+"""Features of one family that a head must lead before its cell carries the family's mark ..."""
+SHARE_OF_A_FAMILY = 0.1
+"""... and the share of the features it leads that they must be: most features are of no family."""
 
 
 @router.get("/", include_in_schema=False)
@@ -29,14 +37,25 @@ def published(page: HomePage) -> str:
 
 
 def map_cells(model: ModelMap) -> list[HeadCell]:
-    """The model's heads, each with the way to the features that it leads."""
+    """The model's heads, each with the way to its page."""
     return [
         HeadCell(
             cell.layer,
             cell.head,
             cell.features,
-            (f"leads {count(cell.features)} features",),
-            link(sae_path(cell.sae), head=cell.head, leads="true"),
+            (f"leads {count(cell.features)} features", family_said(cell.family)),
+            head_path(cell.sae, cell.head),
+            panels.family_mark(cell.family.key) if cell.family and plain(cell) else None,
         )
         for cell in model.cells
     ]
+
+
+def plain(cell: HomeCell) -> bool:
+    """Whether so many of a head's features are of one family that its mark says something of the head."""
+    return cell.family is not None and cell.family.features >= max(LEAST_OF_A_FAMILY, cell.features * SHARE_OF_A_FAMILY)
+
+
+def family_said(family: Count | None) -> str:
+    """A main family in words."""
+    return f"{count(family.features)} {family.key}" if family else "no family stands out"

@@ -12,6 +12,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse
 
+from server.figures import collecting
 from server.jobs import Jobs
 from server.pages.reply import Read, render, reply
 from server.store import jobs as store
@@ -75,7 +76,7 @@ def look(session: Session, job_id: str) -> JobPage:
         children=tuple(store.children(session, job_id)),
         curve=() if counted else points,
         log=tuple(store.log_lines(session, job_id)),
-        study=studies.of_job(session, job_id) if job.kind == "study" else None,
+        study=studies.of_job(session, job_id) if job.kind in ("study", "compare") else None,
         saes=() if many else saes_made_by(session, job_id, store.saes_of(job.config)),
         counters=points[-1].values if counted and points else {},
     )
@@ -86,6 +87,14 @@ def cancel(request: Request, job_id: str) -> Response:
     """Ask the job's worker to stop, then show the job."""
     with closing(Jobs(request.app.state.settings, request.app.state.db)) as jobs:
         jobs.cancel(job_id)
+    return RedirectResponse(f"/jobs/{job_id}", 303)
+
+
+@router.post("/jobs/{job_id}/retry", include_in_schema=False)
+def retry(request: Request, job_id: str) -> Response:
+    """Run a failed or cancelled job again, from what it left on disk."""
+    with closing(Jobs(request.app.state.settings, request.app.state.db)) as jobs:
+        jobs.retry(job_id)
     return RedirectResponse(f"/jobs/{job_id}", 303)
 
 
@@ -113,4 +122,5 @@ async def events(request: Request, job_id: Annotated[str, Depends(known_job)]) -
 def _block(request: Request, job_id: str) -> tuple[str, bool]:
     with request.app.state.db.read() as session:
         page = look(session, job_id)
-    return render("_job.html", page=page), page.job.ended
+    with collecting():
+        return render("_job.html", page=page), page.job.ended

@@ -1,7 +1,10 @@
 """How every page answers: the whole page, one block of it for htmx, or the same dataclass as JSON."""
 
+import csv
 import hashlib
-from collections.abc import Iterator
+import io
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
@@ -15,13 +18,17 @@ from pydantic import TypeAdapter
 from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse
 
+from sae_core.errors import UsageError
 from server import charts, panels, rendering
+from server.figures import SCHEMES, Figure, collecting, pick, standalone
 from server.resources import resource_path
 
 if TYPE_CHECKING:
     from server.db import Database
 
 VERSION = version("headscope")
+SVG_CSP = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+"""Of an SVG file, which holds its own style and nothing else."""
 VARY = "HX-Request, HX-Request-Type, HX-History-Restore-Request"
 
 
@@ -90,8 +97,38 @@ def reply(
     headers = {**_headers(tag), **(headers or {})}
     if wants_json(request):
         return Response(to_json(page), status, headers, media_type="application/json")
-    chosen = block if block and wants_part(request) else template
-    return HTMLResponse(render(chosen, page=page, **view), status, headers)
+    asked = request.query_params.get("figure")
+    chosen = block if block and wants_part(request) and not asked else template
+    with collecting(request.url.query) as figures:
+        text = render(chosen, page=page, origin=str(request.base_url).rstrip("/"), **view)
+    if asked:
+        return _file(*pick(figures, asked), request.query_params.get("scheme", "light"))
+    return HTMLResponse(text, status, headers)
+
+
+def _file(figure: Figure, kind: str, scheme: str) -> Response:
+    """A figure of a page as a file."""
+    if kind == "csv" and figure.data:
+        return csv_reply(figure.name, figure.data.header, figure.data.rows)
+    if scheme not in SCHEMES:
+        raise UsageError(f"'{scheme}' is no colour scheme; there are {' and '.join(SCHEMES)}.", field="scheme")
+    name = f'inline; filename="{file_name(figure.name)}.svg"'
+    headers = {"Content-Disposition": name, "Cache-Control": "private, no-cache", "Content-Security-Policy": SVG_CSP}
+    return Response(standalone(figure, scheme), headers=headers, media_type="image/svg+xml")
+
+
+def csv_reply(name: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> Response:
+    """Rows as a file to keep, called `name`.csv; an empty cell is a value that is not known."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([header, *rows])
+    headers = {"Content-Disposition": f'attachment; filename="{file_name(name)}.csv"', "Cache-Control": "private, no-cache"}
+    return Response(text.getvalue(), headers=headers, media_type="text/csv; charset=utf-8")
+
+
+def file_name(name: str) -> str:
+    """`name` with nothing in it that a file's name or a header cannot hold."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "headscope"
 
 
 def to_json(page: Any) -> bytes:
@@ -124,6 +161,16 @@ def sae_path(name: str) -> str:
 def feature_path(sae: str, index: int) -> str:
     """The address of a feature's page."""
     return f"{sae_path(sae)}/features/{index}"
+
+
+def head_path(sae: str, head: int) -> str:
+    """The address of a head's page."""
+    return f"{sae_path(sae)}/heads/{head}"
+
+
+def heads_path(model: str) -> str:
+    """The address of the table of a model's heads."""
+    return f"/models/{quote(model)}/heads"
 
 
 def asset(name: str) -> str:
@@ -160,6 +207,7 @@ def environment() -> Environment:
     )
     names = ("num", "signed", "written", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip", "clock")
     jinja.filters.update({name: getattr(rendering, name) for name in names})
-    jinja.globals.update(link=link, sae_path=sae_path, feature_path=feature_path, asset=asset, version=VERSION, asdict=asdict)
+    jinja.globals.update(link=link, sae_path=sae_path, feature_path=feature_path, head_path=head_path, heads_path=heads_path)
+    jinja.globals.update(asset=asset, version=VERSION, asdict=asdict)
     jinja.globals.update(rendering=rendering, charts=charts, panels=panels)
     return jinja

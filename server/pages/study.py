@@ -7,9 +7,10 @@ from typing import Annotated, Any, Self
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.responses import RedirectResponse
 
 from server.charts import Bar, HeadCell, Line, Point
-from server.pages.reply import Read, etag, link, reply, unchanged
+from server.pages.reply import Read, etag, link, reply, unchanged, wants_json
 from server.rendering import num
 from server.store import studies
 from server.store.studies import StudyLine, StudyRecord
@@ -85,6 +86,8 @@ def studies_page(request: Request, query: Annotated[StudiesQuery, Query()], read
 def study_page(request: Request, study_id: int, query: Annotated[StudyQuery, Query()], read: Read) -> Response:
     """One study; it never changes, so a browser that has it is told so."""
     record = studies.study(read, study_id)
+    if record.kind == "compare" and not wants_json(request):
+        return RedirectResponse(link("/compare", a=record.config["sae"], b=record.config["against"]), 303)
     tag = etag(request, record.id, record.created_at, query.heads)
     if found := unchanged(request, tag):
         return found

@@ -9,8 +9,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from server.store import jobs
+from server.store.heads import HeadLine, summaries_of
 from server.store.jobs import JobRecord
-from server.store.saes import SaeRef, sae_ref
+from server.store.saes import Count, SaeRef, sae_ref
 from server.store.sweeps import SweepLine, sweeps
 from server.tables import SAE, Corpus, Feature, Harvest, Job, Model
 
@@ -32,6 +33,8 @@ class HeadCell:
     head: int
     features: int
     sae: str
+    family: Count | None
+    """The family of most of the features it leads by data, `unclear` left out."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class HomePage:
 
 
 def home_page(session: Session) -> HomePage:
-    """The first page: five queries."""
+    """The first page: six queries."""
     found = session.execute(
         sa.select(SAE, Model.name, Harvest, Corpus.name)
         .join(Model, Model.id == SAE.model_id)
@@ -71,10 +74,13 @@ def home_page(session: Session) -> HomePage:
     saes = tuple(
         SaeCard(sae_ref(row, model, harvest, corpus), row.metrics, row.created_at) for row, model, harvest, corpus in found
     )
-    led = _led(session, [card.sae.harvest.id for card in saes if card.sae.harvest])
+    shown = [card.sae.harvest.id for card in saes if card.sae.harvest]
+    led, lines = _led(session, shown), summaries_of(session, shown)
     models = session.scalars(sa.select(Model).order_by(Model.name)).all()
     return HomePage(
-        models=tuple(ModelMap(row.name, row.n_layers, row.n_heads, row.d_head, _cells(row.name, saes, led)) for row in models),
+        models=tuple(
+            ModelMap(row.name, row.n_layers, row.n_heads, row.d_head, _cells(row.name, saes, led, lines)) for row in models
+        ),
         saes=saes,
         sweeps=sweeps(session),
         jobs=open_jobs(session),
@@ -98,14 +104,22 @@ def _led(session: Session, harvest_ids: list[int]) -> dict[int, dict[int, int]]:
     return counts
 
 
-def _cells(model: str, saes: tuple[SaeCard, ...], led: dict[int, dict[int, int]]) -> tuple[HeadCell, ...]:
+def _cells(
+    model: str, saes: tuple[SaeCard, ...], led: dict[int, dict[int, int]], lines: dict[tuple[int, int], HeadLine]
+) -> tuple[HeadCell, ...]:
     # Newest first, so the first SAE met at a layer is the one shown.
     by_layer: dict[int, SaeRef] = {}
     for card in saes:
         if card.sae.model == model and card.sae.harvest:
             by_layer.setdefault(card.sae.layer, card.sae)
     return tuple(
-        HeadCell(layer, head, led.get(sae.harvest.id, {}).get(head, 0), sae.name)
+        HeadCell(
+            layer,
+            head,
+            led.get(sae.harvest.id, {}).get(head, 0),
+            sae.name,
+            line.family if (line := lines.get((sae.harvest.id, head))) else None,
+        )
         for layer, sae in sorted(by_layer.items())
         if sae.harvest
         for head in range(sae.n_heads)

@@ -1,5 +1,6 @@
 """Models, corpora and SAEs by name: how they are registered and found again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -9,7 +10,7 @@ from sqlalchemy.orm import Session
 from sae_core.config import CorpusSource, ModelSource, SAEConfig
 from sae_core.errors import NotFound, SAEMismatch, UnknownCorpus, UnknownModel
 from server.store.saes import current_name
-from server.tables import SAE, Corpus, FormerName, Model
+from server.tables import SAE, Corpus, Feature, FormerName, Model
 
 
 @dataclass(frozen=True)
@@ -232,6 +233,21 @@ def note_metrics(session: Session, name: str, found: dict[str, Any]) -> None:
         again = {one[key] for one in made}
         kept[part] = [one for one in row.metrics.get(part) or [] if one[key] not in again] + made
     row.metrics = found | kept
+
+
+def harvests_of(session: Session, sae_ids: Sequence[int]) -> list[int]:
+    """Ids of the published harvests of these SAEs."""
+    found = session.scalars(sa.select(SAE.harvest_id).where(SAE.id.in_(sae_ids), SAE.harvest_id.is_not(None)))
+    return [harvest_id for harvest_id in found if harvest_id is not None]
+
+
+def live_features(session: Session, name: str) -> list[int] | None:
+    """Indices of the features that fired in the published harvest; None without one."""
+    harvest_id = session.scalar(sa.select(SAE.harvest_id).where(SAE.name == name))
+    if harvest_id is None:
+        return None
+    fired = sa.select(Feature.idx).where(Feature.harvest_id == harvest_id, Feature.n_fired > 0)
+    return list(session.scalars(fired.order_by(Feature.idx)))
 
 
 def sae_names(session: Session) -> set[str]:

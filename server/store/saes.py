@@ -168,6 +168,21 @@ def current_name(session: Session, former: str) -> str | None:
     return session.scalar(sa.select(SAE.name).join(FormerName, FormerName.sae_id == SAE.id).where(FormerName.name == former))
 
 
+def newest_of_each_layer(session: Session, model: Model) -> tuple[SaeRef, ...]:
+    """The newest SAE with a published harvest of every layer that has one, by layer."""
+    found = session.execute(
+        sa.select(SAE, Harvest, Corpus.name)
+        .join(Harvest, Harvest.id == SAE.harvest_id)
+        .join(Corpus, Corpus.id == Harvest.corpus_id)
+        .where(SAE.model_id == model.id)
+        .order_by(SAE.created_at.desc(), SAE.id.desc())
+    )
+    newest: dict[int, SaeRef] = {}
+    for row, harvest, corpus in found:
+        newest.setdefault(row.layer, sae_ref(row, model.name, harvest, corpus))
+    return tuple(newest[layer] for layer in sorted(newest))
+
+
 def _unknown(name: str, known: Sequence[str]) -> str:
     there_are = f"There are: {', '.join(known)}." if known else "There are none yet."
     return f"There is no SAE called '{name}'. {there_are}"

@@ -32,10 +32,19 @@ def test_while_the_first_sae_is_made_the_page_says_so(empty_client: TestClient, 
     assert page.all("progress")[0]["value"] == "0.7500"
 
 
-def test_the_map_leads_to_the_table_by_head(client: TestClient) -> None:
+def test_the_map_leads_to_the_heads_and_to_their_table(client: TestClient) -> None:
     links = [a["href"] for a in Reader(client.get("/").text).all("a")]
     for head in range(9):
-        assert f"{SAE}?head={head}&leads=true" in links
+        assert f"{SAE}/heads/{head}" in links
+    assert "/models/smollm2-135m/heads" in links
+
+
+def test_a_cell_says_its_main_family_and_is_marked_where_that_is_much_of_it(client: TestClient) -> None:
+    page = Reader(client.get("/").text)
+    assert "6 induction" in page.text
+    assert "no family stands out" in page.text  # head 0
+    marks = [path for path in page.all("path") if path.get("class") == "mark s0"]
+    assert len(marks) >= 5
 
 
 def test_cards_show_key_figures(client: TestClient) -> None:
@@ -87,6 +96,9 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
         "/reviews/{review_id}/rate.json",
         "/jobs.json",
         "/jobs/{job_id}.json",
+        "/saes/{sae}/heads/{head}.json",
+        "/models/{model}/heads.json",
+        "/compare.json",
         "/sweeps/{job_id}.json",
         "/studies.json",
         "/studies/{study_id}.json",
