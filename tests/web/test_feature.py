@@ -305,3 +305,24 @@ def test_an_engine_that_is_away_costs_neither_page_nor_text(client: TestClient, 
 @pytest.mark.parametrize(("form", "sentence"), [({"text": " "}, "Type some text first"), ({"text": "x" * 5000}, "at most 4000")])
 def test_text_that_cannot_be_tried_gets_a_sentence(client: TestClient, form: dict[str, str], sentence: str) -> None:
     assert sentence in client.post(FEATURE, data=form, headers=PART).text
+
+
+def test_a_page_begins_with_twenty_examples_of_every_band_and_shows_all_when_asked(tmp_path: Path) -> None:
+    settings = put(at(tmp_path), Shape(n_features=4, n_dead=0, n_top=20, n_bands=4, per_band=3))
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        first = client.get(f"{FEATURE}.json").json()
+        every = client.get(f"{FEATURE}.json?all=1").json()
+        assert len(first["examples"]) == 20
+        assert first["kept"] == len(every["examples"]) > 20
+        assert every["kept"] is None
+        assert {e["band"] for e in first["examples"]} == {e["band"] for e in every["examples"]}
+        assert f"all {first['kept']} examples" in client.get(FEATURE).text
+        assert client.get(f"{FEATURE}?all=1").text.count('<li class="example"') == first["kept"]
+
+
+def test_a_token_that_was_looked_for_is_marked(client: TestClient) -> None:
+    example = client.get(f"{FEATURE}.json").json()["examples"][0]
+    token = example["texts"][example["dest"] - example["start"]]
+    shown = client.get(FEATURE, params={"mark": token.strip().upper()}).text
+    assert re.search(rf'<span class="t[^"]* found dest"[^>]*>{re.escape(token.strip())}</span>', shown)
+    assert " found" not in client.get(FEATURE).text

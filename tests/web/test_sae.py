@@ -1,10 +1,11 @@
 """`/saes/{sae}`: the overview and the feature table."""
 
+import csv
 import re
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 import sqlalchemy as sa
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from server.app import create_app
 from server.db import Database
+from server.pages.csv_file import cell
 from server.pages.reply import to_json
 from server.pages.sae import SaePage
 from server.settings import Settings
@@ -235,3 +237,52 @@ def test_an_sae_whose_harvest_knows_no_heads_shows_no_table_of_them(tmp_path: Pa
 def test_the_table_says_the_verdict_of_each_family(client: TestClient) -> None:
     shown = client.get(f"{SAE}?family=induction").text
     assert 'title="&#39; board&#39; is next by induction"' in shown
+
+
+def test_a_file_holds_what_the_table_selects_in_its_order(client: TestClient) -> None:
+    answer = client.get(f"{SAE}/features.csv?sort=-density&dead=false&min_max=3")
+    assert answer.headers["content-disposition"] == 'attachment; filename="smollm2-l17-features.csv"'
+    lines = list(csv.DictReader(answer.text.splitlines()))
+    rows = walk(client, "sort=-density&dead=false&min_max=3")
+    assert [int(line["index"]) for line in lines] == [row["index"] for row in rows] != []
+    assert float(lines[0]["fires on"]) == rows[0]["density"]
+    assert client.get(f"{SAE}/features.csv?head=99").status_code == 422
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\r=1"])
+def test_no_token_is_a_formula_in_a_spreadsheet(text: str) -> None:
+    assert cell(text) == f"'{text}"
+    assert cell("a=1") == "a=1"
+    assert cell(-1.5) == -1.5
+
+
+def test_next_previous_and_random_keep_to_what_the_table_selected(client: TestClient) -> None:
+    rows = [row["index"] for row in walk(client, "sort=-max&family=local")]
+    page = Reader(client.get(f"{SAE}?sort=-max&family=local").text)
+    first = next(a["href"] for a in page.all("a") if f"/features/{rows[0]}?" in a["href"])
+    selected = quote("sort=-max&family=local")
+    assert parse_qs(urlsplit(first).query)["from"] == ["sort=-max&family=local"]
+    for here, there in pairwise(rows):
+        assert (
+            client.get(f"{SAE}/features/{here}/next?from={selected}").headers["location"].startswith(f"{SAE}/features/{there}?")
+        )
+        assert (
+            client.get(f"{SAE}/features/{there}/previous?from={selected}")
+            .headers["location"]
+            .startswith(f"{SAE}/features/{here}?")
+        )
+    last = client.get(f"{SAE}/features/{rows[-1]}/next?from={selected}")
+    assert last.status_code == 404
+    assert "is the last of those" in last.text
+    for _ in range(8):
+        found = client.get(f"{SAE}/random?from={selected}").headers["location"]
+        assert int(re.findall(r"/features/(\d+)", found)[0]) in rows
+    assert client.get(f"{SAE}/features/3/next?from=sort%3Dcolour").status_code == 422
+
+
+def test_the_table_goes_back_as_it_came(client: TestClient) -> None:
+    first = client.get(f"{SAE}.json?limit=7&sort=distance").json()["table"]
+    second = client.get(f"{SAE}.json?limit=7&sort=distance&after={quote(first['next'])}").json()["table"]
+    back = client.get(f"{SAE}.json?limit=7&sort=distance&before={quote(second['previous'])}").json()["table"]
+    assert [row["index"] for row in back["rows"]] == [row["index"] for row in first["rows"]]
+    assert back["previous"] is None
