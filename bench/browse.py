@@ -9,6 +9,7 @@ have the same bounds, so no count is known before. `page_*` are the same questio
 
 import itertools
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,10 +46,13 @@ from server.tables import (
 
 HEADS, DEEP, ROWS, CONTEXT, VOCABULARY = 8, 2, 4096, 64, 20_000
 FAMILIES = ("induction", "previous token", "local", "long-range", "duplicate token", "suppression", None, None, None)
-WORDS = (
-    "the of and to in tide said river light model board under between children window morning street paper value return import "
-    "class list range index path row lines count number water ground history language system people question answer"
-).split(" ")
+WORDS = re.findall(
+    r"\w+",
+    """
+    the of and to in tide said river light model board under between children window morning street paper value return import
+    class list range index path row lines count number water ground history language system people question answer
+""",
+)
 PART = {"HX-Request": "true", "HX-Request-Type": "partial"}
 
 

@@ -468,7 +468,9 @@ def _rows_with(session: Session, q: str, harvest_id: int, limit: int) -> list[in
     else:
         phrase = " <-> ".join([*map(_quoted, said[:-1]), f"{_quoted(said[-1])}:*"])
         match = f"{_quoted(_mark(harvest_id))} & ({phrase})"
-        statement = sa.text("select context_id from context_text where words @@ cast(:match as tsquery) limit :limit")
+        statement = sa.text(
+            "select context_id from context_text where words @@ cast(:match as tsquery) order by context_id limit :limit"
+        )
     return list(session.scalars(statement, {"match": match, "limit": limit}))
 
 

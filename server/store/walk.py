@@ -72,7 +72,7 @@ class Walk:
     def from_(self, session: Session, start: Place | None, limit: int, *, backward: bool = False) -> list[Place]:
         """At most `limit` places after `start` (None: from the first on), nearest first; `backward` those before it."""
         found: list[Place] = []
-        for missing in self._parts(start, backward):
+        for missing in self.parts(start, backward):
             within = start if start is not None and (start.value is None) == missing else None
             found += self._part(session, missing, within, limit - len(found), self.descending != backward)
             if len(found) >= limit:
@@ -92,7 +92,8 @@ class Walk:
 
     # ---- parts: features with a value, and those without ----
 
-    def _parts(self, start: Place | None, backward: bool) -> Iterator[bool]:
+    def parts(self, start: Place | None, backward: bool) -> Iterator[bool]:
+        """The parts to walk through from `start` on: False for features that have a value, True for those without."""
         parts = [False, True] if self.key in MAY_MISS else [False]
         if backward:
             parts.reverse()
@@ -100,12 +101,12 @@ class Walk:
 
     def _part(self, session: Session, missing: bool, start: Place | None, limit: int, descending: bool) -> list[Place]:
         statements = self.statements(missing, start, limit, descending)
-        near = next(statements)
-        found = [Place(*row) for row in session.execute(near)]
+        found = [Place(*row) for row in session.execute(next(statements))]
+        whole = next(statements, None)
         # A harvest that is not longer than the reach has been looked through.
-        if len(found) < limit and self.door.sae.d_sae > REACH:
-            found = [Place(*row) for further in statements for row in session.execute(further)]
-        return found
+        if whole is None or len(found) == limit or self.door.sae.d_sae <= REACH:
+            return found
+        return [Place(*row) for row in session.execute(whole)]
 
     def statements(
         self, missing: bool, start: Place | None, limit: int, descending: bool

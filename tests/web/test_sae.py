@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 
 from server.app import create_app
 from server.db import Database
-from server.pages.csv_file import cell
+from server.pages import csv_file
 from server.pages.reply import to_json
 from server.pages.sae import SaePage
 from server.settings import Settings
@@ -251,9 +251,9 @@ def test_a_file_holds_what_the_table_selects_in_its_order(client: TestClient) ->
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\r=1"])
 def test_no_token_is_a_formula_in_a_spreadsheet(text: str) -> None:
-    assert cell(text) == f"'{text}"
-    assert cell("a=1") == "a=1"
-    assert cell(-1.5) == -1.5
+    assert csv_file.cell(text) == f"'{text}"
+    assert csv_file.cell("a=1") == "a=1"
+    assert csv_file.cell(-1.5) == -1.5
 
 
 def test_next_previous_and_random_keep_to_what_the_table_selected(client: TestClient) -> None:
