@@ -197,7 +197,7 @@ def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureT
     there = bool(shown)
     return FeatureTable(
         query=query,
-        n_matching=walk.count(session),
+        n_matching=len(shown) if start is None and not more else walk.count(session),
         rows=feature_rows(session, door, query.head, [place.idx for place in shown]),
         next=str(shown[-1]) if there and (more or backward) else None,
         previous=str(shown[0]) if there and (start is not None if not backward else more) else None,
