@@ -235,3 +235,12 @@ def test_an_sae_whose_harvest_knows_no_heads_shows_no_table_of_them(tmp_path: Pa
 def test_the_table_says_the_verdict_of_each_family(client: TestClient) -> None:
     shown = client.get(f"{SAE}?family=induction").text
     assert 'title="&#39; board&#39; is next by induction"' in shown
+
+
+def test_the_rank_spectrum_shows_the_flattest_and_the_steepest_head(client: TestClient) -> None:
+    page = client.get(SAE).text
+    assert "Directions used at each head, of 4" in page
+    drawn = page[page.index("Rank spectrum of the decoder") :]
+    drawn = drawn[: drawn.index("</figure>")]
+    assert [name for name in ("head 4,", "head 1,", "head 6,") if name in drawn] == ["head 4,", "head 1,", "head 6,"]
+    assert "head 5," not in drawn
