@@ -199,6 +199,16 @@ class CrossEntropy(_Record):
     """By position in the row."""
 
 
+class Spectrum(_Record):
+    """How many directions the live features' decoder slices at each head use."""
+
+    singular: list[list[Number]]
+    """By head: singular values of the slices [live features, d_head], over their sum, largest first."""
+    effective: list[Number]
+    """By head: the effective rank, exp of the entropy of the squares over their sum: from 1 to d_head."""
+    d_head: int
+
+
 class Evaluation(_Record):
     """All that is measured of a trained SAE."""
 
@@ -211,8 +221,31 @@ class Evaluation(_Record):
     """Sparse probing on labelled texts."""
     stability: list[Stability] = []
     """Against other SAEs of the same site."""
+    spectrum: Spectrum | None = None
+    """Of the decoder, by head; None in evaluations before it was taken, and where no feature is alive."""
     notes: list[str] = []
     """What could not be measured, and why."""
+
+
+# -------------------------------------------------------------------------------------------------------------- spectrum
+
+
+def spectrum(W_dec: Tensor, n_heads: int) -> Spectrum | None:
+    """Of decoder rows [n, n_heads d_head]. The Gram matrix of a head is d_head wide however many features there are, and its
+    eigenvalues are the squares of the singular values; None without a row."""
+    if not len(W_dec):
+        return None
+    slices = W_dec.detach().double().cpu().reshape(len(W_dec), n_heads, -1).transpose(0, 1)
+    squares = torch.linalg.eigvalsh(slices.mT @ slices).clamp_min(0).flip(-1)  # [head, d_head]
+    singular = squares.sqrt()
+    singular /= singular.sum(-1, keepdim=True).clamp_min(1e-30)
+    p = squares / squares.sum(-1, keepdim=True).clamp_min(1e-30)
+    effective = torch.exp(torch.special.entr(p).sum(-1))
+    return Spectrum(
+        singular=[[round(value, 6) for value in head] for head in singular.tolist()],
+        effective=effective.tolist(),
+        d_head=slices.shape[-1],
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- cross-entropy
@@ -374,6 +407,7 @@ def evaluate(
             for name, other in (others or {}).items()
             for live in [siblings[name].live]
         ],
+        spectrum=spectrum(sae.W_dec[firing.live.to(sae.W_dec.device)], sae.cfg.n_heads),
     )
     return result.model_copy(update={"notes": _notes(result, len(heldout))})
 

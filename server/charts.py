@@ -21,9 +21,10 @@ def figure(
     """A chart with its title and description, its numbers as text beside it, and its files. `body` and `twin` are escaped by
     their maker; `data` has the numbers in full."""
     files = keep(title, desc, body, width, height, data)
+    role = "group" if "<a " in body else "img"  # an image has nothing in it that could be reached
     return Markup(  # noqa: S704 - title and desc are escaped here, the rest by its maker
         f'<figure class="{kind}"><figcaption>{escape(title)}</figcaption>'
-        f'<svg role="img" viewBox="0 0 {width} {height}" preserveAspectRatio="xMidYMid meet">'
+        f'<svg role="{role}" viewBox="0 0 {width} {height}" preserveAspectRatio="xMidYMid meet">'
         f"<title>{escape(title)}</title><desc>{escape(desc)}</desc>{body}</svg>"
         f"<details><summary>as text</summary><p>{escape(desc)}</p>{files}{twin}</details></figure>"
     )

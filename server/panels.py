@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
-from server.charts import Bar, Curve, Series
+from server.charts import Bar, Curve, Line, Point, Series
 from server.rendering import num, percent
 from server.store.features import HeadShare
 
@@ -187,6 +187,17 @@ def cosine_bars(counts: Sequence[int]) -> list[Bar]:
 def cosine_ticks(counts: Sequence[int]) -> list[tuple[float, str]]:
     """Labels at quarters."""
     return [(len(counts) * part, num(part, 2)) for part in (0, 0.25, 0.5, 0.75, 1)]
+
+
+def spectra(spectrum: Mapping[str, Any]) -> list[Line]:
+    """The singular values of the heads with the lowest, middle and highest effective rank."""
+    ranks = spectrum["effective"]
+    order = sorted((head for head, rank in enumerate(ranks) if rank is not None), key=lambda head: ranks[head])
+    shown = list(dict.fromkeys(order[i] for i in (0, len(order) // 2, len(order) - 1))) if order else []
+    return [
+        Line(f"head {head}", mark, [Point(i + 1, value) for i, value in enumerate(spectrum["singular"][head])])
+        for mark, head in enumerate(shown)
+    ]
 
 
 class HasValue(Protocol):

@@ -168,7 +168,7 @@ def compare_harvests(session: Session, sae: str, a: int | None, b: int | None) -
         if one not in of:
             raise NotFound(f"{sae} has no harvest {one}. There are: {', '.join(map(str, ids))}.", field="harvest")
     sides = [_harvest(session, *of[one]) for one in wanted]
-    densities = [dict(session.execute(_densities(one)).tuples().all()) for one in wanted]
+    densities = [_densities(session, one) for one in wanted]
     both = densities[0].keys() & densities[1].keys()
     changed = sorted(both, key=lambda idx: -abs(_ratio(densities[0][idx], densities[1][idx])))[:LARGEST_CHANGES]
     return HarvestComparison(
@@ -187,8 +187,9 @@ def _ratio(a: float, b: float) -> float:
     return max(a, b) / min(a, b) if min(a, b) > 0 else 0.0
 
 
-def _densities(harvest_id: int) -> sa.Select[tuple[int, float]]:
-    return sa.select(Feature.idx, Feature.density).where(Feature.harvest_id == harvest_id, Feature.n_fired > 0)
+def _densities(session: Session, harvest_id: int) -> dict[int, float]:
+    live = sa.select(Feature.idx, Feature.density).where(Feature.harvest_id == harvest_id, Feature.n_fired > 0)
+    return {row.idx: row.density for row in session.execute(live)}
 
 
 def _side(session: Session, door: Door) -> ComparedSae:
@@ -230,8 +231,8 @@ def _matched(session: Session, ours: Door, theirs: Door) -> Matched | None:
     other = {one["b"] for one in (*pairs, *here)} | {one["a"] for one in there}
     published = [door.sae.harvest.published_at for door in (ours, theirs) if door.sae.harvest]
     outdated = any(at is not None and at.replace(tzinfo=None) > study.created_at.replace(tzinfo=None) for at in published)
-    told = (_told(session, door, sorted(wanted)) for door, wanted in ((ours, mine), (theirs, other)))
-    return Matched(study.id, study.job_id, study.created_at, swapped, result, *told, outdated)
+    told = _told(session, ours, sorted(mine)), _told(session, theirs, sorted(other))
+    return Matched(study.id, study.job_id, study.created_at, swapped, result, told[0], told[1], outdated)
 
 
 def _turned(result: dict[str, Any]) -> dict[str, Any]:

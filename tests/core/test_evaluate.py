@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sae_core.config import SAEConfig, Site
 from sae_core.corpus import Rows
-from sae_core.evaluate import Evaluation, Interval, Reconstruction, cross_entropy, evaluate, interval, repeated_random
+from sae_core.evaluate import Evaluation, Interval, Reconstruction, cross_entropy, evaluate, interval, repeated_random, spectrum
 from sae_core.lens import Effect, Lens, Out
 from sae_core.measures import bucket
 from sae_core.progress import Progress
@@ -24,6 +24,29 @@ def test_interval_is_the_normal_one_over_rows() -> None:
     got = interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))  # std sqrt(5/3), half = 1.96 * that / 2
     half = 1.959964 * math.sqrt(5 / 3) / 2
     assert (got.mean, got.low, got.high) == pytest.approx((2.5, 2.5 - half, 2.5 + half))
+
+
+def test_the_spectrum_of_a_head_says_how_many_directions_it_uses() -> None:
+    flat, single = torch.eye(4), torch.tensor([[0.0, 3.0, 0.0, 0.0]]).expand(4, 4)
+    found = spectrum(torch.cat([flat, single], 1), 2)
+    assert found is not None
+    assert found.d_head == 4
+    assert found.effective == pytest.approx([4, 1])
+    assert found.singular[0] == pytest.approx([0.25] * 4)
+    assert found.singular[1] == pytest.approx([1, 0, 0, 0])
+    assert spectrum(torch.zeros(0, 8), 2) is None
+
+
+def test_the_spectrum_is_that_of_the_singular_values() -> None:
+    torch.manual_seed(0)
+    W_dec = torch.randn(30, 12)
+    found = spectrum(W_dec, 3)
+    assert found is not None
+    for head in range(3):
+        values = torch.linalg.svdvals(W_dec[:, 4 * head : 4 * head + 4].double())
+        assert found.singular[head] == pytest.approx((values / values.sum()).tolist(), abs=1e-6)
+        p = values**2 / (values**2).sum()
+        assert found.effective[head] == pytest.approx(float(torch.exp(-(p * p.log()).sum())))
 
 
 def losses(per_row: Sequence[float]) -> Tensor:

@@ -110,6 +110,7 @@ METRICS: dict[str, Any] = {
         "fvu_by_head": [0.2, 0.31, 0.27, 0.18, 0.24, 0.29, 0.22, 0.35, 0.26],
         "variance_by_head": [0.1, 0.12, 0.08, 0.14, 0.11, 0.09, 0.13, 0.12, 0.11],
     },
+    "spectrum": {"singular": [[0.4, 0.3, 0.2, 0.1]] * 9, "effective": [3.1, 3.0, 2.9, 2.2, 1.9, 3.5, 3.6, 2.8, 3.3], "d_head": 4},
     "prose": {
         "rows": 512, "tokens": 65024, "clean": 3.012, "sae": 3.0142, "zero": 3.0312, "mean": 3.0265,
         "sae_minus_clean": interval(0.0022, 0.0008), "zero_minus_clean": interval(0.0192, 0.0019),

@@ -134,7 +134,8 @@ def test_two_harvests_of_an_sae_are_compared(web: TestClient, place: Settings) -
         new = Harvest(job_id="h2", status="replaced", n_tokens=5, n_live=3, published_at=datetime.now(UTC), **fields)
         session.add(new)
         session.flush()
-        for row in session.scalars(sa.select(Feature).where(Feature.harvest_id == old.id).limit(5)).all():
+        live = sa.select(Feature).where(Feature.harvest_id == old.id, Feature.n_fired > 0, Feature.idx < 5)
+        for row in session.scalars(live).all():
             values = {column.key: getattr(row, column.key) for column in sa.inspect(Feature).columns if column.key != "id"}
             session.add(Feature(**values | {"harvest_id": new.id, "density": row.density * 3 if row.idx == 2 else row.density}))
         ids = (old.id, new.id)

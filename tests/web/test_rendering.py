@@ -139,3 +139,12 @@ def test_the_map_has_a_cell_for_every_head_and_links_where_something_was_read() 
     assert len([r for r in page.all("rect") if r["class"] == "void"]) == 8
     assert [r["class"] for r in page.all("rect") if r["class"] != "void"] == ["c0", "c5", "c10", "c15"]
     assert page.all("a")[3]["href"] == "/saes/x?head=3"
+
+
+@pytest.mark.parametrize("text", ["<0xF0><0x9F>", " \ud83d", "<0x98>", "\ude00x"])
+def test_halves_of_a_character_are_shown_as_bytes_or_code_points_never_as_replacement_marks(text: str) -> None:
+    for shown in (str(token_text(text)), str(token_chip(text))):
+        read = Reader(shown).text
+        assert "\ufffd" not in read
+        read.encode()  # a lone surrogate cannot be sent to a browser
+        assert "\u27e8" in read or "<0x" in read

@@ -286,3 +286,12 @@ def test_the_table_goes_back_as_it_came(client: TestClient) -> None:
     back = client.get(f"{SAE}.json?limit=7&sort=distance&before={quote(second['previous'])}").json()["table"]
     assert [row["index"] for row in back["rows"]] == [row["index"] for row in first["rows"]]
     assert back["previous"] is None
+
+
+def test_the_rank_spectrum_shows_the_flattest_and_the_steepest_head(client: TestClient) -> None:
+    page = client.get(SAE).text
+    assert "Directions used at each head, of 4" in page
+    drawn = page[page.index("Rank spectrum of the decoder") :]
+    drawn = drawn[: drawn.index("</figure>")]
+    assert [name for name in ("head 4,", "head 1,", "head 6,") if name in drawn] == ["head 4,", "head 1,", "head 6,"]
+    assert "head 5," not in drawn
