@@ -190,7 +190,7 @@ class TrainConfig(Config):
     dead_tokens: Annotated[int | None, Field(ge=1)] = None
     """A feature that has not fired for this many tokens is dead; None takes 5 % of the run, at most 10M."""
     exclude_start: bool = True
-    """Leave each row's start out of training and statistics."""
+    """Leave row starts, at position 0 and between packed documents, out of training and statistics."""
     sink_norm: Annotated[float | None, Field(gt=1)] = 10.0
     """Positions whose |z| exceeds this multiple of the median are left out of training and statistics; None leaves none out."""
     cache: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = None
@@ -551,7 +551,7 @@ class SAEConfig(Config):
     max_norm: float | None
     """Positions with |z| above this are excluded, as in training; None excludes none for their size."""
     exclude_start: bool = True
-    """Whether row starts are excluded, as in training."""
+    """Whether row starts are excluded as destinations, as in training: at position 0 and between packed documents."""
     input_norm: Literal["none", "token"] = "none"
     """`token`: each token's z is brought to the norm sqrt(d_in) before the map, and its reconstruction back again, as some
     imported SAEs want it."""

@@ -393,7 +393,7 @@ class Lens:
         tokens = self._checked_tokens(tokens)
         if not replacements:
             return []
-        rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.info.d_vocab))
+        rows = self.logit_rows(tokens.shape[1])
         parts = []
         for part in torch.split(tokens, rows):
             # Closed at once when something fails, since it holds hooks.
@@ -401,11 +401,15 @@ class Lens:
                 parts.append([_next_token_losses(logits, part) for logits in passes])
         return [torch.cat(losses) for losses in zip(*parts, strict=True)]
 
+    def logit_rows(self, pos: int) -> int:
+        """Rows of so many tokens whose logits are held at once: more of them are read in several passes."""
+        return max(1, LOGITS_AT_ONCE // (pos * self.info.d_vocab))
+
     def effects_with(self, tokens: Tensor, layer: int, replacements: Sequence[Replace | Out]) -> list[Effect]:
         """Losses and KL divergences: of the model as it is (its divergence is 0), then with each replacement at one layer."""
         self.check_layer(layer)
         tokens = self._checked_tokens(tokens)
-        rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.info.d_vocab))
+        rows = self.logit_rows(tokens.shape[1])
         parts: list[list[Effect]] = []
         for part in torch.split(tokens, rows):
             clean: list[Tensor] = []
