@@ -83,7 +83,7 @@ def _case(text: str) -> str:
 def successors(scores: Tensor, one: Class) -> float:
     """Of the class' tokens that have a successor in it, the share for which that has the largest logit of the class, the
     token itself among the others (Gould et al. 2023): scores [n, n] is C between the class' tokens."""
-    best = scores.argmax(1).tolist()
+    best: list[int] = scores.argmax(1).tolist()
     return sum(best[i] == after for i, after in one.after) / len(one.after)
 
 

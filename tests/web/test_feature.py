@@ -293,7 +293,7 @@ def test_typed_text_is_taken_apart_by_the_engine(client: TestClient, monkeypatch
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ((0.125, -0.25, *[0.0] * 7), "The value bias gave −0.125, whatever the tokens were: head 0 +0.125, head 1 −0.250, head 2"),
+        ((0.125, -0.25, *[0.0] * 7), "The value bias gave −0.125, whatever the tokens were: head 0 +0.125, head 1 −0.250"),
         ((0.0,) * 9, "This model has no value bias: the sources are as they were."),
     ],
 )
