@@ -40,7 +40,7 @@ from bench._processes import measured
 from sae_core import attribution
 from sae_core.config import HarvestConfig
 from sae_core.lens import Lens
-from sae_core.saes.base import SAE, save_sae
+from sae_core.saes.base import SAE, row_starts, save_sae
 
 Figure = dict[str, object]
 
@@ -192,7 +192,7 @@ def _rows(lens: Lens, sae: SAE, tokens: NDArray[Any], which: NDArray[Any], n: in
     found = {}
     for part in np.array_split(which, -(-len(which) // 16)):
         read = lens.read_attention(torch.from_numpy(tokens[part].astype(np.int64)), sae.cfg.site.layer)
-        excluded = sae.excluded(read.z).numpy()
+        excluded = sae.excluded(read.z, row_starts(tokens[part], lens.row_start)).numpy()
         preacts = sae.preacts(read.z)[..., :n]
         acts = sae.activate(preacts, torch.arange(n))
         margin = preacts - sae.threshold[:n]

@@ -190,7 +190,7 @@ class TrainConfig(Config):
     dead_tokens: Annotated[int | None, Field(ge=1)] = None
     """A feature that has not fired for this many tokens is dead; None takes 5 % of the run, at most 10M."""
     exclude_start: bool = True
-    """Leave each row's start out of training and statistics."""
+    """Leave row starts, at position 0 and between packed documents, out of training and statistics."""
     sink_norm: Annotated[float | None, Field(gt=1)] = 10.0
     """Positions whose |z| exceeds this multiple of the median are left out of training and statistics; None leaves none out."""
     cache: Annotated[str | None, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")] = None
@@ -464,35 +464,46 @@ class SpecificityStudy(Config):
     """Seed of the draws."""
 
 
-class InductionStudy(Config):
-    """Which heads do induction, and how long a repeated prefix they need for it."""
+class _OfHeads(Config):
+    """What every study of a model's heads is asked."""
 
-    kind: Literal["induction"] = "induction"
-    """Which study this is."""
     model: str
     """A registered model's name."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] | Literal["all"] = "all"
     """Layers whose heads are looked at."""
-    prefixes: Annotated[int, Field(ge=2, le=32)] = 9
-    """Longest prefix that is copied."""
-    samples: Annotated[int, Field(ge=2, le=10_000)] = 100
-    """Sequences of random tokens for each length of the prefix; the paper took 400."""
     length: Annotated[int, Field(ge=16, le=8192)] = 128
-    """Tokens in such a sequence, the row-start token included."""
+    """Tokens in a sequence of random tokens, the row-start token included."""
     corpus: str | None = None
     """A registered corpus' name, to see what the heads do in real text; None leaves that part out."""
     rows: RowsConfig = RowsConfig()
     """How the corpus is cut into rows."""
     text_rows: Annotated[int, Field(ge=1)] = 256
     """Rows of real text that are read."""
-    cuts: Annotated[int, Field(ge=1, le=10_000)] = 48
-    """Places in real text, for each head, where the prefix is cut down to one token; at most one in a row."""
-    attends: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """A head attends to a token when it gives it more than this share of its attention."""
     pass_tokens: Annotated[int, Field(ge=64)] = 2048
     """Tokens in one model pass."""
     seed: int = 0
     """Seed of the draws."""
+
+    @model_validator(mode="after")
+    def _names_layers(self) -> Self:
+        if self.layers != "all" and (not self.layers or len(set(self.layers)) < len(self.layers)):
+            raise ValueError("layers must name one layer or more, and none twice")
+        return self
+
+
+class InductionStudy(_OfHeads):
+    """Which heads do induction, and how long a repeated prefix they need for it."""
+
+    kind: Literal["induction"] = "induction"
+    """Which study this is."""
+    prefixes: Annotated[int, Field(ge=2, le=32)] = 9
+    """Longest prefix that is copied."""
+    samples: Annotated[int, Field(ge=2, le=10_000)] = 100
+    """Sequences of random tokens for each length of the prefix; the paper took 400."""
+    cuts: Annotated[int, Field(ge=1, le=10_000)] = 48
+    """Places in real text, for each head, where the prefix is cut down to one token; at most one in a row."""
+    attends: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """A head attends to a token when it gives it more than this share of its attention."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -501,18 +512,28 @@ class InductionStudy(Config):
                 f"length {self.length} has no room for a prefix of {self.prefixes} tokens twice; "
                 f"take {2 * self.prefixes + 3} or more, or fewer prefixes"
             )
-        if self.layers != "all" and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise ValueError("layers must name one layer or more, and none twice")
         return self
 
 
-StudyJob = Annotated[SpecificityStudy | InductionStudy, Field(discriminator="kind")]
+class HeadsStudy(_OfHeads):
+    """What every head of a model does: where it attends, and what it writes of what it reads."""
+
+    kind: Literal["heads"] = "heads"
+    """Which study this is."""
+    samples: Annotated[int, Field(ge=1, le=10_000)] = 64
+    """Sequences of random tokens said twice."""
+    vocabulary: Annotated[int, Field(ge=16)] = 16_384
+    """Tokens, drawn from the vocabulary, that the copying score is about; all of them where it has fewer."""
+
+
+AnyStudy = SpecificityStudy | InductionStudy | HeadsStudy
+StudyJob = Annotated[AnyStudy, Field(discriminator="kind")]
 """A question put to a feature, or to the heads of a model; `kind` says which."""
 
-_study_job: TypeAdapter[SpecificityStudy | InductionStudy] = TypeAdapter(StudyJob)
+_study_job: TypeAdapter[AnyStudy] = TypeAdapter(StudyJob)
 
 
-def study_job(stored: dict[str, Any]) -> SpecificityStudy | InductionStudy:
+def study_job(stored: dict[str, Any]) -> AnyStudy:
     """The config of a stored study."""
     return _study_job.validate_python(stored)
 
@@ -545,7 +566,7 @@ class SAEConfig(Config):
     max_norm: float | None
     """Positions with |z| above this are excluded, as in training; None excludes none for their size."""
     exclude_start: bool = True
-    """Whether row starts are excluded, as in training."""
+    """Whether row starts are excluded as destinations, as in training: at position 0 and between packed documents."""
     input_norm: Literal["none", "token"] = "none"
     """`token`: each token's z is brought to the norm sqrt(d_in) before the map, and its reconstruction back again, as some
     imported SAEs want it."""

@@ -2,8 +2,8 @@
 
 A row is the row-start token and `context` - 1 tokens of text. A document gives as many whole rows as it fills; what is left
 of it is packed with what is left of others, with the row-start token between them (to the model that is what it is trained
-to see between documents). So a packed row may attend across documents, and its inner row-start tokens count as ordinary
-positions: only position 0 of a row is excluded as its start.
+to see between documents). So a packed row may attend across documents. Row-start tokens are excluded as destinations wherever
+they stand, and stay sources (`saes.base.row_starts`).
 
 Files are read once, whole, whatever their size, but only what is kept is held: of all documents those with the smallest
 hashes (of seed and text), until they give the tokens asked for. So the sample is uniform over the corpus, independent of the

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 LOGITS_AT_ONCE = 128
 """Features whose logits are held at once."""
+ROWS_AT_ONCE = 128
+"""Examples whose features' logits are."""
 SEEN = ("feature", "band", "row", "dest", "act", "source_token", "measures", "spread")
 """Columns of the visit that features are described by."""
 
@@ -38,11 +40,12 @@ def features(
     live, n = np.flatnonzero(selection.count), np.maximum(selection.count, 1)[:, None]
     mean, F = selection.heads / n, selection.n_features
     top, feature = seen["band"] == 0, seen["feature"]
-    written = _logits(lens, sae, live, feature, seen["source_token"], cfg.logits)
+    written = _logits(lens, sae, live, seen, tokens, cfg.logits)
     source_logit = written.pop("source_logit")
     missing = sorted({*written["promoted"].ravel().tolist(), *written["suppressed"].ravel().tolist()} - texts.keys())
     texts |= zip(missing, lens.token_texts(missing), strict=True)
-    kept = detectors.Kept(feature, seen["band"], seen["dest"], seen["place"], tokens, seen["measures"], source_logit)
+    examples = (feature, seen["band"], seen["dest"], seen["place"], tokens)
+    kept = detectors.Kept(*examples, seen["measures"], source_logit, written.pop("source_lowered"))
     judged = detectors.judge(kept, _written(selection, written["promoted"], texts), _positions(selection), F)
     facts, ranks = judged.facts, _final_ranks(seen)
     measures = [seen["measures"][:, i] for i, name in enumerate(families.MEASURES) if name != "source_gap"]
@@ -144,11 +147,14 @@ def _final_ranks(seen: dict[str, NDArray[Any]]) -> NDArray[np.int32]:
     return ranks
 
 
-def _logits(lens: "Lens", sae: "SAE", live: Ints, feature: Ints, token: Ints, k: int) -> dict[str, NDArray[Any]]:
-    """The k most promoted and suppressed tokens of the live features [F, k], the histogram of their logits with its two ends,
-    and for examples (feature [n], token [n]) the logit of that token in standard deviations over the vocabulary:
-    `source_logit` [n]. The logits are never all held."""
-    F = sae.cfg.d_sae
+def _logits(lens: "Lens", sae: "SAE", live: Ints, seen: dict[str, NDArray[Any]], tokens: Ints, k: int) -> dict[str, NDArray[Any]]:
+    """The k most promoted and suppressed tokens of the live features [F, k], and the histogram of their logits with its two ends.
+
+    For the examples `seen`, in rows with these `tokens` [U, context]: the logit of the strongest source's token in standard
+    deviations over the vocabulary, `source_logit` [n], and whether it is what the feature lowers, `source_lowered` [n]
+    (`attribution.lowered_in_row`). The logits are never all held.
+    """
+    F, feature, token = sae.cfg.d_sae, seen["feature"], seen["source_token"].astype(np.int64)
     k = min(k, lens.info.d_vocab)
     found: dict[str, NDArray[Any]] = {
         "promoted": np.zeros((F, k), dtype=np.int32),
@@ -158,6 +164,7 @@ def _logits(lens: "Lens", sae: "SAE", live: Ints, feature: Ints, token: Ints, k:
         "logit_ends": np.zeros((F, 2), dtype=np.float32),
         "logit_counts": np.zeros((F, attribution.LOGIT_BINS), dtype=np.int32),
         "source_logit": np.zeros(len(feature), dtype=np.float32),
+        "source_lowered": np.zeros(len(feature), dtype=np.bool_),
     }
     order = np.argsort(feature, kind="stable")
     for part in range(0, len(live), LOGITS_AT_ONCE):
@@ -173,8 +180,18 @@ def _logits(lens: "Lens", sae: "SAE", live: Ints, feature: Ints, token: Ints, k:
         ends = np.searchsorted(feature[order], [who[0], who[-1] + 1])
         examples = order[ends[0] : ends[1]]
         at = torch.from_numpy(np.searchsorted(who, feature[examples])).to(logits.device)
-        own = logits[at, torch.from_numpy(token[examples].astype(np.int64)).to(logits.device)]
-        found["source_logit"][examples] = (own / spread[at]).cpu().numpy()
+        own = logits[at, torch.from_numpy(token[examples]).to(logits.device)] / spread[at]
+        found["source_logit"][examples] = own.cpu().numpy()
+        # Few sources are lowered at all, so few rows are looked at.
+        low = np.flatnonzero((own < 0).cpu().numpy())
+        for some in np.array_split(low, -(-len(low) // ROWS_AT_ONCE)) if len(low) else ():
+            these = examples[some]
+            place = (token[these], tokens[seen["place"][these]].astype(np.int64), seen["dest"][these].astype(np.int64))
+            found["source_lowered"][these] = (
+                attribution.lowered_in_row(logits[at[some]], *(torch.from_numpy(part).to(logits.device) for part in place))
+                .cpu()
+                .numpy()
+            )
     return found
 
 

@@ -43,7 +43,7 @@ from sae_core.lens import Out
 from sae_core.measures import AT_ONCE, Firing, Sums, alignment, bucket, neighbour_cosine
 from sae_core.probes import Probe, ProbeTexts, probe
 from sae_core.progress import Progress, relayed
-from sae_core.saes import SAE
+from sae_core.saes import SAE, row_starts
 from sae_core.stability import Stability, stability
 
 if TYPE_CHECKING:
@@ -368,7 +368,7 @@ def evaluate(
 
     for tokens in torch.split(heldout, batch_rows):
         z = lens.read_z(tokens.to(lens.device), [layer])[layer]
-        kept = ~sae.excluded(z)
+        kept = ~sae.excluded(z, row_starts(tokens, lens.row_start))
         fit.add(z[kept], kept.nonzero()[:, 1].cpu(), firing)
         count(z[kept])
         yield progress(tokens.numel())
@@ -380,7 +380,7 @@ def evaluate(
             z = activations.read_z(low, high).to(lens.device).float()
         else:
             z = lens.read_z(torch.from_numpy(rows.train[low:high].astype("int64")).to(lens.device), [layer])[layer]
-        kept = ~sae.excluded(z)
+        kept = ~sae.excluded(z, row_starts(rows.train[low:high], lens.row_start))
         for part in _parts(z[kept], sae):
             firing.add(sae.encode(part))
         count(z[kept])
@@ -510,18 +510,20 @@ def _losses(
 ) -> Generator[Progress, None, CrossEntropy]:
     """Losses of `tokens` in every variant, from position `first` on."""
     layer, mean = sae.cfg.site.layer, _mean_z(lens, sae, tokens, batch_rows)
-    bias, rebuilt = lens.b_O(layer), _Rebuilt(lens, sae)
-    variants: dict[str, Replace | Out] = {
-        "sae": rebuilt.z,
-        "zero": _outside_excluded(sae, torch.zeros_like),
-        "mean": _outside_excluded(sae, lambda z: mean.to(z.dtype).expand_as(z)),
-    }
+    bias = lens.b_O(layer)
     losses: dict[str, list[Tensor]] = defaultdict(list)
     kl: dict[str, list[Tensor]] = defaultdict(list)
     gap = None
-    # A batch costs several passes with their logits, so it is made smaller: who waits or cancels is not kept long.
-    for index, part in enumerate(torch.split(tokens, max(1, batch_rows // LOSSES))):
-        wanted = dict(variants)
+    # A batch costs several passes with their logits, so it is made smaller: who waits or cancels is not kept long. Nor is it
+    # larger than one pass, since replacements must know which rows they are given.
+    for index, part in enumerate(torch.split(tokens, max(1, min(batch_rows // LOSSES, lens.logit_rows(tokens.shape[1]))))):
+        starts = row_starts(part, lens.row_start)
+        rebuilt = _Rebuilt(lens, sae, starts)
+        wanted: dict[str, Replace | Out] = {
+            "sae": rebuilt.z,
+            "zero": _outside_excluded(sae, starts, torch.zeros_like),
+            "mean": _outside_excluded(sae, starts, lambda z: mean.to(z.dtype).expand_as(z)),
+        }
         if index == 0:  # one batch tells whether patching z and patching the output are one thing
             wanted["output"] = Out(rebuilt.output)
         if bias is not None:  # else what is said of z = 0 holds
@@ -541,7 +543,7 @@ def _losses(
         whole["sae"],
         whole["zero"],
         whole["mean"],
-        kl={name: torch.cat(kl[name]) for name in variants},
+        kl={name: torch.cat(kl[name]) for name in ("sae", "zero", "mean")},
         zero_output=whole.get("zero_output", whole["zero"]),
         output_gap=gap,
         first=first,
@@ -555,12 +557,12 @@ class _Rebuilt:
     are made in the order given.
     """
 
-    def __init__(self, lens: "Lens", sae: SAE) -> None:
-        self._lens, self._sae = lens, sae
+    def __init__(self, lens: "Lens", sae: SAE, starts: Tensor) -> None:
+        self._lens, self._sae, self._starts = lens, sae, starts
 
     def z(self, z: Tensor) -> Tensor:
         """Every position but the excluded ones rebuilt."""
-        self._excluded = self._sae.excluded(z)[..., None]
+        self._excluded = self._sae.excluded(z, self._starts)[..., None]
         self._z = torch.where(self._excluded, z, self._sae(z).to(z.dtype))
         return self._z
 
@@ -579,16 +581,16 @@ def _mean_z(lens: "Lens", sae: SAE, tokens: Tensor, batch_rows: int) -> Tensor:
     total, n = torch.zeros(sae.cfg.d_in, dtype=torch.float64), 0
     for part in torch.split(tokens, batch_rows):
         z = lens.read_z(part.to(lens.device), [sae.cfg.site.layer])[sae.cfg.site.layer]
-        kept = z[~sae.excluded(z)]
+        kept = z[~sae.excluded(z, row_starts(part, lens.row_start))]
         total, n = total + kept.double().sum(0).cpu(), n + len(kept)
     return (total / max(1, n)).float().to(lens.device)
 
 
-def _outside_excluded(sae: SAE, rebuild: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """z with every position but the excluded ones rebuilt."""
+def _outside_excluded(sae: SAE, starts: Tensor, rebuild: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """z of rows with these `starts`, every position but the excluded ones rebuilt."""
 
     def replace(z: Tensor) -> Tensor:
-        return torch.where(sae.excluded(z)[..., None], z, rebuild(z).to(z.dtype))
+        return torch.where(sae.excluded(z, starts)[..., None], z, rebuild(z).to(z.dtype))
 
     return replace
 

@@ -31,6 +31,7 @@ from sae_core.describe import features
 from sae_core.feature_table import FeatureTable, examples, row_records
 from sae_core.progress import Clock, Progress
 from sae_core.records import ExampleRecord
+from sae_core.saes import row_starts
 from sae_core.tally import PENDING, PENDING_OF_ALL, Bars, Batch, Tallier, Tally, by_head, coded_share, head_parts
 from sae_core.visit import visit, visit_parts, visited_rows
 
@@ -104,9 +105,9 @@ def scan_shard(
     clock = Clock("scan", len(shard) * rows.context)
     for low in range(shard.start, shard.stop, at_once):
         high = min(low + at_once, shard.stop)
-        z = read(low, high)
+        z, starts = read(low, high), row_starts(rows.train[low:high], rows.row_start)
         for scanner in scanners:
-            scanner.take_in(z[scanner.layer], low)
+            scanner.take_in(z[scanner.layer], low, starts)
         fired = {i: scanner.tallier.tally.count.cpu().numpy() for i, scanner in zip(todo, scanners, strict=True)}
         yield replace(clock.at((high - shard.start) * rows.context), values=seen.with_these(fired))
     for i, scanner in zip(todo, scanners, strict=True):
@@ -137,10 +138,10 @@ class Scanner:
         )
         self.tallier = Tallier(tally, pending, bars)
 
-    def take_in(self, z: Tensor, first_row: int) -> None:
-        """Tally what the SAE makes of z [b, pos, d_in] of the rows from `first_row`."""
+    def take_in(self, z: Tensor, first_row: int, starts: Tensor) -> None:
+        """Tally what the SAE makes of z [b, pos, d_in] of the rows from `first_row`, whose row starts are `starts` [b, pos]."""
         z = z.to(self.device)
-        swept = ~self.sae.excluded(z)
+        swept = ~self.sae.excluded(z, starts)
         row, pos = swept.nonzero(as_tuple=True)
         destinations = z[swept].float()
         acts = self.sae.encode_sparse(destinations)

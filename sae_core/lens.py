@@ -54,6 +54,7 @@ HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 CHECK_TOKENS = 24  # length of the load-time batch, unless a sliding window asks for more ...
 CHECK_WINDOW = 512  # ... up to this; beyond a longer window the fast handle is not trusted
 CHECK_HOOKS: tuple[str, ...] = ("hook_z", "hook_v", "hook_pattern", "hook_out")
+ALONE_AT_ONCE = 4096  # rows of one token in a pass
 LOGITS_AT_ONCE = 2**26  # elements of one logits tensor (256 MiB in fp32)
 PARTS_GAP = 1e-4  # how far the parts of a residual stream may miss it, as a share of their sizes
 STALE_SECONDS = 3600  # a conversion that was left unfinished for so long has died
@@ -109,6 +110,15 @@ class StreamRead(NamedTuple):
     """[b, pos]: what the layer's norm divides the stream of each token by, its epsilon included; 1 where it has no norm."""
     attention: AttentionRead
     """What the same pass gave in the layer."""
+
+
+class Alone(NamedTuple):
+    """The residual stream of tokens that each stand in a row of their own; fp32."""
+
+    first: Tensor
+    """[n, d_model]: before the first block, the embedding."""
+    later: Tensor
+    """[n, d_model]: after the first block, in which a token alone attends to itself; `first` in a model of one block."""
 
 
 class ValueMap(NamedTuple):
@@ -347,6 +357,21 @@ class Lens:
         self._check_parts(read, stream, layer)
         return read
 
+    def alone(self, ids: Sequence[int]) -> Alone:
+        """The streams of tokens that each stand alone: what later layers know a token by.
+
+        After the first block, since models do not hand on their embedding as it is: its MLP rewrites it ("effective embedding",
+        McDougall et al. 2023; Gould et al. 2023 take MLP 0's output for the same reason).
+        """
+        names = ["blocks.0.hook_in", *(["blocks.1.hook_in"] if self.info.n_layers > 1 else [])]
+        parts = []
+        for some in torch.split(torch.tensor(list(ids)), ALONE_AT_ONCE):
+            with self._taps(names, stop=True) as found:
+                _run(self._model, self._checked_tokens(some[:, None]))
+            parts.append((found[names[0]][:, 0], found[names[-1]][:, 0]))
+        first, later = zip(*parts, strict=True)
+        return Alone(torch.cat(first), torch.cat(later))
+
     def token_losses(self, tokens: Tensor, layer: int | None = None, replace: Replace | Out | None = None) -> Tensor:
         """Cross-entropy of each next token: [b, pos - 1] in nats, fp32.
 
@@ -368,7 +393,7 @@ class Lens:
         tokens = self._checked_tokens(tokens)
         if not replacements:
             return []
-        rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.info.d_vocab))
+        rows = self.logit_rows(tokens.shape[1])
         parts = []
         for part in torch.split(tokens, rows):
             # Closed at once when something fails, since it holds hooks.
@@ -376,11 +401,15 @@ class Lens:
                 parts.append([_next_token_losses(logits, part) for logits in passes])
         return [torch.cat(losses) for losses in zip(*parts, strict=True)]
 
+    def logit_rows(self, pos: int) -> int:
+        """Rows of so many tokens whose logits are held at once: more of them are read in several passes."""
+        return max(1, LOGITS_AT_ONCE // (pos * self.info.d_vocab))
+
     def effects_with(self, tokens: Tensor, layer: int, replacements: Sequence[Replace | Out]) -> list[Effect]:
         """Losses and KL divergences: of the model as it is (its divergence is 0), then with each replacement at one layer."""
         self.check_layer(layer)
         tokens = self._checked_tokens(tokens)
-        rows = max(1, LOGITS_AT_ONCE // (tokens.shape[1] * self.info.d_vocab))
+        rows = self.logit_rows(tokens.shape[1])
         parts: list[list[Effect]] = []
         for part in torch.split(tokens, rows):
             clean: list[Tensor] = []
@@ -427,6 +456,12 @@ class Lens:
         folded = folded - folded.mean(0) if centres else folded
         shape = (self.info.n_kv_heads, self.info.d_head)
         return ValueMap(folded.view(-1, *shape).transpose(0, 1).contiguous(), (norm_bias @ matrix).view(shape), bias.view(shape))
+
+    def values(self, streams: Tensor, layer: int) -> Tensor:
+        """v of streams [n, d_model] that stand before the layer, through its norm with the norm's own scale, less what is the
+        same for every token (both biases): [n, n_kv_heads, d_head]. Raises as `v_bias` does."""
+        scale = _norm_scale(streams, self._first_norm(layer))
+        return torch.einsum("nd,kde->nke", streams / scale[:, None], self.value_map(layer).matrix)
 
     def logit_weights(self, vectors: Tensor, layer: int) -> Tensor:
         """What directions of z write straight to the logits: [n, d_in] -> [n, d_vocab], centred over the vocabulary.

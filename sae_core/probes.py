@@ -29,7 +29,7 @@ from torch import Tensor
 
 from sae_core.errors import EmptyCorpus, UnknownCorpus, UnreadableCorpus, UsageError
 from sae_core.measures import AT_ONCE
-from sae_core.saes import SAE
+from sae_core.saes import SAE, row_starts
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
@@ -237,7 +237,7 @@ def _means(
         tokens = torch.tensor([[lens.row_start, *ids, *[lens.row_start] * (width - 1 - len(ids))] for ids, _ in batch])
         inside = torch.arange(width) <= torch.tensor([len(ids) for ids, _ in batch])[:, None]
         read = lens.read_z(tokens.to(lens.device), [layer])[layer]
-        inside = inside.to(read.device) & ~sae.excluded(read)
+        inside = inside.to(read.device) & ~sae.excluded(read, row_starts(tokens, lens.row_start))
         inside[:, 0] = False  # whatever training did with row starts: they are the same in every text
         for row, kept, (_, label) in zip(read, inside, batch, strict=True):
             if kept.any():

@@ -18,7 +18,7 @@ from sae_core.config import HarvestConfig, SAEConfig, Site
 from sae_core.corpus import Rows
 from sae_core.harvest import Files, Scanner, choose, features, scan_shard, swept_rows, visit, visit_parts
 from sae_core.lens import Lens, resolve_dtype
-from sae_core.saes.base import SAE
+from sae_core.saes.base import SAE, row_starts
 from sae_core.saes.batchtopk import BatchTopKSAE
 from sae_core.tally import PENDING, Bars
 
@@ -56,10 +56,11 @@ def harvest_rates(lens: Lens, layer: int, d_sae: int, k: int, context: int, cfg:
     read = _seconds(lambda: lens.read_z(batch, [layer], dtype)) / batch.numel()
 
     sae = made_sae(lens, layer, z, d_sae, k)
+    starts = row_starts(batch, lens.row_start)
     scanner = Scanner(sae, range(0), cfg, context, 0.0, PENDING, Bars.none(d_sae, lens.device))
 
     def take_in() -> None:
-        scanner.take_in(z, 0)
+        scanner.take_in(z, 0, starts)
         scanner.tallier.digest()
 
     scan = _seconds(take_in) / batch.numel()

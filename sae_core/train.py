@@ -36,7 +36,7 @@ from sae_core.corpus import Rows
 from sae_core.errors import Diverged, EmptyCorpus, UsageError
 from sae_core.progress import Progress
 from sae_core.ranks import ALONE, Ranks, Stopped
-from sae_core.saes import ARCHITECTURES, SAE, load_sae, save_sae
+from sae_core.saes import ARCHITECTURES, SAE, load_sae, row_starts, save_sae
 from sae_core.trainer import Stats, Trainer
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def train_many(
         layers = sorted({run.cfg.site.layer for run in waiting})
         yield from stream.collect(index, layers, dtypes[0], ranks)
         for layer in layers:
-            read = _Read(stream.store.pool(layer, index).tensor())
+            read = _Read(stream.store.pool(layer, index).tensor(), stream.starts_in(index))
             for run in waiting:
                 if run.cfg.site.layer == layer and run in mine:
                     try:
@@ -169,6 +169,11 @@ class _Stream:
         """Rows in a pool."""
         return min(self.pool_rows, self.n_rows - self.starts[index])
 
+    def starts_in(self, index: int) -> Tensor:
+        """bool [rows, pos] of a pool: where its rows begin, or begin anew."""
+        first = self.starts[index]
+        return row_starts(self.rows.train[first : first + self.rows_in(index)], self.rows.row_start)
+
     def collect(self, index: int, layers: Sequence[int], dtype: torch.dtype, ranks: Ranks) -> Iterator[Progress]:
         """Fill a pool for the layers that lack it."""
         first = self.starts[index]
@@ -199,8 +204,8 @@ def _dtypes(cfgs: Sequence[TrainConfig], lens: "Lens", path: Path, stream: _Stre
 class _Read:
     """A pool of one layer's z, and which of its positions are trained on."""
 
-    def __init__(self, z: Tensor) -> None:
-        self.z, self.flat = z, z.view(-1, z.shape[-1])
+    def __init__(self, z: Tensor, starts: Tensor) -> None:
+        self.z, self.starts, self.flat = z, starts, z.view(-1, z.shape[-1])
         self._found: dict[tuple[float | None, bool], tuple[Tensor, Tensor]] = {}
 
     def positions(self, max_norm: float | None, exclude_start: bool) -> tuple[Tensor, Tensor]:
@@ -209,7 +214,8 @@ class _Read:
         if key not in self._found:
             limit = math.inf if max_norm is None else max_norm
             keep = torch.cat([part.float().norm(dim=-1) <= limit for part in torch.split(self.z, 512)])
-            keep[:, 0] &= not exclude_start
+            if exclude_start:
+                keep &= ~self.starts
             valid = keep.view(-1).nonzero().squeeze(1)
             sums = torch.stack([self.flat[part].double().sum(0) for part in torch.split(valid, 65_536)])
             self._found[key] = valid, (sums.sum(0) / len(valid)).float()
@@ -263,7 +269,7 @@ class _Run:
     def train_on(self, read: _Read, pool: int) -> Iterator[Progress]:
         """The steps of one pool, from wherever they were left; after the last pool's the SAE is saved."""
         cfg, lens, d_in = self.cfg, self.lens, read.flat.shape[-1]
-        scaling = self.ranks.in_turn(lambda: _scaling(self.folder / "scaling.json", read.z, cfg))
+        scaling = self.ranks.in_turn(lambda: _scaling(self.folder / "scaling.json", read, cfg))
         valid, mean_z = read.positions(scaling.max_norm, cfg.exclude_start)
         mean = mean_z.to(lens.device) * scaling.scale
 
@@ -407,14 +413,14 @@ def _l1(cfg: TrainConfig, step: int, total: int) -> float:
     return min(1.0, (step + 1) / max(cfg.l1_warmup * total, 1.0))
 
 
-def _scaling(path: Path, z: Tensor, cfg: TrainConfig) -> Scaling:
+def _scaling(path: Path, read: _Read, cfg: TrainConfig) -> Scaling:
     """Scale and norm limit, measured on the first pool once and kept on disk."""
     if not path.exists():
-        first = int(cfg.exclude_start)
-        norms = torch.cat([part[:, first:].float().norm(dim=-1).flatten() for part in torch.split(z, 512)])
+        norms = torch.cat([part.float().norm(dim=-1) for part in torch.split(read.z, 512)])
+        norms = norms[~read.starts] if cfg.exclude_start else norms.flatten()
         max_norm = None if cfg.sink_norm is None else cfg.sink_norm * float(norms.median())
         kept = norms if max_norm is None else norms[norms <= max_norm]
-        scale = math.sqrt(z.shape[-1]) / float(kept.mean()) if cfg.scaling else 1.0
+        scale = math.sqrt(read.z.shape[-1]) / float(kept.mean()) if cfg.scaling else 1.0
         aside = path.with_suffix(".aside")
         aside.write_text(json.dumps({"scale": scale, "max_norm": max_norm}))
         aside.rename(path)

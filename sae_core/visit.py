@@ -17,6 +17,7 @@ from sae_core import attribution, families
 from sae_core.choice import Ints, Selection
 from sae_core.config import HarvestConfig
 from sae_core.progress import Clock, Progress
+from sae_core.saes import row_starts
 from sae_core.tally import save_arrays
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ class _Visitor:
 
     def look(self, read: "AttentionRead", tokens: Tensor, which: Ints) -> None:
         """Take in the examples of the rows `which` [b] with tokens [b, pos]."""
-        excluded = self.sae.excluded(read.z)
+        starts = row_starts(tokens, self.rows.row_start)
+        excluded = self.sae.excluded(read.z, starts)
         chosen = self.selection
         for i, row in enumerate(which.tolist()):
             u = int(np.searchsorted(chosen.rows, row))
@@ -103,9 +105,7 @@ class _Visitor:
             w, one = self.w_all[feature], (read.z[i], read.v[i], read.pattern[i], excluded[i])
             found = _attribute(self.sae, w, feature, dest, *one)
             shares, source = families.measure(found.dfa, tokens[i], dest, self.rows.row_start)
-            starts = tokens[i] == self.rows.row_start
-            starts[0] = True
-            spread = torch.column_stack(attribution.spread(found.dfa, dest, starts))
+            spread = torch.column_stack(attribution.spread(found.dfa, dest, starts[i]))
             self.parts.add(found, torch.cat([shares, spread], 1), tokens[i][source], dest, chosen, here)
 
     def save(self, path: Path, visited: NDArray[np.int32], lens: "Lens") -> None:

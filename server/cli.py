@@ -20,12 +20,14 @@ from rich.table import Table
 
 from sae_core.config import (
     BELONGS,
+    AnyStudy,
     Arch,
     CorpusSource,
     EvaluateConfig,
     EvaluateJob,
     HarvestConfig,
     HarvestJob,
+    HeadsStudy,
     InductionStudy,
     ModelSource,
     RowsConfig,
@@ -401,6 +403,10 @@ def evaluate(
 
 TEXTS, EXPRESSION = "<text>,...", "<expression>"
 AsJson = Annotated[bool, typer.Option("--json", help="Wait for the end and print one JSON object.")]
+TextToSee = Annotated[
+    str | None,
+    typer.Option("--corpus", help="Real text to see them in; none leaves it out.", show_default="of the model's newest SAE"),
+]
 
 
 @study_app.command(
@@ -487,6 +493,26 @@ def study_specificity(
 
 
 @study_app.command(
+    "heads",
+    epilog="Examples: [bold]headscope study heads --model gpt2[/bold]; "
+    "[bold]headscope study heads --model smollm2 --layers 16,17,18 --corpus none[/bold]",
+)
+@takes(options(HeadsStudy, skip=("kind", "model", "corpus", "rows")))
+def study_heads(
+    model: LanguageModel,
+    corpus: TextToSee = None,
+    revision: Revision = None,
+    as_json: AsJson = False,
+    watch: Watch = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Score every head: where it attends (token before, copies, induction, row start), what it writes (copies, successors)."""
+    _study_of_heads(HeadsStudy, model, corpus, revision, values, as_json=as_json, watch=watch, data=data, device=device)
+
+
+@study_app.command(
     "induction",
     epilog="Examples: [bold]headscope study induction --model gpt2 --layers 5[/bold]; "
     "[bold]headscope study induction --model smollm2 --corpus ./texts --samples 400[/bold]",
@@ -494,10 +520,7 @@ def study_specificity(
 @takes(options(InductionStudy, skip=("kind", "model", "corpus", "rows")))
 def study_induction(
     model: LanguageModel,
-    corpus: Annotated[
-        str | None,
-        typer.Option("--corpus", help="Real text to see them in; none leaves it out.", show_default="of the model's newest SAE"),
-    ] = None,
+    corpus: TextToSee = None,
     revision: Revision = None,
     as_json: AsJson = False,
     watch: Watch = False,
@@ -506,8 +529,24 @@ def study_induction(
     **values: Any,
 ) -> None:
     """Find the heads that do induction, and tell those that need a long repeated prefix from those that need one token."""
-    raw = given(values, InductionStudy)
-    built(InductionStudy, raw | {"model": "checked-later"}, OF_STUDY)
+    _study_of_heads(InductionStudy, model, corpus, revision, values, as_json=as_json, watch=watch, data=data, device=device)
+
+
+def _study_of_heads(
+    kind: type[HeadsStudy | InductionStudy],
+    model: str,
+    corpus: str | None,
+    revision: str | None,
+    values: dict[str, Any],
+    *,
+    as_json: bool,
+    watch: bool,
+    data: Path | None,
+    device: str | None,
+) -> None:
+    """A study of a model's heads, on the text of its newest SAE unless another is named."""
+    raw = given(values, kind)
+    built(kind, raw | {"model": "checked-later"}, OF_STUDY)
     with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
         _give_token(settings)
         found = _find_model(db, model, revision)
@@ -515,7 +554,7 @@ def study_induction(
             trained = studies.training_of(session, found.name)
         asked = corpus if corpus is not None else trained.corpus if trained else "none"
         text = None if asked == "none" else _find_corpus(db, asked)
-        cfg = built(InductionStudy, raw | {"model": found.name, "corpus": text.name if text else None}, OF_STUDY)
+        cfg = built(kind, raw | {"model": found.name, "corpus": text.name if text else None}, OF_STUDY)
         if text:
             same = trained is not None and trained.corpus == text.name
             own = RowsConfig(context=cfg.length, tokens=cfg.text_rows * cfg.length, heldout_tokens=0)
@@ -549,7 +588,7 @@ def _proxies(
             yield {"kind": "regex", "pattern": pattern, "on": on}
 
 
-def _study(settings: Settings, db: Database, cfg: SpecificityStudy | InductionStudy, *, wait: bool) -> studies.StudyRecord | None:
+def _study(settings: Settings, db: Database, cfg: AnyStudy, *, wait: bool) -> studies.StudyRecord | None:
     """Queue a study, or make it here when no worker runs; what it found, unless that is left to a worker."""
     queue = Jobs(settings, db)
     alive = queue.worker_alive()

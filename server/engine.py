@@ -24,7 +24,7 @@ from sae_core import attribution, machine
 from sae_core.components import by_component
 from sae_core.errors import HeadscopeError, NotFound, UsageError
 from sae_core.lens import AttentionRead, Lens, load_lens
-from sae_core.saes import SAE
+from sae_core.saes import SAE, row_starts
 from server.db import Database
 from server.live import SECRET_HEADER, ComponentsQuestion, LiveAttribution, LiveComponents, LiveQuestion
 from server.settings import Settings
@@ -145,10 +145,11 @@ class _Place(NamedTuple):
     """[1]"""
 
 
-def _placed(read: AttentionRead, sae: SAE, question: LiveQuestion) -> _Place:
+def _placed(lens: Lens, read: AttentionRead, sae: SAE, tokens: list[int], question: LiveQuestion) -> _Place:
     feature = torch.tensor([question.index], device=read.z.device)
     w, bias = sae.affine(feature)
-    z, excluded, scale = read.z[0], sae.excluded(read.z)[0], sae.token_scale(read.z[0])
+    z, scale = read.z[0], sae.token_scale(read.z[0])
+    excluded = sae.excluded(read.z, row_starts(torch.tensor([tokens]), lens.row_start))[0]
     preacts = sae.scaled(z) @ w[0] + bias[0]
     acts = sae.activate(preacts[:, None], feature, sae.least(z))[:, 0].masked_fill(excluded, 0.0)
     dest = question.dest
@@ -168,7 +169,7 @@ def answer(lens: Lens, sae: SAE, tokens: list[int], question: LiveQuestion) -> L
     """
     layer = sae.cfg.site.layer
     read = lens.read_attention(torch.tensor([tokens], device=lens.device), layer)
-    at = _placed(read, sae, question)
+    at = _placed(lens, read, sae, tokens, question)
     v, pattern, constant = read.v[0], read.pattern[0][:, at.dest][None], None
     if question.split_bias:
         v_bias = lens.v_bias(layer)
@@ -203,7 +204,7 @@ def answer_components(lens: Lens, sae: SAE, tokens: list[int], question: Compone
         raise UsageError(f"{question.sae} has the heads 0 to {sae.cfg.n_heads - 1}; there is no {head}.", field="head")
     layer = sae.cfg.site.layer
     stream = lens.read_stream(torch.tensor([tokens], device=lens.device), layer)
-    at = _placed(stream.attention, sae, question)
+    at = _placed(lens, stream.attention, sae, tokens, question)
     found = by_component(stream, lens.value_map(layer), at.w, at.dest)
     gap = attribution.identity_gap(found.given[None], at.bias, at.preacts[at.dest : at.dest + 1])
     return LiveComponents(

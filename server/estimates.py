@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from sae_core.config import EvaluateJob, HarvestConfig, InductionStudy, RowsConfig, TrainConfig
+from sae_core.config import EvaluateJob, HarvestConfig, HeadsStudy, InductionStudy, RowsConfig, TrainConfig
 from sae_core.progress import Progress
 
 
@@ -135,6 +135,20 @@ def induction_seconds(cfg: InductionStudy, model: Sized, speed: Speed) -> dict[s
         cut = 2 * cfg.cuts * layers * model.n_heads / 12
         found |= {"text": cfg.text_rows * cfg.rows.context * per_token, "cut": cut * cfg.rows.context * per_token}
     return found
+
+
+def heads_seconds(cfg: HeadsStudy, model: Sized, speed: Speed) -> dict[str, float]:
+    """Seconds of each phase of a study of what heads do. Of its weights, the product that counts is each head's with the
+    unembedding of the whole vocabulary."""
+    shape = Shape.of(model)
+    depth = model.n_layers if cfg.layers == "all" else max(cfg.layers) + 1
+    per_token = shape.pass_flops(depth) / (speed.float32 * EFFICIENCY["pass"])
+    n_heads = model.n_heads * (model.n_layers if cfg.layers == "all" else len(cfg.layers))
+    circuit = 2 * model.d_head * (model.d_model * model.d_vocab + 4 * cfg.vocabulary * model.d_head)
+    found = {"random": 1.0 + cfg.samples * cfg.length * per_token}
+    if cfg.corpus:
+        found |= {"text": cfg.text_rows * cfg.rows.context * per_token}
+    return found | {"weights": n_heads * circuit / (speed.float32 * EFFICIENCY["pass"])}
 
 
 def harvest_seconds(

@@ -16,7 +16,17 @@ from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
 from dbos import error as dbos_error
 from sqlalchemy.orm import Session
 
-from sae_core.config import CompareJob, EvaluateJob, HarvestJob, InductionStudy, SpecificityStudy, SweepConfig, TrainConfig, said
+from sae_core.config import (
+    AnyStudy,
+    CompareJob,
+    EvaluateJob,
+    HarvestJob,
+    InductionStudy,
+    SpecificityStudy,
+    SweepConfig,
+    TrainConfig,
+    said,
+)  # fmt: skip
 from sae_core.errors import DatabaseTooOld, LayerOutOfRange, NotFound, SAEMismatch, UsageError
 from server.db import Database
 from server.settings import Settings
@@ -127,7 +137,7 @@ class Jobs:
         self.release()
         return f"{base}-{n}"
 
-    def enqueue_study(self, cfg: SpecificityStudy | InductionStudy) -> str:
+    def enqueue_study(self, cfg: AnyStudy) -> str:
         """Queue a study and give its id, which follows from the config: asked twice, it runs once."""
         job_id = study_id(cfg)
         with self._db.write() as session:
@@ -138,7 +148,8 @@ class Jobs:
                 model = registry.model(session, cfg.model)
                 for layer in () if cfg.layers == "all" else cfg.layers:
                     check_layer(model.name, model, layer)
-                title = f"Induction heads of {cfg.model}, {_named(cfg.layers)}"
+                what = "Induction heads" if isinstance(cfg, InductionStudy) else "What heads do: those"
+                title = f"{what} of {cfg.model}, {_named(cfg.layers)}"
             if cfg.corpus is not None:
                 registry.corpus(session, cfg.corpus)
             shown = title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 1]}…"
@@ -331,7 +342,7 @@ def _named(layers: Sequence[int] | str) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
 
 
-def study_id(cfg: SpecificityStudy | InductionStudy) -> str:
+def study_id(cfg: AnyStudy) -> str:
     """The one id of this study."""
     of = f"{cfg.sae}-{cfg.feature}" if isinstance(cfg, SpecificityStudy) else slug(cfg.model)
     return f"study-{of}-{cfg.hash()}"

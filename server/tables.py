@@ -268,7 +268,7 @@ class HeadSummary(Base):
     n_led: Mapped[int]  # live features of which it has the largest |mean DFA|
     n_led_norm: Mapped[int]  # live features of which it has the largest decoder norm
     families: Mapped[dict[str, Any]]  # {family: how many of those it leads}
-    diversity: Mapped[float | None]  # of its top features, 0 (all alike) to 1
+    diversity: Mapped[float | None]  # directions that it writes, effectively; before, of its top features, 0 to 1
     polysemantic: Mapped[float | None]  # estimate, 0 to 1
     detail: Mapped[dict[str, Any]]  # its top features and the numbers behind the two
 

@@ -104,7 +104,7 @@ def _lines(db: Database, job_id: str, console: Console, stop: threading.Event, l
 
 def study(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The main numbers of a study, as lines."""
-    return list(_of_specificity(result) if result["kind"] == "specificity" else _of_induction(result))
+    return list({"specificity": _of_specificity, "induction": _of_induction, "heads": _of_heads}[result["kind"]](result))
 
 
 def _of_specificity(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -136,6 +136,24 @@ def _of_induction(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         cut = head["cut"]
         text = f"; in text {cut['before']['mean']:.2f}, prefix cut {cut['after']['mean']:.2f}" if cut else ""
         yield f"{head['layer']}.{head['head']} {head['role']}", score + text
+    for note in result["notes"]:
+        yield "note", note
+
+
+STRONGEST = 6
+"""Heads named for each role."""
+
+
+def _of_heads(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "heads", result["summary"]
+    for role, (score, least) in result["thresholds"].items():
+        sign = 1 if least > 0 else -1
+        known = [
+            (sign * value, f"{head['layer']}.{head['head']}")
+            for head in result["heads"]
+            if (value := (head["random"] | head)[score]) is not None
+        ]
+        yield f"{role}: {score}", ", ".join(f"{name} {sign * value:.2f}" for value, name in sorted(known)[: -STRONGEST - 1 : -1])
     for note in result["notes"]:
         yield "note", note
 

@@ -41,9 +41,11 @@ from sae_core import harvest as sweep
 from sae_core import heads, machine
 from sae_core.activations import Activations, about
 from sae_core.config import (
+    AnyStudy,
     CompareJob,
     EvaluateJob,
     HarvestJob,
+    HeadsStudy,
     InductionStudy,
     SpecificityStudy,
     SweepConfig,
@@ -60,6 +62,7 @@ from sae_core.probes import read_texts
 from sae_core.progress import Progress, relayed
 from sae_core.saes import SAE, check_fits, load_sae
 from sae_core.stability import check_same_site
+from sae_core.studies import heads as head_study
 from sae_core.studies import induction
 from sae_core.studies.specificity import specificity
 from sae_core.train import activations_of, curve_of, diverged, made_by, train_many
@@ -90,6 +93,8 @@ SAID = {
     "evaluate": "Evaluating on held-out rows and on repeated random tokens.",
     "scan": "Sweeping the corpus for firings.",
     "synthetic": "Reading random tokens with a prefix copied.",
+    "random": "Reading random tokens said twice.",
+    "weights": "Asking the weights of each head what it writes.",
     "text": "Looking for induction in real text.",
     "cut": "Cutting repeated prefixes down to one token.",
     "match": "Matching decoder directions.",
@@ -426,6 +431,11 @@ def study(run: Run) -> None:
     cfg = study_job(run.job.config)
     if isinstance(cfg, SpecificityStudy):
         result = run.step("scan", lambda: _specificity(run, cfg))
+    elif isinstance(cfg, HeadsStudy):
+        random = run.step("random", lambda: _heads_on_random(run, cfg))
+        read = run.step("text", lambda: _heads_in_text(run, cfg)) if cfg.corpus else None
+        weights = run.step("weights", lambda: _heads_weights(run, cfg))
+        result = run.step("sum up", lambda: _heads(run, cfg, random, read, weights))
     else:
         scores = run.step("synthetic", lambda: _synthetic(run, cfg))
         text = run.step("text", lambda: _in_text(run, cfg, scores)) if cfg.corpus else None
@@ -470,7 +480,37 @@ def _sum_up(run: Run, cfg: InductionStudy, scores: dict[str, Any], text: dict[st
     return found.model_dump(mode="json")
 
 
-def _store_study(run: Run, cfg: SpecificityStudy | InductionStudy, result: dict[str, Any]) -> None:
+def _lens_of(run: Run, cfg: HeadsStudy) -> Lens:
+    """The study's model; a worker that goes on with another's study learns how long what is left takes."""
+    lens = _lens(run, cfg.model)
+    if not run.clock.expected:
+        run.clock = estimates.Clock(estimates.heads_seconds(cfg, lens.info, run.worker.speed))
+    return lens
+
+
+def _heads_on_random(run: Run, cfg: HeadsStudy) -> dict[str, Any]:
+    return run.follow(head_study.on_random(_lens_of(run, cfg), cfg)).model_dump(mode="json")
+
+
+def _heads_in_text(run: Run, cfg: HeadsStudy) -> dict[str, Any]:
+    assert cfg.corpus is not None
+    lens = _lens_of(run, cfg)
+    return run.follow(head_study.in_text(lens, _rows(run, lens, cfg.corpus, cfg), cfg)).model_dump(mode="json")
+
+
+def _heads_weights(run: Run, cfg: HeadsStudy) -> dict[str, Any]:
+    return run.follow(head_study.on_weights(_lens_of(run, cfg), cfg)).model_dump(mode="json")
+
+
+def _heads(
+    run: Run, cfg: HeadsStudy, random: dict[str, Any], text: dict[str, Any] | None, weights: dict[str, Any]
+) -> dict[str, Any]:
+    seen = None if text is None else head_study.Seen.model_validate(text)
+    parts = (head_study.Seen.model_validate(random), seen, head_study.Weights.model_validate(weights))
+    return head_study.heads(_lens(run, cfg.model), cfg, *parts).model_dump(mode="json")
+
+
+def _store_study(run: Run, cfg: AnyStudy, result: dict[str, Any]) -> None:
     with run.write() as session:
         of_sae = registry.sae(session, cfg.sae) if isinstance(cfg, SpecificityStudy) else None
         study_id = studies.write(
@@ -514,7 +554,7 @@ def _match(run: Run, cfg: CompareJob) -> dict[str, Any]:
         if live is None
     ]
     live = [torch.arange(sae.cfg.d_sae) if found is None else torch.tensor(found) for sae, found in zip(saes, fired, strict=True)]
-    found = match(saes[0].W_dec.detach(), saes[1].W_dec.detach(), *live, names, notes).model_dump(mode="json")
+    found = match(saes[0].W_dec.detach(), saes[1].W_dec.detach(), live[0], live[1], names, notes).model_dump(mode="json")
     run.report(Progress("match", 1, 1, "pairs"))
     return found
 
@@ -742,9 +782,7 @@ def _lens(run: Run, model: str) -> Lens:
     return lens
 
 
-def _rows(
-    run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob | EvaluateJob | SpecificityStudy | InductionStudy
-) -> Rows:
+def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob | EvaluateJob | AnyStudy) -> Rows:
     with run.worker.db.read() as session:
         source = registry.corpus(session, corpus).source
     return run.follow(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae_core.config import HarvestConfig, InductionStudy, RowsConfig, Site, TrainConfig
+from sae_core.config import HarvestConfig, HeadsStudy, InductionStudy, RowsConfig, Site, TrainConfig
 from sae_core.progress import Progress
 from server.doctor import needs, sweep_needs
 from server.estimates import (
@@ -11,6 +11,7 @@ from server.estimates import (
     Speed,
     Swept,
     harvest_seconds,
+    heads_seconds,
     induction_seconds,
     scan_seconds,
     sweep_seconds,
@@ -125,6 +126,13 @@ def test_nothing_is_left_at_the_end() -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(None, ""), (12.4, "12 s"), (200, "3 min 20 s"), (3900, "1 h 05 min")])
 def test_durations_are_said_as_people_say_them(seconds: float | None, said: str) -> None:
     assert duration(seconds) == said
+
+
+def test_a_study_of_every_head_costs_a_product_with_the_vocabulary_for_each() -> None:
+    every, some = (heads_seconds(HeadsStudy(model="m", layers=layers), SHAPE, SPEED) for layers in ("all", (0, 1, 2)))
+    assert every["weights"] == pytest.approx(10 * some["weights"]), "3 layers of 30"
+    assert set(every) == {"random", "weights"}
+    assert "text" in heads_seconds(HeadsStudy(model="m", corpus="c"), SHAPE, SPEED)
 
 
 def test_a_study_costs_what_it_reads_as_deep_as_it_reads() -> None:

@@ -50,6 +50,7 @@ def upgrade() -> None:
     with op.batch_alter_table("example") as batch:
         for name in (*GONE, *GONE_BYTES):
             batch.drop_column(name)
+    op.execute("update head_summary set diversity = null")  # was a share of 1 for every head; says something else now
     _feature_head_anew(with_rowid=False)
 
 

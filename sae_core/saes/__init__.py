@@ -4,7 +4,7 @@
 """
 
 from sae_core.config import Arch
-from sae_core.saes.base import SAE, SparseActs, check_fits, load_sae, save_sae
+from sae_core.saes.base import SAE, SparseActs, check_fits, load_sae, row_starts, save_sae
 from sae_core.saes.batchtopk import BatchTopKRecipe, BatchTopKSAE
 from sae_core.saes.gated import GatedRecipe, GatedSAE
 from sae_core.saes.jumprelu import JumpReLURecipe, JumpReLUSAE
@@ -30,4 +30,15 @@ RECIPES: dict[Arch, type[Recipe]] = {
     "matryoshka": MatryoshkaRecipe,
 }
 
-__all__ = ["ARCHITECTURES", "RECIPES", "SAE", "BatchTopKSAE", "Recipe", "SparseActs", "check_fits", "load_sae", "save_sae"]
+__all__ = [
+    "ARCHITECTURES",
+    "RECIPES",
+    "SAE",
+    "BatchTopKSAE",
+    "Recipe",
+    "SparseActs",
+    "check_fits",
+    "load_sae",
+    "row_starts",
+    "save_sae",
+]

@@ -19,9 +19,11 @@ attribution multiplies w_f by the destination's s[t] and is as exact as without.
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -135,15 +137,22 @@ class SAE(nn.Module):
         w = self.W_enc[:, features].T
         return w, self.b_enc[features] - w @ self.b_dec
 
-    def excluded(self, z: Tensor) -> Tensor:
+    def excluded(self, z: Tensor, starts: Tensor) -> Tensor:
         """bool [batch, pos]: positions of rows z [batch, pos, d_in] that are no destinations (they stay sources).
 
-        Each row's start, and positions whose |z| is beyond what training saw (attention sinks and their like), where
-        training left them out.
+        Row starts, which `starts` marks (`row_starts` of the tokens), and positions whose |z| is beyond what training saw
+        (attention sinks and their like), where training left them out.
         """
-        mask = torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
-        mask[:, 0] = self.cfg.exclude_start
+        mask = starts.to(z.device) if self.cfg.exclude_start else torch.zeros(z.shape[:2], dtype=torch.bool, device=z.device)
         return mask if self.cfg.max_norm is None else mask | (z.float().norm(dim=-1) > self.cfg.max_norm)
+
+
+def row_starts(tokens: Tensor | NDArray[np.integer[Any]], row_start: int) -> Tensor:
+    """bool [batch, pos]: where rows of tokens begin, or begin anew: the first position, whatever stands there, and each
+    row-start token between packed documents. Attention rests on all of them alike, and none is a word of the text."""
+    starts = tokens == row_start if isinstance(tokens, Tensor) else torch.from_numpy(np.array(tokens == row_start))
+    starts[:, 0] = True
+    return starts
 
 
 def shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:

@@ -28,9 +28,9 @@ from torch import Tensor
 
 from sae_core.config import InductionStudy
 from sae_core.corpus import Rows
-from sae_core.errors import UsageError
 from sae_core.evaluate import Interval, interval
 from sae_core.progress import Clock, Progress
+from sae_core.studies.passes import DOES, layers_of, row_tokens, rows_at_once
 from sae_core.studies.proxy import NOBODY, fuzzy_classes, ordinary_tokens, prefix_lengths
 from sae_core.studies.shares import Record, short
 
@@ -41,8 +41,6 @@ Role = Literal["long-prefix", "short-prefix", "not induction"]
 
 LONGEST = 10
 """In real text, prefixes of this length and longer count together."""
-DOES = 0.3
-"""Best score from which a head does induction."""
 WEAK = 0.5
 """A long-prefix head has less than this share of its best score after a prefix of one."""
 DETAILED = 0.1
@@ -179,14 +177,6 @@ def role(score: Sequence[float]) -> Role:
     return "long-prefix" if score[0] < WEAK * best else "short-prefix"
 
 
-def layers_of(cfg: InductionStudy, lens: "Lens") -> list[int]:
-    """The layers to look at; LayerOutOfRange for one that the model lacks."""
-    layers = list(range(lens.info.n_layers)) if cfg.layers == "all" else sorted(cfg.layers)
-    for layer in layers:
-        lens.check_layer(layer)
-    return layers
-
-
 # ------------------------------------------------------------------------------------------------------------- synthetic
 
 
@@ -209,17 +199,7 @@ def copied_prefixes(cfg: InductionStudy, lens: "Lens") -> Copies:
     a1 is uniform in 1 ... length - 2 (prefixes + 1) - 10 (98 of 128, the paper's), so that the longest prefix leaves it room;
     a2 in a1 + p + 1 ... length - 1 - p, so that a token at least parts the copies, and one follows the second.
     """
-    if cfg.length > lens.info.max_context:
-        raise UsageError(
-            f"{lens.info.name} takes at most {lens.info.max_context} tokens at once, not {cfg.length}; lower --length.",
-            field="length",
-        )
-    ids = np.array(ordinary_tokens(lens))
-    if len(ids) < cfg.length - 1:
-        raise UsageError(
-            f"{lens.info.name} has {len(ids)} tokens, fewer than the {cfg.length - 1} distinct ones of a row; lower --length.",
-            field="length",
-        )
+    ids = row_tokens(cfg, lens, cfg.length - 1)
     draw = np.random.default_rng(cfg.seed % 2**63)
     last = max(1, cfg.length - 2 * (cfg.prefixes + 1) - 10)
     made = []
@@ -298,11 +278,6 @@ def _scores(lens: "Lens", layers: Sequence[int], part: Copies) -> list[Tensor]:
         score, *elsewhere = attention[layer]
         found.append(torch.stack([score, score**2, logit, logit**2, *elsewhere], -1))
     return found
-
-
-def rows_at_once(cfg: InductionStudy, length: int) -> int:
-    """Rows of so many tokens in one model pass."""
-    return max(1, cfg.pass_tokens // length)
 
 
 # ------------------------------------------------------------------------------------------------------------- real text

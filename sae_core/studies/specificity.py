@@ -29,7 +29,7 @@ from torch import Tensor
 from sae_core.config import SpecificityStudy, said
 from sae_core.corpus import Rows
 from sae_core.progress import Clock, Progress
-from sae_core.saes import SAE
+from sae_core.saes import SAE, row_starts
 from sae_core.studies.proxy import Proxies
 from sae_core.studies.shares import Record, Share, share, short
 
@@ -172,7 +172,8 @@ def specificity(lens: "Lens", sae: SAE, rows: Rows, cfg: SpecificityStudy) -> Ge
         high = min(low + cfg.batch_rows, n)
         tokens = torch.from_numpy(rows.train[low:high].astype("int64"))
         z = lens.read_z(tokens.to(lens.device), [sae.cfg.site.layer])[sae.cfg.site.layer]
-        tally.add(low, *_activation(sae, cfg.feature, z), sae.excluded(z).cpu(), proxies.hold(tokens))
+        excluded = sae.excluded(z, row_starts(tokens, lens.row_start)).cpu()
+        tally.add(low, *_activation(sae, cfg.feature, z), excluded, proxies.hold(tokens))
         yield clock.at(high * rows.context)
     return tally.found(lens, rows, n)
 

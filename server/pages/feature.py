@@ -63,10 +63,19 @@ def show_feature(request: Request, sae: str, index: int, view: Annotated[View, Q
 
 
 def about(
-    view: View, text: str = "", answer: FeatureExample | None = None, tokens: Sequence[int] = (), trouble: str = ""
+    view: View,
+    text: str = "",
+    answer: FeatureExample | None = None,
+    tokens: Sequence[int] = (),
+    trouble: str = "",
+    *,
+    split_bias: bool = False,
+    value_bias: Sequence[float] | None = None,
 ) -> dict[str, Any]:
-    """What the template needs beside the feature: the chosen view, and the typed text with its tokens and its answer."""
-    return {"view": view, "text": text, "answer": answer, "tokens": ",".join(map(str, tokens)), "trouble": trouble}
+    """What the template needs beside the feature: the chosen view, and the typed text with its tokens and its answer, from
+    which what the value bias gave through each head may have been taken out."""
+    typed = {"text": text, "answer": answer, "tokens": ",".join(map(str, tokens)), "trouble": trouble}
+    return {"view": view, "split_bias": split_bias, "value_bias": value_bias} | typed
 
 
 @router.post("/saes/{sae}/features/{index:int}", include_in_schema=False)
@@ -74,19 +83,19 @@ def try_text(request: Request, sae: str, index: int, read: Read, form: Form) -> 
     """The typed text taken apart by the engine. Nothing of it is stored."""
     door = find_sae(read, sae)
     page = feature_page(read, door, index)
-    text = form.get("text", "")
-    answer, tokens, trouble = None, [], ""
+    text, split_bias = form.get("text", ""), "split_bias" in form
+    answer, tokens, value_bias, trouble = None, [], None, ""
     try:
-        found = ask(request, door, index, text, form.get("dest", ""))
-        answer, tokens = as_example(found), found.tokens
+        found = ask(request, door, index, text, form.get("dest", ""), split_bias=split_bias)
+        answer, tokens, value_bias = as_example(found), found.tokens, found.value_bias
     except HeadscopeError as error:
         # The page stays as it is: the sentence stands beside the box, and the text is kept.
         trouble = str(error)
-    known = about(View(context="full"), text, answer, tokens, trouble)
-    return reply(request, page, "feature.html", block="_try.html", **known)
+    typed = about(View(context="full"), text, answer, tokens, trouble, split_bias=split_bias, value_bias=value_bias)
+    return reply(request, page, "feature.html", block="_try.html", **typed)
 
 
-def ask(request: Request, door: Door, index: int, text: str, dest: str) -> LiveAttribution:
+def ask(request: Request, door: Door, index: int, text: str, dest: str, *, split_bias: bool = False) -> LiveAttribution:
     """The engine's answer."""
     if not text.strip():
         raise UsageError("Type some text first.", field="text")
@@ -94,7 +103,8 @@ def ask(request: Request, door: Door, index: int, text: str, dest: str) -> LiveA
         raise UsageError(f"That is {len(text)} characters; at most {LONGEST_TEXT} can be tried at once.", field="text")
     if dest and not (dest.isascii() and dest.isdigit()):
         raise UsageError(f"'{dest}' is no token position; leave it empty for the strongest.", field="dest")
-    question = LiveQuestion(sae=door.sae.name, index=index, text=text, dest=int(dest) if dest else None)
+    at = int(dest) if dest else None
+    question = LiveQuestion(sae=door.sae.name, index=index, text=text, dest=at, split_bias=split_bias)
     return engine(request).attribute(question)
 
 

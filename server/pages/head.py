@@ -18,7 +18,7 @@ class HeadsQuery(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    sort: Literal["head", "data", "weights", "family", "diversity", "polysemantic", "spread"] = "head"
+    sort: Literal["head", "data", "weights", "family", "directions", "polysemantic", "spread"] = "head"
     """Column to sort by; numbers come largest first, and what is not known comes last."""
 
 
@@ -61,7 +61,7 @@ SORTS: Mapping[str, Callable[[HeadLine], float | None]] = {
     "data": lambda line: line.n_led,
     "weights": lambda line: line.n_led_norm,
     "family": lambda line: line.family.features if line.family else 0,
-    "diversity": lambda line: line.diversity,
+    "directions": lambda line: line.diversity,
     "polysemantic": lambda line: line.polysemantic,
     "spread": lambda line: line.detail.get("participation"),
 }
@@ -73,7 +73,7 @@ COLUMNS: Mapping[str, Callable[[ModelHead], Any]] = {
     "leads_by_weights": lambda one: one.line.n_led_norm,
     "main_family": lambda one: one.line.family and one.line.family.key,
     "families": lambda one: " ".join(f"{count.key}={count.features}" for count in one.line.families),
-    "diversity": lambda one: one.line.diversity,
+    "directions": lambda one: one.line.diversity,
     "polysemantic": lambda one: one.line.polysemantic,
     "polysemantic_of_fifty": lambda one: one.line.detail.get("polysemantic_of_many"),
     "spread_over_heads": lambda one: one.line.detail.get("participation"),

@@ -1,12 +1,12 @@
 """`/studies` and `/studies/{id}`: questions put to features and heads, with plots of what was found."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, NamedTuple, Self
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.responses import RedirectResponse
 
 from server.charts import Bar, HeadCell, Line, Point
@@ -24,6 +24,65 @@ DOES = 0.3
 """As `sae_core.studies.induction` has it."""
 ROLE_MARKS = {"short-prefix": 0, "long-prefix": 3}
 ELSEWHERE = (("previous", "the token before"), ("duplicate", "the earlier copy of the token itself"))
+ROWS = 40
+"""Heads in the table of a study of every head."""
+
+
+class Score(NamedTuple):
+    """A score that the map of heads can show."""
+
+    key: str
+    title: str
+    says: str
+    read: Callable[[Mapping[str, Any]], float | None]
+    """Of a head of the result."""
+
+
+def _scores(where: str, said: str, prefix: str = "") -> tuple[Score, ...]:
+    """Scores of attention `where` in a head, which are means over `said`."""
+    words = {
+        "previous": ("token before", "to the token before"),
+        "duplicate": ("duplicate", "to earlier copies of the token itself"),
+        "induction": ("induction", "to what followed earlier copies of the token"),
+        "start": ("row start", "to row starts, where attention rests"),
+        "current": ("itself", "to the token itself"),
+    }
+    return tuple(
+        Score(f"{prefix}{key}", f"{title}{', text' if prefix else ''}", f"Mean attention {to}, {said}.", _reader(where, key))
+        for key, (title, to) in words.items()
+    )
+
+
+def _reader(where: str, key: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda head: head[where][key] if head[where] else None
+
+
+ON_RANDOM = _scores("random", "on random tokens said twice")
+IN_TEXT = _scores("text", "in real text, tokens compared without leading space and capitals", "text-")
+BY_WEIGHTS = (
+    Score(
+        "copying",
+        "copying",
+        "By weights: the sum of the eigenvalues of the head's OV circuit over the sum of their sizes; 1 where it raises what it "
+        "reads, -1 where it lowers it.",
+        lambda head: head["copying"],
+    ),
+    Score(
+        "own",
+        "own logit",
+        "By weights: the mean over tokens of what the head writes to the logit of the token it reads, in standard deviations of "
+        "what it writes to all.",
+        lambda head: head["own"],
+    ),
+    Score(
+        "successor",
+        "successor",
+        "By weights: of tokens that are said in order (numbers, weekdays, letters, ...), the share whose successor the head "
+        "raises most among their kind.",
+        lambda head: head["successor"],
+    ),
+)
+SCORES = {score.key: score for score in (*ON_RANDOM, *IN_TEXT, *BY_WEIGHTS)}
 
 
 @dataclass(frozen=True)
@@ -59,12 +118,21 @@ class StudyPage:
 
 
 class StudyQuery(BaseModel):
-    """Which heads a study of heads draws. Its address is exactly this."""
+    """Which heads a study of heads draws, and by which score. Its address is exactly this."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
     heads: str = ""
     """Heads as `layer.head`, with commas between; none: the strongest of each role."""
+    score: str = "induction"
+    """Of a study of every head, the score that its map and its table go by."""
+
+    @field_validator("score")
+    @classmethod
+    def _is_known(cls, value: str) -> str:
+        if value not in SCORES:
+            raise ValueError(f"'{value}' is no score; there are {', '.join(SCORES)}")
+        return value
 
     @model_validator(mode="after")
     def _are_heads(self) -> Self:
@@ -88,17 +156,17 @@ def study_page(request: Request, study_id: int, query: Annotated[StudyQuery, Que
     record = studies.study(read, study_id)
     if record.kind == "compare" and not wants_json(request):
         return RedirectResponse(link("/compare", a=record.config["sae"], b=record.config["against"]), 303)
-    tag = etag(request, record.id, record.created_at, query.heads)
+    tag = etag(request, record.id, record.created_at, query.heads, query.score)
     if found := unchanged(request, tag):
         return found
-    view = _of_heads(record, query) if record.kind == "induction" else _of_feature(record)
-    return reply(request, StudyPage(record), "study.html", tag=tag, **view)
+    views = {"specificity": _of_feature, "induction": _of_heads, "heads": _of_every_head}
+    return reply(request, StudyPage(record), "study.html", tag=tag, **views[record.kind](record, query))
 
 
 # ------------------------------------------------------------------------------------------------------------ a feature
 
 
-def _of_feature(record: StudyRecord) -> dict[str, Any]:
+def _of_feature(record: StudyRecord, _: StudyQuery) -> dict[str, Any]:
     """Precision and recall by threshold, as lines."""
     by = record.result["by_threshold"]
 
@@ -119,8 +187,7 @@ def _of_heads(record: StudyRecord, query: StudyQuery) -> dict[str, Any]:
     chosen = [name for name in query.heads.split(",") if name in heads][-SHOWN:] or _strongest(result["heads"])
 
     def toggled(name: str) -> str:
-        others = [other for other in chosen if other != name]
-        return link(here, heads=",".join(others if len(others) < len(chosen) else [*others, name][-SHOWN:]) or None)
+        return link(here, heads=_toggled(chosen, name))
 
     drawn = [heads[name] for name in chosen]
     return {
@@ -148,6 +215,12 @@ def _of_heads(record: StudyRecord, query: StudyQuery) -> dict[str, Any]:
         "bars": _prefix_bars,
         "elsewhere": [(words, found) for key, words in ELSEWHERE if (found := _foremost(result["heads"], key))],
     }
+
+
+def _toggled(chosen: Sequence[str], name: str) -> str | None:
+    """The heads chosen, with this one more or less, as an address says it."""
+    others = [other for other in chosen if other != name]
+    return ",".join(others if len(others) < len(chosen) else [*others, name][-SHOWN:]) or None
 
 
 def _name(head: Mapping[str, Any]) -> str:
@@ -188,3 +261,69 @@ def _prefix_bars(head: Mapping[str, Any]) -> list[Bar]:
     """How often a head attends, by the prefix of what it attends to; 0 is no induction target, and left out."""
     last = len(head["attended"]) - 1
     return [Bar(f"{p}+" if p == last else str(p), n) for p, n in enumerate(head["attended"]) if p]
+
+
+# ---------------------------------------------------------------------------------------------------------- every head
+
+
+def _of_every_head(record: StudyRecord, query: StudyQuery) -> dict[str, Any]:
+    """The map of one score, the table of the heads that have most of it, and lines over layers."""
+    result, here, score = record.result, f"/studies/{record.id}", SCORES[query.score]
+    heads = {_name(head): head for head in result["heads"]}
+    chosen = [name for name in query.heads.split(",") if name in heads]
+    known = [score.read(head) for head in heads.values()]
+    rules = [(role, least, 0 if least > 0 else 3) for role, (of, least) in result["thresholds"].items() if of == score.key]
+    marks = {role: mark for role, _, mark in rules}
+
+    def toggled(name: str) -> str:
+        return link(here, score=query.score, heads=_toggled(chosen, name))
+
+    def size(head: Mapping[str, Any]) -> float:
+        return abs(score.read(head) or 0.0)
+
+    ranked = sorted(heads.values(), key=lambda head: -size(head))[:ROWS]
+    return {
+        "score": score,
+        "choices": [*ON_RANDOM, *(IN_TEXT if result["corpus"] else ()), *(BY_WEIGHTS if result["vocabulary"] else ())],
+        "scored": lambda key: link(here, score=key, heads=query.heads or None),
+        "cells": [
+            HeadCell(
+                head["layer"],
+                head["head"],
+                score.read(head) or 0.0,
+                (num(score.read(head)), ", ".join(head["roles"]) or "–"),
+                toggled(name),
+                next((marks[role] for role in head["roles"] if role in marks), None),
+                name in chosen,
+            )
+            for name, head in heads.items()
+        ],
+        "highest": max(1.0, *(abs(value or 0.0) for value in known)),
+        "rules": rules,
+        "kinds": ON_RANDOM,
+        "weights": BY_WEIGHTS,
+        "value": score.read,
+        "name": _name,
+        "toggled": toggled,
+        "chosen": chosen,
+        "rows": sorted(
+            {_name(head): head for head in [*ranked, *(heads[name] for name in chosen)]}.values(), key=lambda h: -size(h)
+        ),
+        "by_layer": [line for i, one in enumerate(ON_RANDOM[:3]) if (line := _by_layer(result, one, i, max))],
+        "by_weights": [
+            line._replace(name=name)
+            for i, (name, one, extreme) in enumerate(
+                (("copying, most", BY_WEIGHTS[0], max), ("copying, least", BY_WEIGHTS[0], min), ("successor", BY_WEIGHTS[2], max))
+            )
+            if (line := _by_layer(result, one, (0, 3, 2)[i], extreme))
+        ],
+    }
+
+
+def _by_layer(result: Mapping[str, Any], score: Score, mark: int, extreme: Callable[[list[float]], float]) -> Line | None:
+    """The largest or smallest value of a score in each layer; None where nothing is known."""
+    by: dict[int, list[float]] = {}
+    for head in result["heads"]:
+        if (value := score.read(head)) is not None:
+            by.setdefault(head["layer"], []).append(value)
+    return Line(score.title, mark, [Point(layer, extreme(values)) for layer, values in sorted(by.items())]) if by else None

@@ -41,7 +41,7 @@ class HeadLine:
     families: tuple[Count, ...]
     """Of those it leads by |mean DFA|, most first; `unclear` for those of none."""
     diversity: float | None
-    """Of the decoder slices of its top features, 0 (all one direction) to 1 (as random ones); None where few are alive."""
+    """Directions that its features write into as if equally, weighed by how much each is there; None where few are alive."""
     polysemantic: float | None
     """Share of pairs of its top features that nothing measured relates: an upper estimate."""
     top: tuple[HeadFeature, ...]

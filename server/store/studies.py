@@ -18,7 +18,7 @@ class StudyLine:
 
     id: int
     kind: str
-    """specificity or induction."""
+    """specificity, induction or heads."""
     title: str
     model: str
     sae: str | None
@@ -40,9 +40,9 @@ class StudyRecord:
     sae: str | None
     feature: int | None
     config: dict[str, Any]
-    """`SpecificityStudy` or `InductionStudy` of sae_core/config.py."""
+    """One of `AnyStudy` of sae_core/config.py."""
     result: dict[str, Any]
-    """`Specificity` or `Induction` of sae_core/studies."""
+    """`Specificity`, `Induction` or `Heads` of sae_core/studies."""
     created_at: datetime
 
 

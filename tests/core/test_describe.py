@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sae_core import heads
+from sae_core import attribution, heads
 from sae_core.config import HarvestConfig
 from sae_core.detectors import FAMILIES, family_of
 from sae_core.feature_table import REFERENCES, FeatureTable
@@ -100,9 +100,30 @@ def test_every_live_feature_is_led_by_one_head_in_each_way(made: tuple[Lens, SAE
         assert head.n_led == sum(record.top_head_dfa == head.head for record in records)
         assert head.n_led_norm == sum(record.top_head == head.head for record in records)
         assert sum(head.families.values()) == head.n_led
-        slices = torch.nn.functional.normalize(sae.W_dec.unflatten(1, (sae.cfg.n_heads, -1))[:, head.head], dim=1)
+        slices = sae.W_dec.unflatten(1, (sae.cfg.n_heads, -1))[:, head.head].numpy()
         top = [idx for idx, _ in head.detail["top"]]
         assert top == sorted(top, key=lambda idx, at=head.head: -result.features.record(idx).head_norm[at])
-        alike = (slices[top] @ slices[top].T).abs().numpy()[np.triu_indices(len(top), 1)].mean()
-        expected = min((1 - alike) / (1 - heads.random_alike(slices.shape[1])), 1)
-        assert head.diversity == pytest.approx(expected, abs=1e-3)
+        written = np.concatenate([np.sqrt(r.n_fired) * r.mean_act * slices[r.idx][None] for r in records])
+        e = np.linalg.svd(written, compute_uv=False) ** 2
+        assert head.diversity == pytest.approx(e.sum() ** 2 / (e**2).sum(), rel=1e-3)
+
+
+def test_what_lowers_the_token_that_it_read_is_found_by_looking_at_all(made: tuple[Lens, SAE, HarvestResult, Path]) -> None:
+    """`attribution.lowered_in_row` on the harvest's rows, against a loop over the tokens of each."""
+    lens, sae, _, _ = made
+    rows, logits = tiny_rows(vocabulary=12).train.astype(np.int64), lens.logit_weights(sae.W_dec, LAYER)
+    draw = np.random.default_rng(0)
+    n = 200
+    which, feature, dest = draw.integers(0, len(rows), n), draw.integers(0, len(logits), n), draw.integers(2, 20, n)
+    token = np.array([rows[r, draw.integers(1, d)] for r, d in zip(which, dest, strict=True)])
+    lower = logits.clone()
+    # A third of them are made to be the lowest of all, else hardly one in thirty would be.
+    for i in range(0, n, 3):
+        lower[feature[i], token[i]] = -100 - i
+    found = attribution.lowered_in_row(lower[feature], *(torch.from_numpy(part) for part in (token, rows[which], dest)))
+    for i in range(n):
+        mine = lower[feature[i]].tolist()
+        among = sum(value < mine[token[i]] for value in mine) < 10
+        near = [t for t in rows[which[i], : dest[i] + 1].tolist() if t != 0]
+        assert bool(found[i]) == (among and min(mine[t] for t in near) >= mine[token[i]])
+    assert 20 < int(found.sum()) < n / 2

@@ -48,6 +48,8 @@ class Case:
     start: float = 0.2
     """Share of all positive DFA that the row start has."""
     logit: float = 0.0
+    lowered: bool = False
+    """Whether the strongest source's token is what the feature lowers."""
 
 
 @dataclass
@@ -111,7 +113,7 @@ def previous(maker: Maker, doubled: float = 0.0) -> Case:
 
 def current(maker: Maker) -> Case:
     dest = maker.place()
-    return Case(maker.row(), dest, {dest: 1.0})
+    return Case(maker.row(), dest, {dest: 1.0}, lowered=True)
 
 
 def local(maker: Maker) -> Case:
@@ -130,12 +132,19 @@ def row_start(maker: Maker) -> Case:
     return case
 
 
-def about(maker: Maker, token: int, logit: float) -> Case:
-    """Reads one and the same token, somewhere."""
+def about(maker: Maker, token: int, logit: float, lowered: float = 0.0) -> Case:
+    """Reads one and the same token, somewhere, and lowers it with a probability."""
     tokens, dest = maker.row(), maker.place()
     source = dest - int(maker.rng.integers(11, 30))
     tokens[source] = token
-    return Case(tokens, dest, {source: 1.0}, logit=logit)
+    return Case(tokens, dest, {source: 1.0}, logit=logit, lowered=maker.rng.random() < lowered)
+
+
+def spread_out(maker: Maker) -> Case:
+    """Reads many tokens alike, of which one happens to be lowered."""
+    case = maker.noise()
+    case.lowered = True
+    return case
 
 
 def early(maker: Maker) -> Case:
@@ -203,7 +212,7 @@ KINDS = {
     "local": kind(local, "local", share=(0.9, 0.99), odd=0.05),
     "long-range": kind(long_range, "long-range"),
     "row start": kind(row_start, "row start"),
-    "suppression": kind(lambda m: about(m, m.x, float(m.rng.normal(-4, 0.5))), "suppression"),
+    "suppression": kind(lambda m: about(m, m.x, float(m.rng.normal(-4, 0.5)), lowered=0.95), "suppression"),
     "successor": kind(weekday, "successor", promoted=lambda _: [5, IDS[" Wednesday"], IDS[" Thursday"]]),
     "positional": kind(early, "positional", firings=lambda sizes: np.where(np.arange(8) == 3, 4000, sizes * 2)),
     "noise": kind(Maker.noise),
@@ -214,7 +223,9 @@ KINDS = {
     "previous, often a copy": kind(lambda m: previous(m, doubled=0.2), "previous token", may=NEARBY),
     "duplicate, often previous": kind(lambda m: duplicate(m, adjacent=0.2), "duplicate token"),
     "all weekdays alike": kind(weekday, promoted=lambda _: [IDS[day] for day in [DAYS[-1], *DAYS[:6]]]),
-    "lowers its token by luck": kind(lambda m: about(m, m.x, -2.3)),
+    "lowers its token by luck": kind(lambda m: about(m, m.x, -3.2)),
+    "lowers all common words": kind(lambda m: about(m, int(min(m.rng.zipf(1.4), 300)), -4, lowered=0.2)),
+    "lowers one of many": kind(spread_out),
     "fires later and later": kind(Maker.noise, firings=lambda sizes: sizes * np.array([0, 1, 2, 5, 11, 23, 47, 95])),
     "X only where strongest": kind(
         lambda m: induced(m, m.x, follows=0.0), "induction", promoted=lambda m: [m.x, 7, 8], weak=Maker.noise
@@ -270,10 +281,10 @@ def world(seed: int = 0) -> World:
                 dfa = torch.tensor(dfa_of(case, rng, rng.uniform(*one.share)))[None]
                 found, _ = measure(dfa, torch.tensor(case.tokens), torch.tensor([case.dest]), 0)
                 measures.append(found[0].numpy())
-                columns.append((feature, band, case.dest, len(rows), case.logit))
+                columns.append((feature, band, case.dest, len(rows), case.logit, case.lowered))
                 rows.append(case.tokens)
-    *places, logits = (np.array(column) for column in zip(*columns, strict=True))
-    kept = Kept(*places, np.array(rows), np.array(measures), logits)
+    *places, logits, lowered = (np.array(column) for column in zip(*columns, strict=True))
+    kept = Kept(*places, np.array(rows), np.array(measures), logits, lowered)
     written = Written(np.array(promoted), TEXTS)
     low, high = (np.array(ends) for ends in zip(*BUCKETS, strict=True))
     counts = np.array(firings)
@@ -319,6 +330,9 @@ def share_of(judged: World, name: str, family: str) -> float:
         ("duplicate, often previous", "previous token"),
         ("all weekdays alike", "successor"),
         ("lowers its token by luck", "suppression"),
+        ("lowers all common words", "suppression"),
+        ("lowers one of many", "suppression"),
+        ("current", "suppression"),
         ("fires later and later", "positional"),
         ("X only where strongest", "token by induction"),
         ("induction", "token by induction"),
@@ -387,7 +401,16 @@ def few(n_top: int, n_weak: int = 0, weak_fits: bool = False) -> Judged:
     measures[:, MEASURES.index("induction")] = 0.9
     dest = np.where(np.arange(n) < n_top, 50, 50 if weak_fits else 80)
     band = (np.arange(n) >= n_top).astype(np.int16)
-    kept = Kept(np.zeros(n, dtype=np.int64), band, dest, np.zeros(n, dtype=np.int64), tokens, measures, np.zeros(n))
+    kept = Kept(
+        np.zeros(n, dtype=np.int64),
+        band,
+        dest,
+        np.zeros(n, dtype=np.int64),
+        tokens,
+        measures,
+        np.zeros(n),
+        np.zeros(n, dtype=bool),
+    )
     return judge(kept, Written(np.array([[IDS[" word9"]]]), TEXTS), None, 1)
 
 

@@ -137,8 +137,8 @@ class LinearModel:
 
     info = SimpleNamespace(d_vocab=50, n_heads=2, d_head=2)
     device = torch.device("cpu")
-    row_start = 7
-    table = torch.randn(50, 4, generator=torch.Generator().manual_seed(2))
+    row_start = 50
+    table = torch.randn(51, 4, generator=torch.Generator().manual_seed(2))
     bias = torch.tensor([0.5, -1.0, 2.0])
 
     def read_z(self, tokens: Tensor, layers: Sequence[int], dtype: torch.dtype = torch.float32) -> dict[int, Tensor]:
@@ -149,6 +149,9 @@ class LinearModel:
 
     def b_O(self, layer: int) -> Tensor:  # noqa: ARG002
         return self.bias
+
+    def logit_rows(self, pos: int) -> int:
+        return max(1, 30 // pos)  # fewer rows than a batch has
 
     def effects_with(self, tokens: Tensor, layer: int, replacements: Sequence[Callable[[Tensor], Tensor] | Out]) -> list[Effect]:
         effects = []
@@ -191,9 +194,11 @@ def result_of(generator: Generator[Progress, None, Evaluation]) -> tuple[Evaluat
             return end.value, reports
 
 
-def measured(sae: SAE, n_heldout: int = 30, **options: Any) -> tuple[Evaluation, Tensor]:
-    """The evaluation on the table, and z of the held-out tokens that count."""
+def measured(sae: SAE, n_heldout: int = 30, inner: int | None = None, **options: Any) -> tuple[Evaluation, Tensor]:
+    """The evaluation on the table, and z of the held-out tokens; every second row has a row start at `inner`."""
     tokens = np.random.default_rng(1).integers(0, 50, (40, 9)).astype(np.int32)
+    if inner is not None:
+        tokens[::2, inner] = LinearModel.row_start
     rows: Any = SimpleNamespace(train=tokens[30:], heldout=tokens[:n_heldout], context=9)
     lens: Any = LinearModel()
     result, reports = result_of(
@@ -223,6 +228,23 @@ def test_evaluate_of_a_perfect_sae_by_closed_form() -> None:
     assert prose.sae_kl.mean == pytest.approx(0.0, abs=1e-5)
     assert prose.output_gap == pytest.approx(0.0, abs=1e-4)
     assert result.notes == []
+
+
+def test_row_starts_between_documents_count_in_no_statistic_and_stay_as_they_are() -> None:
+    result, z = measured(identity_sae(), inner=4)
+    fit, prose = result.reconstruction, result.prose
+    kept = torch.ones(30, 8, dtype=torch.bool)
+    kept[::2, 3] = False  # z leaves out the first position
+    assert fit.tokens == int(kept.sum())
+    assert fit.norm_in == pytest.approx(float(z[kept].norm(dim=-1).mean()))
+    assert fit.dead_tokens == 240 - 15 + 80 - 5
+    assert prose is not None
+    tokens = np.random.default_rng(1).integers(0, 50, (40, 9))[:30]
+    tokens[::2, 4] = LinearModel.row_start
+    scored, stays = LinearModel.table[torch.from_numpy(tokens)][:, :-1], torch.zeros(30, 8, 1, dtype=torch.bool)
+    stays[:, 0], stays[::2, 4] = True, True
+    assert prose.zero == pytest.approx(loss_of(scored * stays), rel=1e-5)
+    assert prose.mean == pytest.approx(loss_of(torch.where(stays, scored, z[kept].mean(0))), rel=1e-4)
 
 
 def test_losses_with_ablations_by_closed_form() -> None:
@@ -314,7 +336,7 @@ def test_a_model_that_gives_nan_leaves_notes_and_no_nan(monkeypatch: pytest.Monk
 
 
 def test_a_site_that_never_varies_has_no_fvu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LinearModel, "table", torch.ones(50, 4))
+    monkeypatch.setattr(LinearModel, "table", torch.ones(51, 4))
     fit: Reconstruction = measured(identity_sae())[0].reconstruction
     assert (fit.fvu, fit.explained_variance) == (None, None)
     assert fit.cosine == pytest.approx(1.0)
@@ -323,7 +345,7 @@ def test_a_site_that_never_varies_has_no_fvu(monkeypatch: pytest.MonkeyPatch) ->
 def test_repeated_rows_say_the_same_twice_after_the_row_start() -> None:
     tokens = repeated_random(LinearModel(), 5, 9)  # type: ignore[arg-type]
     assert tokens.shape == (5, 9)
-    assert (tokens[:, 0] == 7).all()
+    assert (tokens[:, 0] == LinearModel.row_start).all()
     assert torch.equal(tokens[:, 1:5], tokens[:, 5:9])
 
 

@@ -40,7 +40,7 @@ from sae_core.records import ExampleRecord
 from sae_core.saes.base import SAE, check_fits
 from sae_core.tally import CELL_EDGES, Tally
 from sae_core.visit import window_start
-from tests.core.tiny_harvest import LAYER, tiny_rows, tiny_sae, z_of
+from tests.core.tiny_harvest import LAYER, starts_of, tiny_rows, tiny_sae, z_of
 
 CFG = HarvestConfig(
     tokens=10_000, top_k=4, bands=3, per_band=2, shard_rows=8, batch_rows=4, neighbours=3, logits=5, model_dtype="float32"
@@ -63,7 +63,7 @@ def tiny(tiny_lens: Callable[[str], Lens]) -> Set:
     sae = tiny_sae(lens, rows)
     z = z_of(lens, rows)
     acts = sae.encode(z)
-    acts[sae.excluded(z)] = 0
+    acts[sae.excluded(z, starts_of(rows))] = 0
     return Set(lens=lens, sae=sae, rows=rows, acts=acts.numpy(), z=z)
 
 
@@ -121,7 +121,7 @@ def test_sums_equal_those_of_dense_activations(tiny: Set, whole: HarvestResult) 
     np.testing.assert_array_equal(whole.selection.count, fired.sum((0, 1)))
     np.testing.assert_allclose(whole.selection.total, tiny.acts.sum((0, 1)), rtol=1e-4)
     np.testing.assert_allclose(whole.selection.highest, tiny.acts.max((0, 1)), rtol=1e-4)
-    excluded = tiny.sae.excluded(tiny.z)
+    excluded = tiny.sae.excluded(tiny.z, starts_of(tiny.rows))
     assert int(excluded.sum()) > len(tiny.rows.train)  # row starts, and a few of large norm
     assert whole.selection.n_tokens == int((~excluded).sum())
     np.testing.assert_array_equal(whole.selection.histogram.sum(1), whole.selection.count)
@@ -605,7 +605,7 @@ def test_other_batch_sizes_agree_but_for_rounding(tiny: Set, whole: HarvestResul
 
 
 def test_positions_count_firings_and_tokens_by_powers_of_two(tiny: Set, whole: HarvestResult) -> None:
-    swept = (~tiny.sae.excluded(tiny.z)).numpy()
+    swept = (~tiny.sae.excluded(tiny.z, starts_of(tiny.rows))).numpy()
     for record in whole.features:
         acts = tiny.acts[:, :, record.idx]
         assert bool(record.positions) == bool(record.n_fired)
@@ -617,7 +617,7 @@ def test_positions_count_firings_and_tokens_by_powers_of_two(tiny: Set, whole: H
 
 
 def test_partners_are_the_strongest_correlations_of_firing(tiny: Set, whole: HarvestResult) -> None:
-    swept = (~tiny.sae.excluded(tiny.z)).numpy()
+    swept = (~tiny.sae.excluded(tiny.z, starts_of(tiny.rows))).numpy()
     on = tiny.acts[swept] > 0
     told = 0
     for record in whole.features:

@@ -9,17 +9,24 @@ import torch
 
 from sae_core.detectors import FAMILIES
 from sae_core.feature_table import FeatureTable
-from sae_core.heads import LEAST, participation, random_alike, summaries
+from sae_core.heads import LEAST, diversity, participation, summaries
 from sae_core.records import HarvestTotals, HeadRecord
 
 D_HEAD, N_HEADS = 64, 3
 
 
 def made(
-    slices: np.ndarray, families: list[str | None], promoted: list[list[str]], *, dead: int = 0, dfa: np.ndarray | None = None
+    slices: np.ndarray,
+    families: list[str | None],
+    promoted: list[list[str]],
+    *,
+    dead: int = 0,
+    dfa: np.ndarray | None = None,
+    acts: np.ndarray | None = None,
 ) -> list[HeadRecord]:
     """Summaries of features whose decoder lies at head 0 (slices [n, D_HEAD]) but for a little at head 1; the last are dead."""
     n = len(slices)
+    acts = np.ones(n) if acts is None else acts
     W_dec = np.zeros((n, N_HEADS, D_HEAD))
     W_dec[:, 0], W_dec[:, 1, 0] = slices, 0.1
     norms = np.linalg.norm(W_dec, axis=2)
@@ -28,6 +35,7 @@ def made(
     ids = {text: i for i, text in enumerate(sorted({text for texts in promoted for text in texts}))}
     arrays = {
         "count": count,
+        "total": count * acts,
         "head_norm": norms / norms.sum(1, keepdims=True),
         "head_dfa": np.tile([2.0, -1.0, 0.0], (n, 1)) if dfa is None else dfa,
         "holds": np.array([[name == family for name in FAMILIES] for family in families]),
@@ -50,22 +58,44 @@ def words(n: int) -> list[list[str]]:
 
 def test_random_directions_that_nothing_relates_are_diverse_and_polysemantic() -> None:
     head = made(random_slices(20), [None] * 20, words(20))[0]
-    assert head.diversity == pytest.approx(1, abs=0.05)
+    # n directions at random in d dimensions: about n d / (n + d + 1).
+    assert head.diversity == pytest.approx(20 * 64 / 85, rel=0.1)
     assert head.polysemantic == 1
     assert head.detail["related_by"] == {"family": 0, "direction": 0, "tokens": 0}
 
 
 def test_copies_of_one_direction_are_neither() -> None:
     head = made(np.tile(random_slices(1), (20, 1)), [None] * 20, words(20))[0]
-    assert head.diversity == pytest.approx(0, abs=1e-4)
+    assert head.diversity == pytest.approx(1, abs=1e-4)
     assert head.polysemantic == 0
     opposite = random_slices(1) * np.array([[1], [-1]] * 10)
     assert made(opposite, [None] * 20, words(20))[0].polysemantic == 0  # a direction and its opposite are about one thing
 
 
+def test_diversity_counts_features_by_how_much_they_are_there() -> None:
+    """Four directions at right angles, of 20: as if equally, 20; with one of them thousands of times as strong, 1."""
+    slices, dead = np.eye(D_HEAD)[:20], 5
+    assert made(slices, [None] * 20, words(20))[0].diversity == pytest.approx(20)
+    assert made(slices, [None] * 20, words(20), dead=dead)[0].diversity == pytest.approx(15), "a dead feature writes nothing"
+    strong = np.where(np.arange(20) < 4, 1000.0, 1.0)
+    assert made(slices, [None] * 20, words(20), acts=strong)[0].diversity == pytest.approx(4, rel=1e-3)
+    assert made(slices * strong[:, None], [None] * 20, words(20))[0].diversity == pytest.approx(4, rel=1e-3)
+
+
+def test_diversity_is_that_of_the_activations_spectrum() -> None:
+    """By another way: features that never fire together, activations one by one, and the singular values of what they write."""
+    draw = np.random.default_rng(2)
+    slices, times = draw.normal(size=(6, 8)), draw.integers(1, 9, 6)
+    acts = draw.uniform(0.5, 2, 6)
+    written = np.repeat(slices * acts[:, None], times, axis=0)
+    e = np.linalg.svd(written, compute_uv=False) ** 2
+    assert diversity(slices, times * acts**2) == pytest.approx(e.sum() ** 2 / (e**2).sum())
+    assert diversity(np.zeros((3, 8)), np.ones(3)) == 0
+
+
 def test_ten_features_of_one_mechanism_are_diverse_and_not_polysemantic() -> None:
     head = made(random_slices(20), ["induction"] * 20, words(20))[0]
-    assert head.diversity == pytest.approx(1, abs=0.05)
+    assert head.diversity == pytest.approx(20 * 64 / 85, rel=0.1)
     assert head.polysemantic == 0
     mixed = made(random_slices(20), ["induction", "token by induction"] * 10, words(20))[0]
     assert mixed.polysemantic == 0  # one is a special case of the other
@@ -107,13 +137,6 @@ def test_of_too_few_features_nothing_is_said() -> None:
     assert all(head.diversity is None and head.polysemantic is None for head in heads)
     none = made(random_slices(3), [None] * 3, words(3), dead=3)
     assert [(head.n_led, head.detail["top"], head.detail["participation"]) for head in none] == [(0, [], None)] * 3
-
-
-@pytest.mark.parametrize("d", [2, 16, 64, 128])
-def test_random_directions_have_the_mean_cosine_that_is_said(d: int) -> None:
-    drawn = np.random.default_rng(1).normal(size=(4000, d))
-    drawn /= np.linalg.norm(drawn, axis=1, keepdims=True)
-    assert random_alike(d) == pytest.approx(np.abs((drawn[:2000] * drawn[2000:]).sum(1)).mean(), rel=0.05)
 
 
 def test_participation_is_the_number_of_heads_that_share_equally() -> None:

@@ -20,7 +20,7 @@ from sae_core.saes.batchtopk import BatchTopKSAE
 from sae_core.saes.topk import TopKSAE
 from sae_core.studies.shares import share, wilson
 from sae_core.studies.specificity import Specificity, specificity
-from tests.core.tiny_harvest import LAYER, tiny_rows, tiny_sae, z_of
+from tests.core.tiny_harvest import LAYER, starts_of, tiny_rows, tiny_sae, z_of
 
 TinyLens = Callable[[str], Lens]
 LETTERS = ["<start>", *"abcdefgh"]
@@ -162,7 +162,7 @@ def test_activations_are_those_of_the_whole_dictionary_on_a_real_pass(tiny_lens:
         sae = TopKSAE(sae.cfg.model_copy(update={"arch": "topk", "k": 5}), {k: v.clone() for k, v in sae.named_buffers()})
         sae.threshold.zero_()
     z = z_of(lens, rows)
-    kept, acts = ~sae.excluded(z), sae.encode(z)
+    kept, acts = ~sae.excluded(z, starts_of(rows)), sae.encode(z)
     for feature in (0, 7):
         wanted = lens.token_texts([int(rows.train[0, 3]), int(rows.train[1, 5])])
         cfg = study(feature=feature, proxies=(TokensProxy(texts=tuple(wanted)),), batch_rows=7)

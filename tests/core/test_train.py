@@ -18,7 +18,7 @@ from sae_core.config import HarvestConfig, RowsConfig, Site, TrainConfig
 from sae_core.errors import CacheBusy, CacheMismatch, Diverged, EmptyCorpus, Fenced, UnreadableSAE, UsageError
 from sae_core.presets import PRESETS
 from sae_core.progress import Progress
-from sae_core.saes import SAE, load_sae, save_sae
+from sae_core.saes import SAE, load_sae, row_starts, save_sae
 from sae_core.train import diverged, train, train_many
 from sae_core.trainer import Trainer
 
@@ -104,7 +104,7 @@ def test_the_saved_sae_reads_raw_z_with_k_active_features_and_unit_decoder(rows:
     _, sae = run(config(), lens, rows, tmp_path)
     assert sae is not None
     z = lens.read_z(torch.from_numpy(rows.train.astype(np.int64)), [0])[0]
-    kept = z[~sae.excluded(z)]
+    kept = z[~sae.excluded(z, row_starts(rows.train, rows.row_start))]
     assert float((sae.encode(kept) > 0).sum(1).float().mean()) == pytest.approx(ACTIVE, abs=0.05)
     assert torch.allclose(sae.W_dec.norm(dim=1), torch.ones(sae.cfg.d_sae), atol=1e-5)
     assert sae.cfg.scale == pytest.approx(4.0 / float(kept.norm(dim=1).mean()), rel=1e-4)  # sqrt(16) / mean norm
@@ -119,10 +119,30 @@ def test_row_starts_and_sinks_are_excluded(rows: Any, tmp_path: Path) -> None:
     lens = KnownDictionary()
     _, sae = run(config(), lens, rows, tmp_path)
     assert sae is not None
-    mask = sae.excluded(lens.read_z(torch.from_numpy(rows.train[:4].astype(np.int64)), [0])[0])
+    z = lens.read_z(torch.from_numpy(rows.train[:4].astype(np.int64)), [0])[0]
+    mask = sae.excluded(z, row_starts(rows.train[:4], rows.row_start))
     assert mask[:, [0, 3]].all()
     assert not mask[:, [1, 2, 4, 15]].any()
     assert sae.b_dec.norm() < 10  # the mean of z, had sinks counted, would be 60 times as large
+
+
+def test_row_starts_between_packed_documents_are_not_trained_on(rows: Any, tmp_path: Path) -> None:
+    """Were they, a token that comes in every second row, far from all others, would move the mean and the scale."""
+    rows.train[::2, 7] = rows.row_start
+    lens = KnownDictionary()
+    lens.table[rows.row_start] = 4  # norm 16, below the limit for sinks
+    _, sae = run(config(), lens, rows, tmp_path / "without")
+    assert sae is not None
+    z = lens.read_z(torch.from_numpy(rows.train.astype(np.int64)), [0])[0]
+    inner = torch.from_numpy(rows.train == rows.row_start)
+    inner[:, 3] = False  # the sink
+    mask = sae.excluded(z, row_starts(rows.train, rows.row_start))
+    assert mask[inner].all()
+    assert sae.cfg.scale == pytest.approx(4.0 / float(z[~mask].norm(dim=1).mean()), rel=1e-4)
+    _, every = run(config(exclude_start=False), lens, rows, tmp_path / "with")
+    assert every is not None
+    assert not every.excluded(z, row_starts(rows.train, rows.row_start))[inner].any()
+    assert every.cfg.scale < 0.97 * sae.cfg.scale
 
 
 @pytest.mark.parametrize("stops", [(3,), (12, 1), (13, 9, 30), (20, 20, 20, 20)])
@@ -484,7 +504,7 @@ def test_raw_z_and_row_starts_are_trained_on_where_a_preset_says_so(rows: Any, t
     assert sae is not None
     assert sae.cfg.scale == 1.0
     z = KnownDictionary().read_z(torch.from_numpy(rows.train[:4].astype(np.int64)), [0])[0]
-    assert not sae.excluded(z).any()
+    assert not sae.excluded(z, row_starts(rows.train[:4], rows.row_start)).any()
 
 
 def test_curves_are_on_disk_as_lines_of_json_without_gaps_or_repeats(rows: Any, tmp_path: Path) -> None:

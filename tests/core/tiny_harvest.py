@@ -29,11 +29,18 @@ CFG = HarvestConfig(
 
 
 def tiny_rows(n: int = 24, context: int = 20, vocabulary: int = 60, seed: int = 0) -> Rows:
-    """Rows of random tokens. The last two repeat the first two, as near-duplicates do."""
+    """Rows of random tokens. The last two repeat the first two, as near-duplicates do; every fifth holds the end of a
+    document and the row start of the next, as packed rows do."""
     tokens = np.random.default_rng(seed).integers(1, vocabulary, (n, context)).astype(np.int32)
     tokens[:, 0] = 0
+    tokens[2::5, context // 2] = 0
     tokens[-2:] = tokens[:2]
     return Rows(Path("none"), context, 0, tokens, tokens[:0], "tiny")
+
+
+def starts_of(rows: Rows) -> torch.Tensor:
+    """bool [n, context]: the row-start tokens of all training rows."""
+    return torch.from_numpy(rows.train == rows.row_start)
 
 
 def z_of(lens: Lens, rows: Rows, layer: int = LAYER) -> torch.Tensor:

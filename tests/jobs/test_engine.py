@@ -67,6 +67,15 @@ def test_the_destination_is_the_strongest_allowed_one_unless_given(engine: Engin
     assert engine.attribute(QUESTION.model_copy(update={"dest": 2})).dest == 2
 
 
+def test_a_row_start_within_the_text_is_no_destination(engine: Engine) -> None:
+    tokens = engine.attribute(QUESTION).tokens
+    packed = [*tokens[:3], tokens[0], *tokens[3:]]
+    answer = engine.attribute(LiveQuestion(sae="hand", index=3, tokens=packed))
+    assert [position for position, excluded in enumerate(answer.excluded) if excluded] == [0, 3]
+    assert answer.activations[3] == 0
+    assert answer.dest != 3
+
+
 def test_tokens_and_text_give_the_same_answer(engine: Engine) -> None:
     answer = engine.attribute(QUESTION)
     tokens = LiveQuestion(sae="hand", index=3, tokens=answer.tokens)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_core.config import InductionStudy, RegexProxy, SpecificityStudy, TokensProxy
+from sae_core.config import HeadsStudy, InductionStudy, RegexProxy, SpecificityStudy, TokensProxy
 from sae_core.corpus import Rows
 from sae_core.errors import LayerOutOfRange, NotFound, UnknownCorpus, UnknownModel
 from sae_core.lens import load_lens
@@ -86,7 +86,8 @@ def test_a_specificity_study_is_kept_with_its_feature(trained: Home) -> None:
     rows = Rows.open(next((trained.settings.data / "rows").glob("*/rows.json")).parent)
     tokens = torch.from_numpy(rows.train[:128].astype("int64"))
     z = lens.read_z(tokens, [1])[1]
-    fires = (weights.encode(z)[..., 5] > 0) & ~weights.excluded(z)
+    starts = tokens == rows.row_start
+    fires = (weights.encode(z)[..., 5] > 0) & ~weights.excluded(z, starts)
     cat = torch.tensor([[text == "cat" for text in lens.token_texts(row)] for row in tokens.tolist()])
     assert record.result["both"] == int((fires & cat).sum())
     assert record.result["feature_alone"] == int((fires & ~cat).sum())
@@ -112,6 +113,21 @@ def test_an_induction_study_is_made_in_steps_and_kept_with_its_model(trained: Ho
     with trained.db.read() as session:
         newest = studies.studies(session)[0]
     assert (newest.id, newest.kind) == (record.id, "induction")
+
+
+def test_a_study_of_every_head_is_made_in_steps_and_kept_with_its_model(trained: Home) -> None:
+    cfg = HeadsStudy(model="tiny", layers=(1, 3), samples=2, length=32, corpus="words", rows=QUICK.rows, text_rows=16)
+    job_id = trained.jobs.enqueue_study(cfg)
+    with working(trained):
+        assert trained.wait(job_id) == "done", trained.error(job_id)
+    record = of_job(trained, job_id)
+    assert (record.kind, record.sae, record.model) == ("heads", None, "tiny")
+    assert record.title == "What heads do: those of tiny, layers 1, 3"
+    assert [(head["layer"], head["head"]) for head in record.result["heads"]] == [(la, h) for la in (1, 3) for h in range(4)]
+    assert (record.result["text_rows"], record.result["corpus"]) == (16, "words")
+    steps = [step["function_name"] for step in trained.jobs.client.list_workflow_steps(job_id)]
+    assert steps == ["random", "text", "weights", "sum up", "store"]
+    assert all(-1 <= head["copying"] <= 1 for head in record.result["heads"])
 
 
 def test_a_study_without_text_says_so(trained: Home) -> None:
@@ -226,6 +242,18 @@ def test_the_command_line_studies_heads_on_the_text_of_the_newest_sae(at_home: C
         "study", "induction", "--model", "tiny", "--layers", "2", "--samples", 2, "--length", 32, "--corpus", "none", "--json"
     )
     assert json.loads(said.stdout)["corpus"] is None
+
+
+def test_the_command_line_scores_every_head(at_home: Callable[..., Said]) -> None:
+    asked = ("study", "heads", "--model", "tiny", "--layers", "2", "--samples", 2, "--length", 32, "--text-rows", 8)
+    said = at_home(*asked)
+    assert said.returncode == 0, said
+    assert re.search(r"previous token: previous +2\.\d \d\.\d\d, 2\.\d", said.stdout)
+    found = json.loads(at_home(*asked, "--json").stdout)
+    least = min(found["heads"], key=lambda head: head["copying"])
+    first = re.search(r"copy suppression: copying +(2\.\d) (-?\d\.\d\d)", said.stdout)
+    assert first is not None
+    assert first.groups() == (f"2.{least['head']}", f"{least['copying']:.2f}"), "the one that copies least"
 
 
 @pytest.mark.parametrize(

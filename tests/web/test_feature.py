@@ -290,6 +290,39 @@ def test_typed_text_is_taken_apart_by_the_engine(client: TestClient, monkeypatch
     assert part.text.strip() in whole.text
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ((0.125, -0.25, *[0.0] * 7), "The value bias gave −0.125, whatever the tokens were: head 0 +0.125, head 1 −0.250"),
+        ((0.0,) * 9, "This model has no value bias: the sources are as they were."),
+    ],
+)
+def test_the_value_bias_is_taken_out_of_the_sources_on_request(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch, given: tuple[float, ...], says: str
+) -> None:
+    asked: list[LiveQuestion] = []
+
+    def attribute(_: Live, question: LiveQuestion) -> LiveAttribution:
+        asked.append(question)
+        plain = answer_to(question)
+        preacts = [*plain.preacts[:3], plain.preacts[3] + sum(given)]
+        return plain.model_copy(update={"value_bias": list(given), "preacts": preacts} if question.split_bias else {})
+
+    monkeypatch.setattr(Live, "attribute", attribute)
+    box = Reader(client.get(FEATURE).text)
+    (check,) = [one for one in box.all("input") if one.get("name") == "split_bias"]
+    assert check["type"] == "checkbox"
+    assert "checked" not in check
+    part = client.post(FEATURE, data={"text": "the cat sat", "split_bias": "on"}, headers=PART).text
+    assert asked[-1].split_bias
+    assert says in " ".join(Reader(part).text.split())
+    assert f"<b>{1 + sum(given):.2f}" in part, "with the bias' part it is the pre-activation still"
+    assert [one for one in Reader(part).all("input") if one.get("name") == "split_bias" and "checked" in one] != []
+    without = client.post(FEATURE, data={"text": "the cat sat"}, headers=PART).text
+    assert not asked[-1].split_bias
+    assert says not in " ".join(Reader(without).text.split())
+
+
 def test_an_engine_that_is_away_costs_neither_page_nor_text(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object) -> LiveAttribution:
         raise EngineAway("The engine does not answer; start it.")

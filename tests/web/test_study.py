@@ -1,12 +1,15 @@
 """`/studies` and its pages: what a study found, as people and scripts meet it; its plots."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from sae_core.config import InductionStudy, RegexProxy, SpecificityStudy
+from sae_core.config import AnyStudy, HeadsStudy, InductionStudy, RegexProxy, SpecificityStudy
+from sae_core.studies import heads as every_head
 from sae_core.studies.induction import doing_induction, in_text, induction, synthetic
 from server.app import create_app
 from server.charts import HeadCell, Line, Point, back_to_back, head_map, lines
@@ -14,6 +17,8 @@ from server.db import Database
 from server.settings import Settings
 from server.store import studies
 from server.tables import SAE, Job, Model
+from tests.core.test_heads_study import Rules as HeadRules
+from tests.core.test_heads_study import study as heads_study
 from tests.core.test_induction import Rules, done, study, text_rows
 from tests.core.test_specificity import Known, known_sae, rows_of, specificity
 from tests.web.conftest import at, put
@@ -38,7 +43,21 @@ def of_heads(*, text: bool = True) -> tuple[InductionStudy, dict[str, Any]]:
     return cfg, induction(rules, cfg, scores, seen).model_dump(mode="json")  # type: ignore[arg-type]
 
 
-def keep(settings: Settings, cfg: SpecificityStudy | InductionStudy, result: dict[str, Any], title: str = "A question") -> int:
+def of_every_head(*, text: bool = True) -> tuple[HeadsStudy, dict[str, Any]]:
+    """A study of heads that are rules, with scores of weights as a model's would be."""
+    cfg, rules = heads_study(model="smollm2-135m", corpus="demo" if text else None), HeadRules()
+    random = done(every_head.on_random(rules, cfg))  # type: ignore[arg-type]
+    seen = done(every_head.in_text(rules, text_rows(), cfg)) if text else None  # type: ignore[arg-type]
+    scores = ((0.9, 3.0, 0.1), (0.1, 0.2, 0.6), (-0.8, -2.5, 0.0), (0.0, 0.1, 0.2))
+    written = [
+        every_head.HeadWeights(layer=0, head=i, copying=a, own=b, successor=c, by_sequence={"letter": c, "weekday": c})
+        for i, (a, b, c) in enumerate(scores)
+    ]
+    weights = every_head.Weights(tokens=128, chance=0.1, sequences={"letter": 25, "weekday": 7}, heads=written)
+    return cfg, every_head.heads(rules, cfg, random, seen, weights).model_dump(mode="json")  # type: ignore[arg-type]
+
+
+def keep(settings: Settings, cfg: AnyStudy, result: dict[str, Any], title: str = "A question") -> int:
     database = Database(settings.url)
     with database.write() as session:
         sae = session.query(SAE).one()
@@ -54,9 +73,10 @@ def keep(settings: Settings, cfg: SpecificityStudy | InductionStudy, result: dic
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, Settings]]:
-    """Pages on a database with three studies: 1 of a feature, 2 of heads, 3 of heads without text."""
+    """Pages on a database with studies: 1 of a feature, 2 of heads, 3 of heads without text, 4 and 5 the same of every head."""
     settings = put(at(tmp_path_factory.mktemp("studies")))
-    for number, (cfg, result) in enumerate((specific(), of_heads(), of_heads(text=False)), 1):
+    made = (specific(), of_heads(), of_heads(text=False), of_every_head(), of_every_head(text=False))
+    for number, (cfg, result) in enumerate(made, 1):
         assert keep(settings, cfg, result, f"Question {number}") == number
     with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
         yield client, settings
@@ -70,12 +90,12 @@ def pages(kept: tuple[TestClient, Settings]) -> TestClient:
 def test_the_list_leads_to_every_study_and_says_what_it_found(pages: TestClient) -> None:
     read = Reader(pages.get("/studies").text)
     assert read.refused == []
-    assert {f"/studies/{i}" for i in (1, 2, 3)} <= {a["href"] for a in read.all("a")}
+    assert {f"/studies/{i}" for i in range(1, 6)} <= {a["href"] for a in read.all("a")}
     assert "precision 3" in read.text
     assert "1 short-prefix head (0.0); 2 long-prefix heads (0.1, 1.1); of 6 heads" in read.text
     listed = pages.get("/studies.json").json()["studies"]
-    assert [one["id"] for one in listed] == [3, 2, 1], "newest first"
-    assert (listed[2]["sae"], listed[2]["feature"], listed[0]["sae"]) == ("smollm2-l17", 5, None)
+    assert [one["id"] for one in listed] == [5, 4, 3, 2, 1], "newest first"
+    assert (listed[4]["sae"], listed[4]["feature"], listed[0]["sae"]) == ("smollm2-l17", 5, None)
     assert "result" not in listed[0]
 
 
@@ -114,7 +134,7 @@ def test_a_features_study_shows_its_cells_intervals_and_examples(pages: TestClie
 
 
 def test_every_plot_has_a_title_a_description_and_its_numbers_as_text(pages: TestClient) -> None:
-    for number, n in ((1, 3), (2, 4)):
+    for number, n in ((1, 3), (2, 4), (4, 3)):
         text = pages.get(f"/studies/{number}").text
         drawings = text.split("<figure")[1:]
         assert len(drawings) >= n
@@ -153,6 +173,58 @@ def test_a_study_of_heads_without_text_leaves_its_plots_out(pages: TestClient) -
     assert "cut to one" not in read.text
 
 
+def marked(drawing: str) -> dict[str, str]:
+    """What the map of heads says of each cell."""
+    return {said.split(":")[0]: said for said in re.findall(r"<title>(head [^<]*)</title>", drawing)}
+
+
+def test_a_study_of_every_head_maps_the_score_that_is_asked_for(pages: TestClient) -> None:
+    read = Reader(first := pages.get("/studies/4").text)
+    assert read.refused == []
+    assert marked(first)["head 0.2"] == "head 0.2: 0.800, induction, copy suppression"
+    assert "induction: at least 0.30" in read.text
+    links = {a["href"] for a in read.all("a")}
+    assert {f"/studies/4?score={key}" for key in ("previous", "text-start", "copying", "own", "successor")} <= links
+    copying = pages.get("/studies/4?score=copying&heads=0.3").text
+    cells = marked(copying)
+    assert cells["head 0.0"] == "head 0.0: 0.900, previous token, copying"
+    assert cells["head 0.3"].endswith("–, shown")
+    map_only = copying.split("as text")[0]
+    assert map_only.count('class="mark s0"') == 1, "one copies"
+    assert map_only.count('class="mark s3"') == 1, "one does the opposite"
+    assert "copy suppression: at most −0.50" in Reader(copying).text.replace("-0.50", "−0.50")
+    order = re.findall(r'<tr><td><a href="[^"]*"[^>]*>(0\.\d)</a>', copying)
+    assert order == ["0.0", "0.2", "0.1", "0.3"], "strongest first, whatever the sign"
+    again = {a["href"] for a in Reader(copying).all("a")}
+    assert "/studies/4?score=copying" in again, "the head chosen is let go"
+    assert "/studies/4?score=own&heads=0.3" in again, "another score keeps it"
+    assert "letter 0.60, weekday 0.60" in copying
+
+
+def test_without_text_or_weights_a_study_of_every_head_offers_what_there_is(pages: TestClient, tmp_path: Path) -> None:
+    links = {a["href"] for a in Reader(pages.get("/studies/5").text).all("a")}
+    assert not any("text-" in address for address in links)
+    assert "/studies/5?score=copying" in links
+    asked = pages.get("/studies/5?score=text-previous")
+    assert asked.status_code == 200, "an address of another study does no harm"
+    assert marked(asked.text)["head 0.0"].startswith("head 0.0: –")
+    settings, (cfg, result) = put(at(tmp_path)), of_every_head()
+    nothing = {"copying": None, "own": None, "successor": None, "by_sequence": {}}
+    heads = [head | nothing for head in result["heads"]]
+    keep(settings, cfg, result | {"heads": heads, "vocabulary": 0, "chance": None, "sequences": {}, "notes": ["No weights."]})
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        text = client.get("/studies/1").text
+    assert "No weights." in text
+    assert "score=copying" not in text
+    assert "What is written" not in text
+
+
+def test_a_score_that_is_none_is_refused_with_those_there_are(pages: TestClient) -> None:
+    answer = pages.get("/studies/4?score=beauty")
+    assert answer.status_code == 422
+    assert "'beauty' is no score; there are previous, duplicate, induction" in answer.text.replace("&#39;", "'")
+
+
 def test_no_more_heads_are_drawn_than_can_be_told_apart() -> None:
     from server.pages.study import SHOWN, _strongest
 
@@ -181,7 +253,7 @@ def test_a_study_never_changes_so_a_browser_that_has_it_is_told_so(pages: TestCl
 
 def test_a_page_takes_two_queries_and_a_list_one(kept: tuple[TestClient, Settings]) -> None:
     client, _ = kept
-    for path, n in (("/studies", 1), ("/studies/1", 1), ("/studies/2", 1)):
+    for path, n in (("/studies", 1), ("/studies/1", 1), ("/studies/2", 1), ("/studies/4", 1)):
         with counted(client.app.state.db.engine) as statements:  # type: ignore[attr-defined]
             client.get(path)
         assert len(statements) == n, statements
