@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import pytest
 import sqlalchemy as sa
 
-from bench import _postgres
 from sae_core.errors import Outdated
 from server.db import Database
 from server.settings import Settings
@@ -16,14 +15,6 @@ from server.tables import SAE
 from tests.web.factory import fill
 
 NAME = "smollm2-l17"
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[sa.URL]:
-    if _postgres.programs() is None:
-        pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
-    with _postgres.server() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
