@@ -26,6 +26,7 @@ from server.pages import (
     jobs,
     labels,
     lists,
+    manage,
     ratings,
     sae,
     search,
@@ -70,7 +71,8 @@ def create_app(settings: Settings) -> FastAPI:
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
-    pages = (home, search, sae, head, feature, embed, components, compare, labels, lists, ratings, start, jobs, sweep, study)
+    about_saes = (sae, manage, head, feature, embed, components, labels, lists, ratings)
+    pages = (home, search, *about_saes, compare, start, jobs, sweep, study)
     for page in (health, forms, *pages):
         app.include_router(page.router)
     return app

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled")
 
 import pytest
+import sqlalchemy as sa
 
+from bench import _postgres
 from server.demo import fetch_model, fetch_text
 from server.settings import Settings
 
@@ -38,6 +41,15 @@ def smollm2(cache: Path) -> Path:
 def demo_text(cache: Path) -> Path:
     """The demo's text as jsonl; for tests marked `real`."""
     return fetch_text(cache)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[sa.URL]:
+    """A PostgreSQL server of the tests' own, which more than one of them may fill."""
+    if _postgres.programs() is None:
+        pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
+    with _postgres.server() as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from bench import _postgres
 from sae_core.config import CorpusSource, ModelSource
 from sae_core.errors import Fenced, JobError
 from sae_core.harvest import HarvestResult, harvest, row_records
@@ -70,14 +69,6 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> HarvestResult:
         except StopIteration as end:
             found: HarvestResult = end.value
             return found
-
-
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[sa.URL]:
-    if _postgres.programs() is None:
-        pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
-    with _postgres.server() as url:
-        yield url
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

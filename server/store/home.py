@@ -55,6 +55,8 @@ class HomePage:
     models: tuple[ModelMap, ...]
     saes: tuple[SaeCard, ...]
     """Newest first; of a sweep's only those with a harvest, the others stand in the sweep's table."""
+    archived: int
+    """SAEs that are archived, and so left out."""
     sweeps: tuple[SweepLine, ...]
     jobs: tuple[JobRecord, ...]
     """Queued and running, oldest first."""
@@ -62,18 +64,8 @@ class HomePage:
 
 def home_page(session: Session) -> HomePage:
     """The first page: six queries."""
-    found = session.execute(
-        sa.select(SAE, Model.name, Harvest, Corpus.name)
-        .join(Model, Model.id == SAE.model_id)
-        .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
-        .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
-        .outerjoin(Job, sa.and_(Job.id == SAE.job_id, Job.kind == "sweep"))
-        .where(sa.or_(Job.id.is_(None), SAE.harvest_id.is_not(None)))
-        .order_by(SAE.created_at.desc(), SAE.id.desc())
-    ).all()
-    saes = tuple(
-        SaeCard(sae_ref(row, model, harvest, corpus), row.metrics, row.created_at) for row, model, harvest, corpus in found
-    )
+    every = _cards(session)
+    saes = tuple(card for card, archived in every if not archived)
     shown = [card.sae.harvest.id for card in saes if card.sae.harvest]
     led, lines = _led(session, shown), summaries_of(session, shown)
     models = session.scalars(sa.select(Model).order_by(Model.name)).all()
@@ -82,9 +74,32 @@ def home_page(session: Session) -> HomePage:
             ModelMap(row.name, row.n_layers, row.n_heads, row.d_head, _cells(row.name, saes, led, lines)) for row in models
         ),
         saes=saes,
+        archived=len(every) - len(saes),
         sweeps=sweeps(session),
         jobs=open_jobs(session),
     )
+
+
+def archived_cards(session: Session) -> tuple[SaeCard, ...]:
+    """The SAEs that the first page leaves out, newest first."""
+    return tuple(card for card, archived in _cards(session) if archived)
+
+
+def _cards(session: Session) -> list[tuple[SaeCard, bool]]:
+    """Every SAE that stands alone or has a harvest, newest first, and whether it is archived."""
+    found = session.execute(
+        sa.select(SAE, Model.name, Harvest, Corpus.name)
+        .join(Model, Model.id == SAE.model_id)
+        .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
+        .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+        .outerjoin(Job, sa.and_(Job.id == SAE.job_id, Job.kind == "sweep"))
+        .where(sa.or_(Job.id.is_(None), SAE.harvest_id.is_not(None), SAE.archived_at.is_not(None)))
+        .order_by(SAE.created_at.desc(), SAE.id.desc())
+    ).all()
+    return [
+        (SaeCard(sae_ref(row, model, harvest, corpus), row.metrics, row.created_at), row.archived_at is not None)
+        for row, model, harvest, corpus in found
+    ]
 
 
 def open_jobs(session: Session) -> tuple[JobRecord, ...]:

@@ -193,9 +193,9 @@ def upsert_sae(
     """The SAE row that the job's training run `run` made, inserted once however often the job says it; returns its id."""
     row = session.scalar(sa.select(SAE).where(SAE.job_id == job_id, SAE.run == run))
     if row is None:
-        row = SAE(job_id=job_id, run=run)
+        row = SAE(job_id=job_id, run=run, name=name)  # people may have given it another name since
         session.add(row)
-    row.name, row.model_id, row.folder, row.sha256, row.metrics = name, model_id, folder, sha256, metrics
+    row.model_id, row.folder, row.sha256, row.metrics = model_id, folder, sha256, metrics
     row.layer, row.hook, row.arch, row.k = config.site.layer, config.site.hook, config.arch, config.k
     row.d_in, row.d_sae, row.n_heads = config.d_in, config.d_sae, config.n_heads
     row.config = config.model_dump(mode="json")
@@ -205,12 +205,16 @@ def upsert_sae(
 
 def sae(session: Session, name: str) -> SAERecord:
     """The SAE of that name, or that had it once."""
+    return _sae(_named(session, name))
+
+
+def _named(session: Session, name: str) -> SAE:
     row = session.scalar(sa.select(SAE).where(SAE.name == name))
     if row is None and (now_called := current_name(session, name)):
-        return sae(session, now_called)
+        return _named(session, now_called)
     if row is None:
         raise NotFound(f"There is no SAE {name}; `headscope train` makes one.", field="sae")
-    return _sae(row)
+    return row
 
 
 def saes_of_model(session: Session, model_id: int) -> list[SAERecord]:
@@ -220,13 +224,13 @@ def saes_of_model(session: Session, model_id: int) -> list[SAERecord]:
 
 def metrics(session: Session, name: str) -> dict[str, Any]:
     """What evaluation has found of the SAE."""
-    return dict(session.scalars(sa.select(SAE.metrics).where(SAE.name == name)).one())
+    return dict(_named(session, name).metrics)
 
 
 def note_metrics(session: Session, name: str, found: dict[str, Any]) -> None:
     """Put what an evaluation found in the place of what was known. Probes and matches that it did not make again stay: the
     SAE is the same."""
-    row = session.scalars(sa.select(SAE).where(SAE.name == name).with_for_update()).one()
+    row = session.get_one(SAE, _named(session, name).id, with_for_update=True, populate_existing=True)
     kept = {}
     for part, key in (("probes", "name"), ("stability", "against")):
         made = found.get(part) or []

@@ -1,10 +1,14 @@
 """A filled database shared by all tests that only read, and clients of the web process on it."""
 
+import socket
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 
 from server.app import create_app
@@ -57,6 +61,22 @@ def put(settings: Settings, shape: Shape | None = None) -> Settings:
 def at(folder: Path) -> Settings:
     """Settings of a folder."""
     return Settings(data=folder, cache=folder / "cache").prepare()
+
+
+def listened(settings: Settings) -> Iterator[str]:
+    """The web process, really listening; gives its address."""
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(5)
+    listener.close()
 
 
 @pytest.fixture

@@ -1,20 +1,16 @@
 """The walk of a visitor in a real browser, where the CSP is enforced and the scripts run."""
 
 import re
-import socket
-import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 from playwright.sync_api import Page, Route, expect
 
-from server.app import create_app
 from server.db import Database
 from server.settings import Settings
 from server.store import jobs as store
-from tests.web.conftest import at, put
+from tests.web.conftest import at, listened, put
 from tests.web.walk import listening, walk
 
 pytestmark = pytest.mark.browser
@@ -30,18 +26,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def site(served: Settings) -> Iterator[str]:
     """The web process, really listening; gives its address."""
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(served), log_level="warning", timeout_graceful_shutdown=1)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(5)
-    listener.close()
+    yield from listened(served)
 
 
 @pytest.fixture

@@ -89,6 +89,8 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
         "/labels.json",
         "/search.json",
         "/saes/{sae}/search.json",
+        "/archive.json",
+        "/saes/{sae}/manage.json",
         "/lists.json",
         "/lists/{list_id}.json",
         "/saes/{sae}/reviews.json",
