@@ -223,7 +223,7 @@ def add_heads(session: Session, harvest_id: int, shape: Shape) -> None:
     session.add_all(
         HeadSummary(
             harvest_id=harvest_id, head=head, n_led=3 * head, n_led_norm=2 * head,
-            families={"induction": 2 * head, "unclear": head} if head else {}, diversity=21.4 if head else None,
+            families={"induction": 2 * head, "unclear": head} if head else {}, diversity=0.9 if head else None,
             polysemantic=head / 10 if head else None,
             detail={
                 "top": [[head, 0.9], [head + 1, 0.8]], "top_dfa": [[head, 0.7]], "in_both": 1, "participation": 2.5,
