@@ -112,8 +112,8 @@ def test_the_table_of_every_head_takes_the_newest_sae_of_each_layer(tmp_path: Pa
         assert [(row["layer"], row["head"]) for row in rows] == [
             (str(layer), str(head)) for layer in (3, 17) for head in range(9)
         ]
-        assert (rows[4]["leads_by_data"], rows[4]["main_family"], rows[4]["diversity"]) == ("12", "induction", "0.9")
-        assert rows[0]["diversity"] == ""
+        assert (rows[4]["leads_by_data"], rows[4]["main_family"], rows[4]["directions"]) == ("12", "induction", "0.9")
+        assert rows[0]["directions"] == ""
         assert "attachment" in client.get(f"{MODEL}.csv").headers["content-disposition"]
 
 

@@ -4,6 +4,7 @@ import threading
 import time
 from pathlib import Path
 
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
 from server import jobs
@@ -97,13 +98,18 @@ def test_the_stream_follows_a_job_until_it_ends(tmp_path: Path) -> None:
     settings = put(at(tmp_path), Shape(n_features=6, n_dead=0))
     database = Database(settings.url)
 
+    begun = threading.Event()
+
     def end_it() -> None:
+        begun.wait(30)
         time.sleep(0.3)
         with database.write() as session:
             store.finish(session, "train-running-1", 1)
 
     ending = threading.Thread(target=end_it)
-    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+    app = create_app(settings)
+    sa.event.listen(app.state.db.engine, "after_cursor_execute", lambda *_: begun.set())
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
         ending.start()
         events = client.get(f"{RUNNING}/events").text.split("\n\n")
     ending.join()
