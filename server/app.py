@@ -19,7 +19,6 @@ from server.pages import (
     components,
     embed,
     feature,
-    forms,
     head,
     health,
     home,
@@ -33,6 +32,7 @@ from server.pages import (
     start,
     study,
     sweep,
+    writing,
 )  # fmt: skip
 from server.pages.errors import error_response
 from server.resources import resource_path
@@ -73,7 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.mount("/static", Assets(directory=resource_path("static")))
     about_saes = (sae, manage, head, feature, embed, components, labels, lists, ratings)
     pages = (home, search, *about_saes, compare, start, jobs, sweep, study)
-    for page in (health, forms, *pages):
+    for page in (health, writing, *pages):
         app.include_router(page.router)
     return app
 

@@ -12,8 +12,8 @@ from sae_core.config import CompareJob
 from sae_core.errors import UsageError
 from server.jobs import Jobs
 from server.pages.feature import View
-from server.pages.forms import Form
 from server.pages.reply import Read, link, reply
+from server.pages.writing import Form
 from server.store.compare import (
     Chosen,
     FeatureComparison,

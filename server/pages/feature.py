@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import HeadscopeError, UsageError
 from server.live import Live, LiveAttribution, LiveQuestion
-from server.pages.forms import Form
 from server.pages.reply import Read, etag, reply, unchanged
+from server.pages.writing import Form
 from server.rendering import Paint
 from server.store.features import DfaEntry, FeatureExample, FeaturePage, feature_page
 from server.store.heads import check_head

@@ -7,8 +7,8 @@ from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from sae_core.errors import HeadscopeError, Outdated, UsageError
-from server.pages.forms import Author, Form, Signed, number, reading, see, writing
 from server.pages.reply import Read, reply, sae_path, wants_part
+from server.pages.writing import Author, Form, Signed, number, reading, see, writing
 from server.store import labels as store
 from server.store import lists
 from server.store.features import check_index

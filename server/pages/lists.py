@@ -6,8 +6,8 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
 
 from sae_core.errors import HeadscopeError, UsageError
-from server.pages.forms import Author, Form, Signed, reading, see, writing
 from server.pages.reply import Read, reply, wants_part
+from server.pages.writing import Author, Form, Signed, reading, see, writing
 from server.rendering import Paint
 from server.store import lists as store
 from server.store.lists import ListPage, ListsPage

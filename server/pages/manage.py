@@ -4,8 +4,8 @@ from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
 
 from sae_core.errors import HeadscopeError, JobError, UsageError
-from server.pages.forms import Form, reading, see, writing
 from server.pages.reply import Read, known_schema, reply, sae_path
+from server.pages.writing import Form, reading, see, writing
 from server.store import manage as store
 from server.store import stored_harvests
 from server.store.manage import ArchivePage, ManagePage

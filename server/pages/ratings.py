@@ -6,8 +6,8 @@ from fastapi import APIRouter, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, UsageError
-from server.pages.forms import Author, Form, Signed, number, reading, see, writing
 from server.pages.reply import Read, link, reply
+from server.pages.writing import Author, Form, Signed, number, reading, see, writing
 from server.rendering import Paint
 from server.store import ratings as store
 from server.store.features import feature_page

@@ -14,8 +14,8 @@ from sae_core.config import Config, EvaluateJob, HarvestJob, TrainConfig
 from sae_core.errors import HeadscopeError, NotFound, UsageError
 from server.forms import filled, groups, refused, typed
 from server.jobs import Jobs
-from server.pages.forms import Form
 from server.pages.reply import Read, reply
+from server.pages.writing import Form
 from server.store import jobs as store
 from server.store import registry
 from server.store.saes import find_sae

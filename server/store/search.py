@@ -130,17 +130,17 @@ def _is_sqlite(session: Session) -> bool:
     return session.get_bind().dialect.name == "sqlite"
 
 
+def _contexts_after(session: Session, harvest_id: int, last: int) -> Sequence[Any]:
+    statement = sa.select(Context.id, Context.texts).where(Context.harvest_id == harvest_id, Context.id > last)
+    return session.execute(statement.order_by(Context.id).limit(CONTEXTS_AT_ONCE)).all()
+
+
 def _texts(db: Database, harvest_id: int) -> Iterator[tuple[int, list[str]]]:
     """(context id, its words) of every context, by id."""
     last = 0
     while True:
         with db.read() as session:
-            part = session.execute(
-                sa.select(Context.id, Context.texts)
-                .where(Context.harvest_id == harvest_id, Context.id > last)
-                .order_by(Context.id)
-                .limit(CONTEXTS_AT_ONCE)
-            ).all()
+            part = _contexts_after(session, harvest_id, last)
         if not part:
             return
         yield from ((row.id, words("".join(row.texts))) for row in part)
@@ -209,12 +209,7 @@ def _destinations(db: Database, harvest_id: int, of_id: dict[int, int], numbers:
     last = 0
     while True:
         with db.read() as session:
-            contexts = session.execute(
-                sa.select(Context.id, Context.texts)
-                .where(Context.harvest_id == harvest_id, Context.id > last)
-                .order_by(Context.id)
-                .limit(CONTEXTS_AT_ONCE)
-            ).all()
+            contexts = _contexts_after(session, harvest_id, last)
             if not contexts:
                 return np.array(found, _FOUND)
             examples = session.execute(
