@@ -144,7 +144,9 @@ def _as_error(body: dict[str, object], status: int) -> HeadscopeError:
     said = body.get("error")
     if not isinstance(said, dict):
         return EngineAway("The engine failed; its log says why.")
-    kinds = {kind("").code: kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HeadscopeError)}
+    # An error that is made of more than a sentence is not sent, and comes as its parent would.
+    every = (kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, HeadscopeError))
+    kinds = {kind("").code: kind for kind in every if kind.__init__ is HeadscopeError.__init__}
     error = kinds.get(str(said.get("code")), EngineAway)(str(said.get("message")), field=said.get("field"))
     error.status = status
     return error

@@ -110,8 +110,15 @@ def test_typed_text_without_an_engine_gets_a_sentence_beside_the_box(quiet_page:
     expect(page.get_by_role("textbox", name="Text")).to_have_value("the cat sat")
 
 
+PAGES = (
+    "/", "/saes/smollm2-l17", "/saes/smollm2-l17/features/3", "/saes/smollm2-l17/heads/3", "/saes/smollm2-l17/manage",
+    "/saes/smollm2-l17/reviews", "/models/smollm2-135m/heads", "/search?q=the", "/compare", "/lists", "/labels", "/archive",
+    "/jobs", "/jobs/train-running-1", "/jobs/new/train",
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("width", [390, 1440])
-@pytest.mark.parametrize("path", ["/", "/saes/smollm2-l17", "/saes/smollm2-l17/features/3", "/jobs", "/jobs/train-running-1"])
+@pytest.mark.parametrize("path", PAGES)
 def test_no_page_scrolls_sideways(page: Page, site: str, path: str, width: int) -> None:
     page.set_viewport_size({"width": width, "height": 844})
     page.goto(site + path)

@@ -39,12 +39,12 @@ def walk(page: Page, site: str) -> None:
     page.get_by_role("toolbar", name="Head").get_by_role("link", name="4", exact=True).click()
     expect(page.get_by_role("columnheader", name="head 4 weights")).to_have_attribute("aria-sort", "descending")
     expect(page).to_have_url(re.compile(rf"/saes/{SAE}\?head=4$"))
-    first = page.locator(".features tbody tr").first.get_by_role("link").first
-    index = first.inner_text()
-    first.click()
+    rows = page.locator(".features tbody tr")
+    index, follower = (rows.nth(place).get_by_role("link").first.inner_text() for place in (0, 1))
+    rows.first.get_by_role("link").first.click()
 
-    # the feature, painted by that head
-    expect(page).to_have_url(re.compile(rf"/features/{index}\?head=4$"))
+    # the feature, painted by that head; the address keeps what the table selected
+    expect(page).to_have_url(re.compile(rf"/features/{index}\?head=4&from=head%3D4$"))
     token = page.locator('.text .t[data-d^="4:"], .text .t[data-d*=" 4:"]').first  # one to which that head gave something
     token.hover()
     panel = page.locator("#inspector")
@@ -57,12 +57,12 @@ def walk(page: Page, site: str) -> None:
 
     # all heads again, without a new page
     page.get_by_role("toolbar", name="How the examples are painted").get_by_role("link", name="all heads").click()
-    expect(page).to_have_url(re.compile(rf"/features/{index}$"))
+    expect(page).to_have_url(re.compile(rf"/features/{index}\?from=head%3D4$"))
     expect(page.locator(".heads .chosen")).to_have_count(0)
     expect(token).not_to_have_class(re.compile("held"))
 
-    # the next feature, by the keyboard, and back
+    # the next feature of the table, by the keyboard, and back
     page.keyboard.press("j")
-    expect(page).to_have_url(re.compile(rf"/features/{int(index) + 1}$"))
+    expect(page).to_have_url(re.compile(rf"/features/{follower}\?from=head%3D4$"))
     page.keyboard.press("k")
-    expect(page).to_have_url(re.compile(rf"/features/{index}$"))
+    expect(page).to_have_url(re.compile(rf"/features/{index}\?from=head%3D4$"))
