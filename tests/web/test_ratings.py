@@ -1,6 +1,7 @@
 """Blind reviews: a fair draw, nothing given away, and numbers that follow from the answers."""
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
@@ -30,8 +31,8 @@ def answer(client: TestClient, answers: str, **said: str) -> None:
         assert client.post("/reviews/1/rate", data={"place": place, "answer": given, **said}).status_code == 303
 
 
-def result(client: TestClient) -> dict[str, object]:
-    found: dict[str, object] = client.get("/reviews/1.json").json()
+def result(client: TestClient) -> dict[str, Any]:
+    found: dict[str, Any] = client.get("/reviews/1.json").json()
     return found
 
 
@@ -64,7 +65,7 @@ def test_each_reviewer_has_the_same_features_in_an_order_of_their_own(drawn: Tes
 
 
 def test_a_page_gives_away_neither_index_nor_label_nor_family(drawn: TestClient) -> None:
-    indices = [one["index"] for one in result(drawn)["features"]]  # type: ignore[attr-defined]
+    indices = [one["index"] for one in result(drawn)["features"]]
     for index in indices:
         drawn.post(f"{SAE}/features/{index}/labels", data={"label": "GIVENAWAY"})
     families = {drawn.get(f"{SAE}/features/{index}.json").json()["family"] for index in indices} - {None}
@@ -110,15 +111,15 @@ def test_shares_intervals_and_agreement_follow_from_the_answers(drawn: TestClien
     ola = visit("Ola")
     answer(ola, "yyynnn")
     page = result(drawn)
-    both = [[one["answer"] for one in feature["ratings"]] for feature in page["features"]]  # type: ignore[attr-defined]
+    both = [[one["answer"] for one in feature["ratings"]] for feature in page["features"]]
     equal = sum(a == b for a, b in both)
     expected = (4 * 3 + 1 * 3) / 36  # Maren's yes with Ola's yes, Maren's no with Ola's no
-    assert page["agreement"]["measure"] == "Cohen's kappa"  # type: ignore[index]
-    assert page["agreement"]["value"] == pytest.approx((equal / 6 - expected) / (1 - expected))  # type: ignore[index]
-    assert page["yes"]["hits"] == sum(pair == ["yes", "yes"] for pair in both), "one of two is not more than half"  # type: ignore[index]
+    assert page["agreement"]["measure"] == "Cohen's kappa"
+    assert page["agreement"]["value"] == pytest.approx((equal / 6 - expected) / (1 - expected))
+    assert page["yes"]["hits"] == sum(pair == ["yes", "yes"] for pair in both), "one of two is not more than half"
     answer(visit("Ines"), "y")
     page = result(drawn)
-    assert page["agreement"]["measure"] == "Krippendorff's alpha"  # type: ignore[index]
+    assert page["agreement"]["measure"] == "Krippendorff's alpha"
     text = Reader(drawn.get("/reviews/1").text).text
     assert "Krippendorff's alpha" in text
     assert "4 of 6, 95 %" in text
