@@ -49,7 +49,7 @@ def run(rows: int = 256) -> dict[str, dict[str, object]]:
     figures = {
         "time": ratio(sum(plan.seconds[name] for name in seconds) / sum(seconds.values())),
         "disk": ratio(sum(plan.disk[name] for name in ("tallies", "choice", "examples")) / found["disk"]),
-        "memory": ratio(plan.peak / found["memory"]),
+        "memory": ratio(plan.peak / max(found["memory"].values())),
         "planned_10m": {"value": round(sum(planned.values()) / 60), "unit": "min", "target": None},
     }
     return figures | {name: ratio(plan.seconds[name] / seconds[name], None) for name in seconds}
@@ -65,14 +65,17 @@ def measure(rows: int) -> dict[str, object]:
     sae = made_sae(lens, LAYER, z, FEATURES, K)
     before = forget_peak()
     seconds: dict[str, float] = {}
+    memory: dict[str, int] = {}
     with tempfile.TemporaryDirectory(prefix="headscope-bench-") as name:
         files = Files(Path(name))
         begun = time.perf_counter()
 
         def ended(phase: str) -> None:
             nonlocal begun
-            seconds[phase], begun = time.perf_counter() - begun, time.perf_counter()
-            print(f"  {phase}: {seconds[phase]:.1f} s", file=sys.stderr, flush=True)
+            seconds[phase], memory[phase] = time.perf_counter() - begun, peak_memory() - before
+            print(f"  {phase}: {seconds[phase]:.1f} s, {memory[phase] / 1e6:,.0f} MB", file=sys.stderr, flush=True)
+            forget_peak()
+            begun = time.perf_counter()
 
         todo = shards(swept_rows(text, cfg), cfg)
         for shard in todo:
@@ -97,7 +100,7 @@ def measure(rows: int) -> dict[str, object]:
         "examples": len(chosen.feature),
         "live": table.totals.n_live,
         "disk": disk,
-        "memory": peak_memory() - before,
+        "memory": memory,
     }
 
 

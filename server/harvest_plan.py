@@ -25,7 +25,7 @@ FILLED_BINS = 4
 FIRST_SHARE = 0.3
 """Of the firings that may be kept of a feature, or of its mean firings in a shard where those are fewer, those that a first
 shard keeps: the mean is made by few features."""
-PAIR_SECONDS = 2e-8
+PAIR_SECONDS = 1e-7
 """Of two features that fire together on a token of the sample."""
 EXAMPLE_ON_DISK = 330
 """Bytes of an example in the visit's files: its activations, and at most 32 entries of its DFA."""

@@ -63,11 +63,12 @@ class HomePage:
 
 
 def home_page(session: Session) -> HomePage:
-    """The first page: six queries."""
+    """The first page: five queries, and one for harvests of before heads had summaries."""
     every = _cards(session)
     saes = tuple(card for card, archived in every if not archived)
     shown = [card.sae.harvest.id for card in saes if card.sae.harvest]
-    led, lines = _led(session, shown), summaries_of(session, shown)
+    lines = summaries_of(session, shown)
+    led = _led(session, sorted(set(shown) - {harvest_id for harvest_id, _ in lines}))
     models = session.scalars(sa.select(Model).order_by(Model.name)).all()
     return HomePage(
         models=tuple(
@@ -109,6 +110,8 @@ def open_jobs(session: Session) -> tuple[JobRecord, ...]:
 
 def _led(session: Session, harvest_ids: list[int]) -> dict[int, dict[int, int]]:
     counts: defaultdict[int, dict[int, int]] = defaultdict(dict)
+    if not harvest_ids:
+        return counts
     rows = session.execute(
         sa.select(Feature.harvest_id, Feature.top_head, sa.func.count())
         .where(Feature.harvest_id.in_(harvest_ids), Feature.n_fired > 0)
@@ -127,15 +130,11 @@ def _cells(
     for card in saes:
         if card.sae.model == model and card.sae.harvest:
             by_layer.setdefault(card.sae.layer, card.sae)
-    return tuple(
-        HeadCell(
-            layer,
-            head,
-            led.get(sae.harvest.id, {}).get(head, 0),
-            sae.name,
-            line.family if (line := lines.get((sae.harvest.id, head))) else None,
-        )
-        for layer, sae in sorted(by_layer.items())
-        if sae.harvest
-        for head in range(sae.n_heads)
-    )
+    cells = []
+    for layer, sae in sorted(by_layer.items()):
+        harvest_id = sae.harvest.id if sae.harvest else 0
+        for head in range(sae.n_heads):
+            line, counted = lines.get((harvest_id, head)), led.get(harvest_id, {})
+            n_led = line.n_led_norm if line else counted.get(head, 0)
+            cells.append(HeadCell(layer, head, n_led, sae.name, line.family if line else None))
+    return tuple(cells)

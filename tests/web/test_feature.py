@@ -211,11 +211,11 @@ def test_the_tag_tells_page_part_json_and_harvest_apart(client: TestClient, tmp_
 
 
 @pytest.mark.parametrize("address", [SAE, f"{SAE}?head=2&sort=-dfa_share", FEATURE, "/", "/jobs", "/jobs/train-smollm2-l17-1"])
-def test_no_page_needs_more_than_five_queries_or_home_six(client: TestClient, address: str) -> None:
+def test_no_page_needs_more_than_five_queries(client: TestClient, address: str) -> None:
     client.get(address)  # the first request also checks the schema
     with counted(client.app.state.db.engine) as statements:  # type: ignore[attr-defined]
         assert client.get(address).status_code == 200
-    assert 1 <= len(statements) <= (6 if address == "/" else 5), statements
+    assert 1 <= len(statements) <= 5, statements
 
 
 def test_a_page_that_is_unchanged_costs_one_query(client: TestClient) -> None:

@@ -1,5 +1,7 @@
 """`/`: the first page."""
 
+from pathlib import Path
+
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
@@ -7,7 +9,8 @@ from server.db import Database
 from server.pages.reply import to_json
 from server.settings import Settings
 from server.store.home import home_page
-from tests.web.conftest import SAE
+from server.tables import Feature, HeadSummary
+from tests.web.conftest import SAE, at, put
 from tests.web.reading import PART, Reader
 
 
@@ -45,6 +48,25 @@ def test_a_cell_says_its_main_family_and_is_marked_where_that_is_much_of_it(clie
     assert "no family stands out" in page.text  # head 0
     marks = [path for path in page.all("path") if path.get("class") == "mark s0"]
     assert len(marks) >= 5
+
+
+def test_the_map_counts_as_the_summaries_of_heads_do_or_the_features_of_older_harvests(tmp_path: Path) -> None:
+    settings = put(at(tmp_path))
+    database = Database(settings.url)
+
+    def counts() -> list[int]:
+        with database.read() as session:
+            return [cell.features for cell in home_page(session).models[0].cells]
+
+    with_summaries = counts()
+    with database.write() as session:
+        summed = {row.head: row.n_led_norm for row in session.execute(sa.select(HeadSummary.head, HeadSummary.n_led_norm))}
+        session.execute(sa.delete(HeadSummary))
+        led = sa.select(Feature.top_head, sa.func.count().label("n")).where(Feature.n_fired > 0).group_by(Feature.top_head)
+        features = {row.top_head: row.n for row in session.execute(led)}
+    assert with_summaries == [summed[head] for head in range(9)]
+    assert counts() == [features.get(head, 0) for head in range(9)]
+    database.close()
 
 
 def test_cards_show_key_figures(client: TestClient) -> None:
