@@ -31,6 +31,7 @@ from server.store.features import SORT_KEYS, FeatureQuery, feature_table, place_
 from server.store.saes import Door, find_sae
 from server.tables import (
     SAE,
+    Base,
     Context,
     Corpus,
     Example,
@@ -155,7 +156,7 @@ def generate(url: sa.URL, features: int, layers: int) -> None:
     database = Database(url)
     database.upgrade()
     bulk = (Feature, FeatureHead, FeatureDetail, Example)
-    indexes = [index for table in bulk for index in table.__table__.indexes]  # type: ignore[attr-defined]
+    indexes = [index for table in bulk for index in Base.metadata.tables[table.__tablename__].indexes]
     with database.write() as session:
         connection = session.connection()
         for index in indexes:

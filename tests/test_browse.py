@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
-from bench import _postgres, browse
+from bench import browse
 from server.db import Database
 from server.store import search, walk
 from server.store.features import SORT_KEYS, FeatureQuery, feature_table, place_of, walk_of
@@ -25,11 +25,12 @@ FILTERS = len(browse.filter_kinds(random.Random(0)))
 def database(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Database]:
     if request.param == "sqlite":
         yield from filled(sa.URL.create("sqlite", database=str(tmp_path_factory.mktemp("browse") / "b.db")))
-    elif _postgres.programs() is None:
-        pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
-    else:
-        with _postgres.server() as url:
-            yield from filled(url)
+        return
+    server: sa.URL = request.getfixturevalue("postgres")
+    engine = sa.create_engine(server, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        connection.execute(sa.text("create database browse"))
+    yield from filled(server.set(database="browse"))
 
 
 def filled(url: sa.URL) -> Iterator[Database]:

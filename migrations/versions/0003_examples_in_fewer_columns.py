@@ -72,12 +72,13 @@ def downgrade() -> None:
 
 def _examples(columns: str) -> Iterator[list[sa.Row[Any]]]:
     """All examples, some at a time; the list of ids first, since the rows change meanwhile."""
-    connection = op.get_bind()
+    connection, id = op.get_bind(), sa.column("id")
+    wanted = [sa.column(name) for name in columns.split(", ")]
     ids = connection.execute(sa.text("select id from example order by id")).scalars().all()
     for begin in range(0, len(ids), AT_ONCE):
-        between = {"low": ids[begin], "high": ids[begin : begin + AT_ONCE][-1]}
-        statement = f"select {columns} from example where id between :low and :high order by id"  # noqa: S608 - our own names
-        yield list(connection.execute(sa.text(statement), between))
+        low, high = ids[begin], ids[begin : begin + AT_ONCE][-1]
+        found = sa.select(*wanted).select_from(sa.table("example")).where(id.between(low, high)).order_by(id)
+        yield list(connection.execute(found))
 
 
 def _write(statement: str, rows: list[dict[str, object]]) -> None:

@@ -140,7 +140,8 @@ def labelled(harvest_id: int, idx: Any, containing: str | None = None) -> sa.Col
     of_sae = sa.select(Harvest.sae_id).where(Harvest.id == harvest_id).scalar_subquery()
     found = sa.select(Label.idx).where(Label.sae_id == of_sae, _HOLDS)
     found = found if containing is None else found.where(Label.text.icontains(containing, autoescape=True))
-    return idx.in_(found)  # type: ignore[no-any-return]
+    there: sa.ColumnElement[bool] = idx.in_(found)
+    return there
 
 
 def feature_labels(session: Session, sae: SaeRef, sae_id: int, index: int) -> FeatureLabels:

@@ -119,11 +119,8 @@ def lacking(session: Session) -> list[tuple[int, str]]:
 
 def delete_texts(session: Session, contexts: Sequence[int]) -> None:
     """Forget the texts of these contexts; tokens go with their harvest."""
-    column = "rowid" if _is_sqlite(session) else "context_id"
-    session.execute(
-        sa.text(f"delete from context_text where {column} in :ids").bindparams(sa.bindparam("ids", expanding=True)),  # noqa: S608
-        {"ids": list(contexts)},
-    )
+    key: sa.ColumnClause[int] = sa.column("rowid" if _is_sqlite(session) else "context_id")
+    session.execute(sa.delete(sa.table("context_text", key)).where(key.in_(contexts)))
 
 
 def _is_sqlite(session: Session) -> bool:

@@ -1,17 +1,12 @@
 """axe-core on every page, light and dark: no violation of WCAG 2 A and AA or of axe's own best practice."""
 
-import socket
-import threading
-import time
 from collections.abc import Iterator
 
 import pytest
-import uvicorn
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
-from server.app import create_app
-from tests.web.conftest import SAE, at, put
+from tests.web.conftest import SAE, at, listened, put
 from tests.web.factory import Shape
 
 pytestmark = pytest.mark.browser
@@ -34,6 +29,15 @@ PAGES = (
     "/jobs/new/train",
     "/jobs/new/harvest?sae=smollm2-l17",
     "/studies",
+    "/search?q=the",
+    "/saes/smollm2-l17/search?q=the&kind=text",
+    "/saes/smollm2-l17/features/3/labels",
+    "/labels",
+    "/lists",
+    "/author",
+    "/saes/smollm2-l17/reviews",
+    "/saes/smollm2-l17/manage",
+    "/archive",
     "/nothing",
 )
 
@@ -41,18 +45,7 @@ PAGES = (
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The web process on a filled database, really listening."""
-    settings = put(at(tmp_path_factory.mktemp("axe")), Shape(n_features=24, n_dead=3))
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.02)
-    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server.should_exit = True
-    thread.join(5)
-    listener.close()
+    yield from listened(put(at(tmp_path_factory.mktemp("axe")), Shape(n_features=24, n_dead=3)))
 
 
 @pytest.fixture(params=["light", "dark"])
