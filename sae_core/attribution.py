@@ -20,8 +20,7 @@ the sources, and c_f is the only bias.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +29,6 @@ from torch import Tensor
 
 CHUNK_ELEMENTS = 2**25  # 128 MiB of fp32: the largest intermediate of the chunked sweeps over features
 LOGIT_BINS = 40  # of a feature's logit weights over the vocabulary
-
-
-class WritesLogits(Protocol):
-    """The part of a lens that logit weights need."""
-
-    def logit_weights(self, vectors: Tensor, layer: int) -> Tensor:
-        """[n, d_in] -> [n, d_vocab]."""
 
 
 class SparseDFA(NamedTuple):
@@ -57,22 +49,6 @@ class SparseDFA(NamedTuple):
     """[n, n_heads] Sum of the entries at sources before the window."""
     abs_dfa: NDArray[np.float32]
     """[n] Sum of |DFA| over the whole row."""
-
-
-class TopTokens(NamedTuple):
-    """The strongest tokens of each feature's logit weights."""
-
-    ids: Tensor
-    """[n, k] int64, strongest first."""
-    values: Tensor
-    """[n, k] fp32 logit weights, centred over the vocabulary."""
-
-
-class LogitTokens(NamedTuple):
-    """What features promote and suppress in the output."""
-
-    promoted: TopTokens
-    suppressed: TopTokens
 
 
 class LogitHistogram(NamedTuple):
@@ -253,25 +229,6 @@ def sparsify_dfa(dfa: Tensor, *, share: float, max_entries: int, start: NDArray[
     )
 
 
-def logit_tokens(lens: WritesLogits, vectors: Tensor, layer: int, k: int) -> LogitTokens:
-    """The k tokens that each direction of z promotes and suppresses most, straight through W_O and the unembedding.
-
-    vectors [n, d_in], usually decoder rows. Suppressed values are the most negative, most negative first. Works through
-    the vectors in chunks: [chunk, d_vocab] is the largest thing in memory.
-    """
-    up: list[TopTokens] = []
-    down: list[TopTokens] = []
-    first = lens.logit_weights(vectors[:1], layer)
-    k = min(k, first.shape[1])
-    for part in _chunks(vectors, first.shape[1]):
-        logits = lens.logit_weights(part, layer)
-        values, ids = logits.topk(k)
-        up.append(TopTokens(ids, values))
-        values, ids = logits.topk(k, largest=False)
-        down.append(TopTokens(ids, values))
-    return LogitTokens(_joined(up), _joined(down))
-
-
 MOST_LOWERED = 10
 """Tokens of the vocabulary that count as the ones a direction lowers most, as McDougall et al. 2023 count them."""
 
@@ -323,11 +280,3 @@ def decoder_neighbours(W_dec: Tensor, k: int) -> Neighbours:
 
 def _rows_at_once(width: int) -> int:
     return max(1, CHUNK_ELEMENTS // width)
-
-
-def _chunks(vectors: Tensor, width: int) -> Iterator[Tensor]:
-    yield from torch.split(vectors, _rows_at_once(width))
-
-
-def _joined(parts: list[TopTokens]) -> TopTokens:
-    return TopTokens(torch.cat([part.ids for part in parts]), torch.cat([part.values for part in parts]))
