@@ -4,6 +4,7 @@ Only tests use it. The texts and the numbers are made up; what is faithful is th
 """
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -180,10 +181,10 @@ def add_sae(session: Session, shape: Shape) -> None:
     session.add(harvest)
     session.flush()
     sae.harvest_id = harvest.id
-    add_heads(session, harvest.id, shape)
     contexts = add_contexts(session, harvest.id, shape, rng)
     for idx in range(shape.n_features):
         add_feature(session, harvest, contexts, idx, shape, rng)
+    add_heads(session, harvest.id, shape)
     if shape.running_job:
         add_running_job(session, at)
 
@@ -219,10 +220,12 @@ def add_running_job(session: Session, at: datetime) -> None:
 
 
 def add_heads(session: Session, harvest_id: int, shape: Shape) -> None:
-    """What each head's features do."""
+    """What each head's features do, with as many led by weights as the features say."""
+    led = sa.select(Feature.top_head).where(Feature.harvest_id == harvest_id, Feature.n_fired > 0)
+    n_led_norm = Counter(session.scalars(led))
     session.add_all(
         HeadSummary(
-            harvest_id=harvest_id, head=head, n_led=3 * head, n_led_norm=2 * head,
+            harvest_id=harvest_id, head=head, n_led=3 * head, n_led_norm=n_led_norm[head],
             families={"induction": 2 * head, "unclear": head} if head else {}, diversity=0.9 if head else None,
             polysemantic=head / 10 if head else None,
             detail={
