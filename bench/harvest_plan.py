@@ -37,7 +37,7 @@ def run(rows: int = 256) -> dict[str, dict[str, object]]:
     done = subprocess.run([sys.executable, "-m", "bench.harvest_plan", str(rows)], check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
     cfg = HarvestConfig(tokens=found["tokens"])
-    size = Size(found["tokens"], found["context"], FEATURES, K, found["d_in"], found["n_heads"])
+    size = Size(found["tokens"], found["context"], FEATURES, K, found["d_in"], found["d_model"], found["n_heads"])
     plan, long = harvest_plan(cfg, size, rates, found["examples"]), Size(**{**size.__dict__, "tokens": LONG})
     seconds = found["seconds"]
     planned = harvest_plan(cfg.model_copy(update={"tokens": LONG}), long, rates).seconds

@@ -6,6 +6,7 @@ A config is frozen and complete: stored with its job, it says all that is needed
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
@@ -116,9 +117,28 @@ class HarvestConfig(Config):
     batch_rows: Annotated[int, Field(ge=1)] = 16
     """Rows in one model pass; part of the identity of the result, since sums in another order round differently."""
     model_dtype: PassDtype = "auto"
-    """Precision of the pass that chooses rows. Stored numbers always come from a second fp32 visit of these rows."""
+    """Precision of the pass that chooses rows, where nothing is kept of it for the visit. Stored numbers are always fp32."""
+    kept_gb: Annotated[float, Field(ge=0)] = 4.0
+    """Gigabytes of disk for what the pass brings to the layers, in fp32, so that the visit need not run the blocks before them
+    again. Where that does not suffice, or few rows will be visited, nothing is kept."""
     seed: int = 0
     """Seed of the hashed keys that draw band examples."""
+
+    @property
+    def per_feature(self) -> int:
+        """Most examples of a feature."""
+        return self.top_k + self.bands * self.per_band
+
+    @staticmethod
+    def expected_visits(rows: int, examples: int) -> float:
+        """How many of so many rows so many examples are expected in: they fall on rows as balls into boxes."""
+        return rows * (1 - math.exp(-examples / rows))
+
+    def keeps_streams(self, rows: int, context: int, width: int, features: int) -> bool:
+        """Whether keeping what enters the layers, `width` numbers a token in all, pays: two passes, of which the first may take
+        half the time in bfloat16, cost more than one in fp32 as soon as the second visits more than half of the rows."""
+        fits = 4 * rows * context * width <= self.kept_gb * 1e9
+        return fits and self.expected_visits(rows, features * self.per_feature) > rows / 2
 
 
 class TrainConfig(Config):

@@ -3,7 +3,8 @@
     scan     every row once, in shards, in whatever precision is fast: counts, histograms, head sums, candidates (tally.py)
     choose   the shards' tallies merged; which examples to keep, hence which rows to visit (choice.py); who fires together
              (partners.py)
-    visit    these rows once more in fp32 with v and pattern: every stored number of an example comes from here (visit.py)
+    visit    these rows once more in fp32 with v and pattern: every stored number of an example comes from here (visit.py);
+             from the tokens, or from what a sweep in fp32 has kept of these rows (streams.py)
     features what is said of each feature: the scan's sums, the decoder's logits and neighbours, the family (describe.py)
 
 Each step writes one file aside and renames it, and does nothing when the file is there, so a harvest that was killed goes
@@ -14,7 +15,8 @@ files, and a result, of its own.
 Arrays in files carry their shapes in the comments where they are made. Rows are indices into `Rows.train`.
 """
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,6 +34,7 @@ from sae_core.feature_table import FeatureTable, examples, row_records
 from sae_core.progress import Clock, Progress
 from sae_core.records import ExampleRecord
 from sae_core.saes import row_starts
+from sae_core.streams import Streams, StreamWriter
 from sae_core.tally import PENDING, PENDING_OF_ALL, Bars, Batch, Tallier, Tally, by_head, coded_share, head_parts
 from sae_core.visit import visit, visit_parts, visited_rows
 
@@ -56,6 +59,7 @@ __all__ = [
     "row_records",
     "scan_shard",
     "shards",
+    "streams_of",
     "swept_rows",
     "visit",
     "visit_parts",
@@ -79,12 +83,13 @@ def scan_shard(
     paths: Sequence[Path],
     activations: "Mapping[int, Activations] | None" = None,
     seen: "Seen | None" = None,
+    streams: Streams | None = None,
 ) -> Generator[Progress, None, None]:
     """Sweep the rows of one shard, all layers in one pass, and write each SAE's tally to its path.
 
     z is read from `activations`, by layer, where they hold the whole shard at every layer. A file that is there is left alone.
-    Progress in tokens of this shard, with `firings` and `live` features so far: of all SAEs, and of what was `seen` as well, to
-    which this shard is added.
+    With `streams` the pass is fp32, and what it brings to the layers is kept there for the visit. Progress in tokens of this
+    shard, with `firings` and `live` features so far: of all SAEs, and of what was `seen` as well, to which this shard is added.
 
     Every pass has the same number of rows: what a row gives does not depend on how the sweep is cut or where it ends.
     """
@@ -98,18 +103,25 @@ def scan_shard(
     layers = sorted({sae.cfg.site.layer for sae in saes})
     per_row = 4 * rows.context * len(layers) * max(sae.cfg.d_in for sae in saes)
     at_once = max(1, min(cfg.batch_rows, Z_BYTES // per_row))
-    if activations is not None and all(layer in activations and activations[layer].n_rows >= shard.stop for layer in layers):
+    keeping: StreamWriter | None = None
+    if activations is not None and _hold(activations, layers, shard.stop):
         read = partial(_cached_z, activations, layers)
+    elif streams is not None:
+        keeping = StreamWriter(streams, shard)
+        read = partial(_kept_z, lens, layers, rows, at_once, keeping)
     else:
         read = partial(_read_z, lens, layers, rows, cfg, at_once)
     clock = Clock("scan", len(shard) * rows.context)
-    for low in range(shard.start, shard.stop, at_once):
-        high = min(low + at_once, shard.stop)
-        z, starts = read(low, high), row_starts(rows.train[low:high], rows.row_start)
-        for scanner in scanners:
-            scanner.take_in(z[scanner.layer], low, starts)
-        fired = {i: scanner.tallier.tally.count.cpu().numpy() for i, scanner in zip(todo, scanners, strict=True)}
-        yield replace(clock.at((high - shard.start) * rows.context), values=seen.with_these(fired))
+    with contextlib.closing(keeping) if keeping else contextlib.nullcontext():
+        for low in range(shard.start, shard.stop, at_once):
+            high = min(low + at_once, shard.stop)
+            z, starts = read(low, high), row_starts(rows.train[low:high], rows.row_start)
+            for scanner in scanners:
+                scanner.take_in(z[scanner.layer], low, starts)
+            fired = {i: scanner.tallier.tally.count.cpu().numpy() for i, scanner in zip(todo, scanners, strict=True)}
+            yield replace(clock.at((high - shard.start) * rows.context), values=seen.with_these(fired))
+        if keeping:
+            keeping.finish()
     for i, scanner in zip(todo, scanners, strict=True):
         scanner.tallier.finish(len(shard)).save(paths[i])
     for i, scanner in zip(todo, scanners, strict=True):
@@ -156,13 +168,49 @@ def _read_z(
     from sae_core.lens import resolve_dtype  # TransformerLens takes seconds to import; a cached sweep needs none of it
 
     dtype = resolve_dtype(cfg.model_dtype, lens.device)
+    tokens = _pass_tokens(lens, rows, at_once, low, high)
+    return {layer: z[: high - low] for layer, z in lens.read_z(tokens, layers, dtype).items()}
+
+
+def _kept_z(
+    lens: "Lens", layers: Sequence[int], rows: "Rows", at_once: int, keeping: StreamWriter, low: int, high: int
+) -> dict[int, Tensor]:
+    """As `_read_z`, in fp32; what enters the layers' blocks is kept."""
+    entries = lens.read_streams(_pass_tokens(lens, rows, at_once, low, high), layers)
+    keeping.take_in({layer: entry.stream[: high - low] for layer, entry in entries.items()})
+    return {layer: entry.z[: high - low] for layer, entry in entries.items()}
+
+
+def _pass_tokens(lens: "Lens", rows: "Rows", at_once: int, low: int, high: int) -> Tensor:
     which = np.minimum(np.arange(low, low + at_once), high - 1)
-    tokens = torch.from_numpy(rows.train[which].astype(np.int64))
-    return {layer: z[: high - low] for layer, z in lens.read_z(tokens.to(lens.device), layers, dtype).items()}
+    return torch.from_numpy(rows.train[which].astype(np.int64)).to(lens.device)
 
 
 def _cached_z(activations: "Mapping[int, Activations]", layers: Sequence[int], low: int, high: int) -> dict[int, Tensor]:
     return {layer: activations[layer].read_z(low, high) for layer in layers}
+
+
+def _hold(activations: "Mapping[int, Activations]", layers: Iterable[int], n_rows: int) -> bool:
+    """Whether they hold the first rows at every layer."""
+    return all(layer in activations and activations[layer].n_rows >= n_rows for layer in layers)
+
+
+def streams_of(
+    folder: Path,
+    lens: "Lens",
+    saes: Sequence["SAE"],
+    rows: "Rows",
+    cfg: HarvestConfig,
+    activations: "Mapping[int, Activations] | None" = None,
+) -> Streams | None:
+    """Where a harvest into `folder` keeps what the sweep brings to the layers; None where it does not (`keeps_streams` of the
+    config and of the lens), or where z is at hand and no pass is needed."""
+    layers, n_rows, n_features = {sae.cfg.site.layer for sae in saes}, swept_rows(rows, cfg), sum(sae.cfg.d_sae for sae in saes)
+    width = len(layers) * lens.info.d_model
+    keeps = lens.keeps_streams(rows.context) and cfg.keeps_streams(n_rows, rows.context, width, n_features)
+    if not keeps or (activations is not None and _hold(activations, layers, n_rows)):
+        return None
+    return Streams(folder / "streams", sorted(layers), cfg.shard_rows, rows.context, lens.info.d_model)
 
 
 # ---- the whole ----
@@ -241,11 +289,11 @@ def harvest_many(
     """`harvest` for several SAEs of one model, of any of its layers, which share every model pass; `activations` by layer."""
     files, n_rows = files_of(folder, len(saes)), swept_rows(rows, cfg)
     todo = shards(n_rows, cfg)
-    seen = Seen(saes)
+    seen, streams = Seen(saes), streams_of(folder, lens, saes, rows, cfg, activations)
 
     def scan(shard: range) -> Generator[Progress, None, None]:
         paths = [file.shard(shard) for file in files]
-        yield from scan_shard(lens, saes, rows, shard, cfg, paths, activations, seen)
+        yield from scan_shard(lens, saes, rows, shard, cfg, paths, activations, seen, streams)
 
     yield from _together("scan", "tokens", n_rows * rows.context, ((len(s) * rows.context, scan(s)) for s in todo))
     selections = []
@@ -253,12 +301,12 @@ def harvest_many(
         yield Progress("choose", i, len(saes), "SAEs")
         selections.append(choose([file.shard(s) for s in todo], sae, rows, cfg, file.selection))
     ranges = visit_parts(selections, cfg)
-    yield from _together(
-        "visit",
-        "rows",
-        len(visited_rows(selections)),
-        ((len(r), visit(lens, saes, rows, selections, r, cfg, [file.part(i) for file in files])) for i, r in enumerate(ranges)),
-    )
+
+    def look(part: int) -> Generator[Progress, None, None]:
+        paths = [file.part(part) for file in files]
+        yield from visit(lens, saes, rows, selections, ranges[part], cfg, paths, streams)
+
+    yield from _together("visit", "rows", len(visited_rows(selections)), ((len(r), look(i)) for i, r in enumerate(ranges)))
     results = []
     for i, (sae, file, selection) in enumerate(zip(saes, files, selections, strict=True)):
         yield Progress("features", i, len(saes), "SAEs")

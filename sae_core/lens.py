@@ -26,7 +26,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
@@ -53,7 +53,8 @@ logging.getLogger("gguf").setLevel(logging.ERROR)
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 CHECK_TOKENS = 24  # length of the load-time batch, unless a sliding window asks for more ...
 CHECK_WINDOW = 512  # ... up to this; beyond a longer window the fast handle is not trusted
-CHECK_HOOKS: tuple[str, ...] = ("hook_z", "hook_v", "hook_pattern", "hook_out")
+ATTENTION_HOOKS: tuple[str, ...] = ("hook_z", "hook_v", "hook_pattern")
+CHECK_HOOKS: tuple[str, ...] = (*ATTENTION_HOOKS, "hook_out")
 ALONE_AT_ONCE = 4096  # rows of one token in a pass
 LOGITS_AT_ONCE = 2**26  # elements of one logits tensor (256 MiB in fp32)
 PARTS_GAP = 1e-4  # how far the parts of a residual stream may miss it, as a share of their sizes
@@ -97,6 +98,15 @@ class AttentionRead(NamedTuple):
     """[b, src, n_kv_heads, d_head], the value bias included."""
     pattern: Tensor
     """[b, n_heads, dest, src]; 0 where src > dest."""
+
+
+class Entry(NamedTuple):
+    """One layer in a pass of the fast handle, fp32."""
+
+    stream: Tensor
+    """[b, pos, d_model]: the residual stream that enters the block."""
+    z: Tensor
+    """[b, pos, n_heads * d_head], head-major."""
 
 
 class StreamRead(NamedTuple):
@@ -193,6 +203,7 @@ class Lens:
         self._fast: Any = fast if fast is not None and self._agrees(fast, batch, found, logits) else None
         self._block_paths = [paths.get(id(getattr(block, "original_component", None)), "") for block in self._bridge.blocks]
         self._resumes = self._fast is not None and self._agrees_resumed(batch)
+        self._hands_over = self._resumes and self._agrees_handed_over(batch, found)
 
     @property
     def fast(self) -> bool:
@@ -265,19 +276,65 @@ class Lens:
         """
         return self.read_attentions(tokens, [layer])[layer]
 
-    def read_attentions(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, AttentionRead]:
-        """`read_attention` of several layers in one pass, which stops at z of the last; all are held at once, so the caller
-        bounds rows x layers."""
+    def read_attentions(
+        self, tokens: Tensor, layers: Sequence[int], streams: Mapping[int, Tensor] | None = None
+    ) -> dict[int, AttentionRead]:
+        """`read_attention` of several layers; all are held at once, so the caller bounds rows x layers.
+
+        Where the fast handle serves, it runs as far as the last layer, and the bridge only the attention of those asked for;
+        with what `read_streams` gave for these tokens, of every layer, the fast handle is not needed either. Else one pass
+        of the bridge, which stops at z of the last layer.
+        """
         for layer in layers:
             self.check_layer(layer)
         if not layers:
             return {}
         tokens = self._checked_tokens(tokens)
-        with self._bridge_taps(dict.fromkeys(layers, ("hook_v", "hook_pattern", "hook_z")), stop=True) as found:
+        if not self.keeps_streams(tokens.shape[1]):
+            return self._read_attentions(tokens, layers)
+        if streams is None:
+            streams = {layer: read.stream for layer, read in self.read_streams(tokens, layers).items()}
+        found: dict[int, AttentionRead] = {}
+        for layer in layers:
+            # A bridge's block hands what is set on it to the module that it wraps, so that one is taken.
+            blocks = [block.original_component for block in self._bridge.blocks[: layer + 1]]
+            with self._lock, _taken_up(blocks, streams[layer].to(self.device)):
+                found |= self._read_attentions(tokens, [layer])
+        return found
+
+    def _read_attentions(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, AttentionRead]:
+        with self._bridge_taps(dict.fromkeys(layers, ATTENTION_HOOKS), stop=True) as found:
             _run(self._model, tokens)
         return {
             layer: AttentionRead(got["hook_z"].flatten(2), got["hook_v"], got["hook_pattern"]) for layer, got in found.items()
         }
+
+    def keeps_streams(self, pos: int) -> bool:
+        """Whether `read_streams` serves for rows of so many tokens: where the fast handle does, and its blocks pass nothing but
+        a stream."""
+        return self._hands_over and self._fast_reads(pos)
+
+    def read_streams(self, tokens: Tensor, layers: Sequence[int]) -> dict[int, Entry]:
+        """What enters the layers' blocks, and z, in fp32; the pass stops at z of the last layer.
+
+        Raises LayerOutOfRange, UsageError for tokens that the model cannot take, ValueError where `keeps_streams` does not hold.
+        """
+        for layer in layers:
+            self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        if not self.keeps_streams(tokens.shape[1]):
+            raise ValueError(f"{self.info.name} gives no streams of rows of {tokens.shape[1]} tokens")
+        streams: dict[int, Tensor] = {}
+
+        def enter(_: nn.Module, args: tuple[Any, ...], *, layer: int) -> None:
+            streams[layer] = args[0].detach()
+
+        with self._fast_taps(self._fast, layers, stop=True) as z, contextlib.ExitStack() as stack:
+            for layer in set(layers):
+                block = self._fast.get_submodule(self._block_paths[layer])
+                stack.callback(block.register_forward_pre_hook(functools.partial(enter, layer=layer)).remove)
+            _run(self._fast, tokens)
+        return {layer: Entry(streams[layer], z[layer]) for layer in layers}
 
     def follow_attention(
         self, tokens: Tensor, layers: Sequence[int], look: Callable[[int, AttentionRead], None], *, to_end: bool = False
@@ -306,7 +363,7 @@ class Lens:
             final.append(value.detach())
             raise _Stop
 
-        names = ("hook_z", "hook_v", "hook_pattern")
+        names = ATTENTION_HOOKS
         taps: list[tuple[str, Callable[..., None]]] = [
             (f"blocks.{layer}.attn.{name}", functools.partial(take, layer=layer, name=name))
             for layer in waiting
@@ -619,18 +676,14 @@ class Lens:
         """
         blocks = [self._fast.get_submodule(path) for path in self._block_paths[: layer + 1]]
         entered: list[Tensor] = []
-
-        def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            entered[:] = entered or [args[0]]
-            return (entered[0], *args[1:])
-
-        with contextlib.ExitStack() as stack:
-            stack.callback(blocks[layer].register_forward_pre_hook(enter).remove)
-            for replacement in replacements:
-                if entered:
-                    for block in blocks[:layer]:
-                        block.forward = _give_back
-                        stack.callback(block.__dict__.pop, "forward", None)
+        tap = blocks[layer].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        try:
+            with self._fast_patch(layer, replacements[0]):
+                yield _run(self._fast, tokens)
+        finally:
+            tap.remove()
+        with _taken_up(blocks, entered[0]):
+            for replacement in replacements[1:]:
                 with self._fast_patch(layer, replacement):
                     yield _run(self._fast, tokens)
 
@@ -771,6 +824,21 @@ class Lens:
         except Exception:
             return False  # whole passes serve as well, only slower
         return _gap(resumed, whole) <= 1e-6
+
+    def _agrees_handed_over(self, batch: Tensor, found: dict[int, dict[str, Tensor]]) -> bool:
+        """Whether the bridge gives the same attention when it takes up at a block what the fast handle brought there."""
+        self._hands_over = True
+        layers = sorted({len(found) // 2, len(found) - 1})
+        try:
+            reads = self.read_attentions(batch, layers)
+        except Exception:
+            return False  # the bridge's own passes serve as well, only slower
+        gaps = [
+            _gap(part, found[layer][hook].view_as(part))
+            for layer in layers
+            for hook, part in zip(ATTENTION_HOOKS, reads[layer], strict=True)
+        ]
+        return all(gap <= 1e-3 for gap in gaps)
 
 
 def load_lens(source: ModelSource, *, name: str, device: str = "cpu", cache: Path) -> Lens:
@@ -1023,6 +1091,21 @@ def _replaced(replacement: Replace | Out | None, value: Tensor) -> Tensor:
 def _give_back(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     """A block that does nothing."""
     return hidden
+
+
+@contextlib.contextmanager
+def _taken_up(blocks: Sequence[nn.Module], stream: Tensor) -> Iterator[None]:
+    """A model whose first `blocks` these are goes on from the last with `stream`; those before it give back what they get."""
+
+    def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (stream, *args[1:])
+
+    with contextlib.ExitStack() as stack:
+        stack.callback(blocks[-1].register_forward_pre_hook(enter).remove)
+        for block in blocks[:-1]:
+            block.forward = _give_back
+            stack.callback(block.__dict__.pop, "forward", None)
+        yield
 
 
 def _gap(found: Tensor, expected: Tensor) -> float:

@@ -18,6 +18,7 @@ from sae_core.choice import Ints, Selection
 from sae_core.config import HarvestConfig
 from sae_core.progress import Clock, Progress
 from sae_core.saes import row_starts
+from sae_core.streams import Streams
 from sae_core.tally import save_arrays
 
 if TYPE_CHECKING:
@@ -49,11 +50,12 @@ def visit(
     part: range,
     cfg: HarvestConfig,
     paths: Sequence[Path],
+    streams: Streams | None = None,
 ) -> Generator[Progress, None, None]:
     """Read the part's rows in fp32 with v and pattern, all layers in one pass, and write all numbers of each SAE's examples
     in them to its path.
 
-    A file that is there is left alone. Progress in rows of this part.
+    Rows that are in `streams` need no pass. A file that is there is left alone. Progress in rows of this part.
     """
     todo = [i for i, path in enumerate(paths) if not path.exists()]
     if not todo:
@@ -68,7 +70,7 @@ def visit(
         which = visited[low : low + at_once]
         tokens = torch.from_numpy(rows.train[which].astype(np.int64)).to(lens.device)
         needed = sorted({visitor.layer for visitor in visitors if visitor.wants(which)})
-        reads = lens.read_attentions(tokens, needed)
+        reads = lens.read_attentions(tokens, needed, None if streams is None else streams.read(needed, which))
         for visitor in visitors:
             if visitor.wants(which):
                 visitor.look(reads[visitor.layer], tokens, which)

@@ -156,15 +156,16 @@ def harvest_seconds(
 ) -> dict[str, float]:
     """Seconds of each phase of a harvest of some SAEs in one pass; `cached` when their activations are on disk."""
     tokens, context = min(cfg.tokens, rows.tokens), rows.context
-    per_feature = cfg.top_k + cfg.bands * cfg.per_band
-    d_sae, n_examples = sum(sae.d_sae for sae in saes), sum(sae.d_sae for sae in saes) * per_feature
-    visited = min(tokens // context, n_examples)
-    forward = shape.pass_flops(max(sae.layer for sae in saes) + 1)
-    read = 0.0 if cached else forward / (speed.best * EFFICIENCY["pass"])
+    d_sae, n_examples = sum(sae.d_sae for sae in saes), sum(sae.d_sae for sae in saes) * cfg.per_feature
+    n_rows = max(tokens // context, 1)
+    forward, in_fp32 = shape.pass_flops(max(sae.layer for sae in saes) + 1), speed.float32 * EFFICIENCY["visit"]
+    kept = not cached and cfg.keeps_streams(n_rows, context, shape.d_model * len({sae.layer for sae in saes}), d_sae)
+    read = 0.0 if cached else forward / (in_fp32 if kept else speed.best * EFFICIENCY["pass"])
+    visited = 0.0 if kept else cfg.expected_visits(n_rows, n_examples)
     return {
         "scan": tokens * (read + 2.0 * shape.d_in * d_sae / (speed.float32 * EFFICIENCY["encode"])),
         "choose": len(saes) + n_examples / 50_000,
-        "visit": visited * context * forward / (speed.float32 * EFFICIENCY["visit"]) + n_examples / 20_000,
+        "visit": visited * context * forward / in_fp32 + n_examples / 20_000,
         "features": len(saes) + d_sae * 2.0 * shape.d_model * shape.d_vocab / (speed.float32 * EFFICIENCY["pass"]),
         "write": n_examples / ROWS_PER_SECOND,
     }

@@ -60,6 +60,7 @@ class Size:
     d_sae: int
     k: int
     d_in: int
+    d_model: int
     n_heads: int
 
     @property
@@ -71,20 +72,23 @@ class Size:
 def harvest_plan(cfg: HarvestConfig, size: Size, rates: "HarvestRates | None", examples: int | None = None) -> HarvestPlan:
     """The plan of a harvest of one SAE; without rates it tells no times. `examples`: how many there are, where that is known:
     over few tokens features have fewer than they may."""
-    examples = examples or size.d_sae * (cfg.top_k + cfg.bands * cfg.per_band)
-    # Examples fall on rows as balls into boxes.
-    visited = size.rows * (1 - math.exp(-examples / size.rows))
+    examples = examples or size.d_sae * cfg.per_feature
+    visited = cfg.expected_visits(size.rows, examples)
+    kept = cfg.keeps_streams(size.rows, size.context, size.d_model, size.d_sae)
     coded = min(size.tokens, CODED_TOKENS)
     seconds = {}
     if rates is not None:
         seconds = {
-            "scan": size.tokens * (rates.read + rates.scan),
+            "scan": size.tokens * ((rates.visit_row / size.context if kept else rates.read) + rates.scan),
             "choose": coded * size.k**2 * PAIR_SECONDS + examples * 1e-6,
-            "visit": visited * rates.visit_row + examples * rates.example,
+            "visit": visited * (0 if kept else rates.visit_row) + examples * rates.example,
             "features": size.d_sae * rates.feature,
             "write": examples / ROWS_PER_SECOND,
         }
-    return HarvestPlan(seconds, _disk(cfg, size, examples, visited, coded), _memory(cfg, size, examples, coded))
+    disk = _disk(cfg, size, examples, visited, coded)
+    if kept:
+        disk["streams"] = 4.0 * size.rows * size.context * size.d_model
+    return HarvestPlan(seconds, disk, _memory(cfg, size, examples, coded))
 
 
 def _kept(cfg: HarvestConfig) -> float:

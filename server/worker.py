@@ -630,6 +630,7 @@ class _Hands:
         self.files = sweep.files_of(run.folder, len(self.saes))
         self.n_rows = sweep.swept_rows(self.rows, cfg.harvest)
         self.shards = sweep.shards(self.n_rows, cfg.harvest)
+        self.streams = sweep.streams_of(run.folder, self.lens, self.saes, self.rows, cfg.harvest, self.activations)
         self._seen, self._n_seen = sweep.Seen(self.saes), 0
         self._selections: list[sweep.Selection] = []
         self._table: tuple[int, sweep.FeatureTable] | None = None
@@ -654,7 +655,8 @@ class _Hands:
             self._n_seen += 1
         paths = [files.shard(shard) for files in self.files]
         within = _within(shard.start * context, self.n_rows * context)
-        reports = sweep.scan_shard(self.lens, self.saes, self.rows, shard, self.cfg.harvest, paths, self.activations, self._seen)
+        how = self.cfg.harvest, paths, self.activations, self._seen, self.streams
+        reports = sweep.scan_shard(self.lens, self.saes, self.rows, shard, *how)
         # What was counted so far is one point, which each report replaces.
         self.run.follow(relayed(reports, lambda report: replace(within(report), step=0)))
         self._n_seen += 1
@@ -676,7 +678,7 @@ class _Hands:
     def visit(self, number: int, part: range) -> None:
         """The examples of one part, in fp32."""
         paths, selections = [files.part(number) for files in self.files], self.selections
-        reports = sweep.visit(self.lens, self.saes, self.rows, selections, part, self.cfg.harvest, paths)
+        reports = sweep.visit(self.lens, self.saes, self.rows, selections, part, self.cfg.harvest, paths, self.streams)
         self.run.follow(relayed(reports, _within(part.start, len(sweep.visited_rows(selections)))))
 
     def features(self, index: int, n_parts: int) -> None:

@@ -6,7 +6,7 @@ from sae_core.config import HarvestConfig
 from sae_core.rates import HarvestRates
 from server.harvest_plan import Size, harvest_plan
 
-SIZE = Size(tokens=10_000_000, context=128, d_sae=24_576, k=32, d_in=576, n_heads=9)
+SIZE = Size(tokens=10_000_000, context=128, d_sae=24_576, k=32, d_in=576, d_model=576, n_heads=9)
 RATES = HarvestRates(read=1e-4, scan=2e-4, visit_row=0.01, example=1e-4, feature=1e-3)
 CFG = HarvestConfig()
 

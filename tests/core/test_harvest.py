@@ -34,7 +34,7 @@ from sae_core.harvest import (
     visit,
     visit_parts,
 )
-from sae_core.lens import AttentionRead, Lens
+from sae_core.lens import AttentionRead, Entry, Lens
 from sae_core.progress import Progress
 from sae_core.records import ExampleRecord
 from sae_core.saes.base import SAE, check_fits
@@ -291,7 +291,7 @@ def test_a_wrong_read_breaks_the_identity(broken: Callable[[AttentionRead], Atte
     selection = choose(scanned(tiny, tmp_path), tiny.sae, tiny.rows, CFG, tmp_path / "selection.npz")
     lens: Any = SimpleNamespace(
         device=tiny.lens.device,
-        read_attentions=lambda tokens, layers: {layer: broken(tiny.lens.read_attention(tokens, layer)) for layer in layers},
+        read_attentions=lambda tokens, layers, _: {layer: broken(tiny.lens.read_attention(tokens, layer)) for layer in layers},
         token_texts=tiny.lens.token_texts,
     )
     part = visit_parts([selection], CFG)[0]
@@ -426,7 +426,8 @@ def test_a_harvest_stopped_anywhere_ends_as_an_undisturbed_one(tiny: Set, whole:
 
 def test_a_finished_harvest_is_only_read(tiny: Set, whole: HarvestResult) -> None:
     times = {path: path.stat().st_mtime_ns for path in whole.parts[0].parent.iterdir()}
-    assert same(run(Set(lens=None, sae=tiny.sae, rows=tiny.rows), whole.parts[0].parent), whole)
+    cannot_read: Any = SimpleNamespace(info=tiny.lens.info, keeps_streams=lambda _: True)
+    assert same(run(Set(lens=cannot_read, sae=tiny.sae, rows=tiny.rows), whole.parts[0].parent), whole)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     assert not [path for path in times if path.suffix == ".aside"]
 
@@ -463,17 +464,26 @@ class Counting:
 
     def __init__(self, lens: Lens) -> None:
         self.lens, self.device, self.info = lens, lens.device, lens.info
-        self.token_texts, self.logit_weights = lens.token_texts, lens.logit_weights
+        self.token_texts, self.logit_weights, self.keeps_streams = lens.token_texts, lens.logit_weights, lens.keeps_streams
         self.scanned: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
         self.visited: list[tuple[int, ...]] = []
+        self.kept: list[bool] = []
+        """Of each visit, whether it goes on from what was kept."""
 
     def read_z(self, tokens: torch.Tensor, layers: list[int], dtype: torch.dtype) -> dict[int, torch.Tensor]:
         self.scanned.append((tuple(tokens.shape), tuple(layers)))
         return self.lens.read_z(tokens, layers, dtype)
 
-    def read_attentions(self, tokens: torch.Tensor, layers: list[int]) -> dict[int, AttentionRead]:
+    def read_streams(self, tokens: torch.Tensor, layers: list[int]) -> dict[int, Entry]:
+        self.scanned.append((tuple(tokens.shape), tuple(layers)))
+        return self.lens.read_streams(tokens, layers)
+
+    def read_attentions(
+        self, tokens: torch.Tensor, layers: list[int], streams: dict[int, torch.Tensor] | None
+    ) -> dict[int, AttentionRead]:
         self.visited.append(tuple(layers))
-        return self.lens.read_attentions(tokens, layers)
+        self.kept.append(streams is not None)
+        return self.lens.read_attentions(tokens, layers, streams)
 
 
 def near(a: HarvestResult, b: HarvestResult, tolerance: float) -> None:
@@ -549,6 +559,77 @@ def test_a_resumed_pass_only_makes_the_files_that_are_missing(tiny: Set, tmp_pat
     paths[1].unlink()
     list(scan_shard(tiny.lens, saes, tiny.rows, range(8), CFG, paths))
     assert [path.read_bytes() for path in paths] == before
+
+
+# ---- what the sweep keeps for the visit ----
+
+
+def visits(tiny: Set, folder: Path, **changed: Any) -> tuple[HarvestResult, list[bool]]:
+    """A harvest of SAEs at two layers, the first of them; and whether each visit went on from what was kept."""
+    counting: Any = Counting(tiny.lens)
+    saes = [tiny_sae(tiny.lens, tiny.rows, layer=layer) for layer in (1, 3)]
+    return done(harvest_many(counting, saes, tiny.rows, CFG.model_copy(update=changed), folder))[0], counting.kept
+
+
+def test_a_visit_from_what_the_sweep_kept_is_that_of_a_second_pass(tiny: Set, tmp_path: Path) -> None:
+    kept, from_kept = visits(tiny, tmp_path / "kept")
+    twice, from_tokens = visits(tiny, tmp_path / "twice", kept_gb=0)
+    assert (set(from_kept), set(from_tokens)) == ({True}, {False})
+    near(kept, twice, 1e-5)
+    files = sorted(path.name for path in (tmp_path / "kept" / "streams").iterdir())
+    assert files == [f"stream-{layer:03d}-{row:08d}.f32" for layer in (1, 3) for row in (0, 8, 16)]
+    assert not (tmp_path / "twice" / "streams").exists()
+
+
+def test_what_was_kept_is_what_enters_the_layer(tiny: Set, tmp_path: Path) -> None:
+    visits(tiny, tmp_path)
+    rows = np.array([2, 7, 8, 20], dtype=np.int32)  # of all three shards
+    streams = harvest_module.streams_of(tmp_path, tiny.lens, [tiny.sae], tiny.rows, CFG)
+    assert streams is not None
+    found = streams.read([1, 3], rows)
+    assert found is not None
+    tokens = torch.from_numpy(tiny.rows.train[rows].astype(np.int64))
+    for layer in (1, 3):
+        torch.testing.assert_close(found[layer], tiny.lens.read_stream(tokens, layer).parts.sum(0), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_lost_of_the_kept_is_passed_again(tiny: Set, whole: HarvestResult, tmp_path: Path) -> None:
+    run(tiny, tmp_path)
+    (tmp_path / "streams" / f"stream-{LAYER:03d}-00000008.f32").unlink()
+    for path in (*tmp_path.glob("visit-*"), tmp_path / "features.npz"):
+        path.unlink()
+    near(run(tiny, tmp_path), whole, 1e-5)
+
+
+def test_a_sweep_that_ends_early_leaves_no_half_of_the_kept(tiny: Set, tmp_path: Path) -> None:
+    streams = harvest_module.streams_of(tmp_path, tiny.lens, [tiny.sae], tiny.rows, CFG)
+    paths = [tmp_path / "shard.npz"]
+    half = scan_shard(tiny.lens, [tiny.sae], tiny.rows, range(8), CFG, paths, streams=streams)
+    next(half)
+    half.close()
+    assert list((tmp_path / "streams").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "features", "keeps"),
+    [
+        ({}, 40, True),
+        ({"kept_gb": 123e-6}, 40, True),  # 122,880 bytes
+        ({"kept_gb": 122e-6}, 40, False),
+        ({"kept_gb": 0}, 40, False),
+        ({}, 1, False),  # ten examples lie in a third of 24 rows
+    ],
+)
+def test_streams_are_kept_where_they_fit_and_most_rows_are_visited(changed: dict[str, Any], features: int, keeps: bool) -> None:
+    cfg = CFG.model_copy(update=changed)
+    assert cfg.keeps_streams(24, 20, 64, features) == keeps
+
+
+def test_a_sweep_that_reads_z_from_disk_keeps_nothing(tiny: Set, tmp_path: Path) -> None:
+    held: Any = {LAYER: SimpleNamespace(n_rows=24)}
+    assert harvest_module.streams_of(tmp_path, tiny.lens, [tiny.sae], tiny.rows, CFG, held) is None
+    held[LAYER].n_rows = 23
+    assert harvest_module.streams_of(tmp_path, tiny.lens, [tiny.sae], tiny.rows, CFG, held) is not None
 
 
 # ---- the same, however it is cut ----

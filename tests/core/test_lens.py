@@ -357,6 +357,45 @@ def test_model_whose_blocks_pass_more_than_a_stream_is_run_whole_each_time(
     lens = load(save_tiny("llama", tmp_path / "model"))
     assert lens.fast
     assert not lens._resumes
+    assert not lens.keeps_streams(POS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_taken_up_at_a_layer_is_that_of_a_whole_pass(
+    tiny_lens: TinyLens, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lens, layers = tiny_lens(kind), [0, 2, 3]
+    found = lens.read_attentions(rows(), layers)
+    if lens.keeps_streams(POS):
+        streams = {layer: read.stream for layer, read in lens.read_streams(rows(), layers).items()}
+        again = lens.read_attentions(rows(), layers, streams)
+        assert all(torch.equal(a, b) for layer in layers for a, b in zip(found[layer], again[layer], strict=True))
+    monkeypatch.setattr(lens, "_hands_over", False)
+    whole = lens.read_attentions(rows(), layers)
+    assert all(close(a, b) for layer in layers for a, b in zip(found[layer], whole[layer], strict=True))
+    blocks = [block.original_component for block in lens._bridge.blocks]
+    assert not any("forward" in vars(block) for block in blocks)
+
+
+@pytest.mark.parametrize("kind", FAST)
+def test_attention_taken_up_at_a_layer_runs_no_block_before_it(tiny_lens: TinyLens, kind: str) -> None:
+    lens, ran = tiny_lens(kind), []
+    streams = {3: lens.read_streams(rows(), [3])[3].stream}
+    hooks = [block.attn.register_forward_hook(lambda *_: ran.append(1)) for block in lens._bridge.blocks]
+    whole = lens._read_attentions(rows(), [3])[3]
+    assert len(ran) == 3
+    ran.clear()
+    found = lens.read_attentions(rows(), [3], streams)[3]
+    assert ran == []
+    assert close(found.pattern, whole.pattern)
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_model_without_a_fast_handle_keeps_no_streams(tiny_lens: TinyLens) -> None:
+    assert not tiny_lens("gemma2").keeps_streams(POS)
+    with pytest.raises(ValueError, match="no streams"):
+        tiny_lens("gemma2").read_streams(rows(), [1])
 
 
 def test_replacement_that_fails_leaves_no_hook_behind(tiny_lens: TinyLens) -> None:
@@ -815,6 +854,14 @@ def test_smollm2_pattern_times_v_is_z_and_z_through_w_o_is_the_output(smollm2_le
     for head in range(9):
         assert close(pattern[:, head] @ v[:, :, head // 3], z[..., 64 * head : 64 * head + 64])
     assert close(z @ smollm2_lens.W_O(17).flatten(0, 1), outputs[17])
+
+
+@pytest.mark.real
+def test_smollm2_attention_taken_up_at_a_layer_is_that_of_a_whole_pass(smollm2_lens: Lens) -> None:
+    tokens, layers = rows(2, 48, smollm2_lens.info.d_vocab), [0, 17, 29]
+    assert smollm2_lens.keeps_streams(48)
+    found, whole = smollm2_lens.read_attentions(tokens, layers), smollm2_lens._read_attentions(tokens, layers)
+    assert all(close(a, b) for layer in layers for a, b in zip(found[layer], whole[layer], strict=True))
 
 
 @pytest.mark.real
