@@ -3,9 +3,10 @@
 A made SAE (`sae_core.rates`) of 24,576 features, 32 of them active on a token, at SmolLM2's layer 17, is harvested over
 `rows=256` rows of the demo's text, in a process of its own. The plan of that very size is made from rates measured just before,
 as `headscope doctor --features 24576 --measure` does, given the number of examples found: over so few tokens features have fewer
-than they may. `time` compares the sum over the phases, whose own ratios follow. `planned_10m` is what the plan says of 10M
-tokens, whose visit goes to far more rows with far fewer examples each, so that it cannot be worked out from the short one's.
-Memory is what the process holds at most beside what it held before the harvest. About five minutes on two cores.
+than they may. Nothing is kept of the streams, as of a sweep too long for the disk. `time` compares the sum over the phases,
+whose own ratios follow. `planned_10m` is what the plan says of 10M tokens, whose visit goes to far more rows with far fewer
+examples each, so that it cannot be worked out from the short one's. Memory is what the process holds at most beside what it held
+before the harvest. About five minutes on two cores.
 """
 
 import json
@@ -36,8 +37,9 @@ def run(rows: int = 256) -> dict[str, dict[str, object]]:
     rates = harvest_rates(lens, LAYER, FEATURES, K, text.context, HarvestConfig())
     done = subprocess.run([sys.executable, "-m", "bench.harvest_plan", str(rows)], check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(done.stdout.splitlines()[-1])
-    cfg = HarvestConfig(tokens=found["tokens"])
-    size = Size(found["tokens"], found["context"], FEATURES, K, found["d_in"], found["d_model"], found["n_heads"])
+    cfg = HarvestConfig(tokens=found["tokens"], kept_gb=0)
+    model = (lens.info.d_in, lens.info.d_model, lens.info.n_heads, lens.info.d_vocab)
+    size = Size(found["tokens"], text.context, FEATURES, K, *model)
     plan, long = harvest_plan(cfg, size, rates, found["examples"]), Size(**{**size.__dict__, "tokens": LONG})
     seconds = found["seconds"]
     planned = harvest_plan(cfg.model_copy(update={"tokens": LONG}), long, rates).seconds
@@ -59,7 +61,7 @@ def measure(rows: int) -> dict[str, object]:
     """A harvest, timed phase by phase; what it took of disk and memory."""
     lens = _smollm2.lens()
     text = _smollm2.demo_rows(lens)
-    cfg = HarvestConfig(tokens=rows * text.context)
+    cfg = HarvestConfig(tokens=rows * text.context, kept_gb=0)
     tokens = torch.from_numpy(text.train[:16].astype("int64"))
     z = lens.read_z(tokens, [LAYER])[LAYER]
     sae = made_sae(lens, LAYER, z, FEATURES, K)
@@ -94,9 +96,6 @@ def measure(rows: int) -> dict[str, object]:
     return {
         "seconds": seconds,
         "tokens": cfg.tokens,
-        "context": text.context,
-        "d_in": sae.cfg.d_in,
-        "n_heads": sae.cfg.n_heads,
         "examples": len(chosen.feature),
         "live": table.totals.n_live,
         "disk": disk,

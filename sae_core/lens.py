@@ -40,6 +40,7 @@ from transformer_lens.model_bridge.sources.transformers import determine_archite
 
 from sae_core.config import ModelSource, PassDtype
 from sae_core.errors import DiskFull, LayerOutOfRange, UnknownModel, UnreadableModel, UnsupportedModel, UsageError
+from sae_core.products import onednn_is_faster, through_onednn
 
 hf: Any = transformers  # its annotations do not describe what its Auto classes return
 
@@ -193,6 +194,8 @@ class Lens:
         paths = {id(module): path for path, module in model.named_modules()}
         self._unembed = model.get_output_embeddings()
         fast = _fast_handle(model, self._text_config)
+        if fast is not None and device.type == "cpu" and onednn_is_faster():
+            through_onednn(fast)
         self._model = model
         self._bridge = _bridge(model, name)
         self._o_paths = [_output_projection(block, paths, name, layer) for layer, block in enumerate(self._bridge.blocks)]

@@ -24,8 +24,8 @@ from sae_core.tally import PENDING, Bars
 
 ROWS = 32
 """Rows of the small harvests."""
-FEATURES = (256, 1024)
-"""Features of the small harvests: with few and with many examples in a row, what rows cost and what examples cost come apart."""
+FEATURES = (512, 4096)
+"""Features of the small harvests. The difference of the two is what examples and features cost, without what any harvest does."""
 REPEATS = 3
 
 
@@ -76,7 +76,8 @@ def harvest_rates(lens: Lens, layer: int, d_sae: int, k: int, context: int, cfg:
         many.examples / many.rows - few.examples / few.rows, 1e-9
     )
     visit_row = max(few.visit - few.examples * example, 0.0) / few.rows
-    return HarvestRates(read, scan, visit_row, example, many.features / max(many.live, 1))
+    feature = max(many.features - few.features, 0.0) / max(many.live - few.live, 1)
+    return HarvestRates(read, scan, visit_row, example, feature)
 
 
 def made_sae(lens: Lens, layer: int, z: torch.Tensor, d_sae: int, k: int) -> SAE:

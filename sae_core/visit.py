@@ -85,7 +85,8 @@ class _Visitor:
     def __init__(self, sae: "SAE", rows: "Rows", selection: Selection, cfg: HarvestConfig, device: torch.device) -> None:
         self.sae, self.rows, self.selection, self.device = sae, rows, selection, device
         self.layer = sae.cfg.site.layer
-        self.w_all = sae.W_enc.T.contiguous()
+        w, self.bias = sae.affine(torch.arange(sae.cfg.d_sae, device=sae.W_enc.device))  # [F, d_in], [F]
+        self.w = w.contiguous()
         self.parts = _Visited(cfg)
 
     def wants(self, which: Ints) -> bool:
@@ -104,8 +105,8 @@ class _Visitor:
             here = slice(chosen.row_ends[u], chosen.row_ends[u + 1])
             feature = torch.from_numpy(chosen.feature[here].astype(np.int64)).to(self.device)
             dest = torch.from_numpy(chosen.pos[here].astype(np.int64)).to(self.device)
-            w, one = self.w_all[feature], (read.z[i], read.v[i], read.pattern[i], excluded[i])
-            found = _attribute(self.sae, w, feature, dest, *one)
+            one = read.z[i], read.v[i], read.pattern[i], excluded[i]
+            found = _attribute(self.sae, self.w[feature], self.bias[feature], feature, dest, *one)
             shares, source = families.measure(found.dfa, tokens[i], dest, self.rows.row_start)
             spread = torch.column_stack(attribution.spread(found.dfa, dest, starts[i]))
             self.parts.add(found, torch.cat([shares, spread], 1), tokens[i][source], dest, chosen, here)
@@ -128,12 +129,19 @@ class _Attributed:
 
 
 def _attribute(
-    sae: "SAE", w: Tensor, feature: Tensor, dest: Tensor, z: Tensor, v: Tensor, pattern: Tensor, excluded: Tensor
+    sae: "SAE",
+    w: Tensor,
+    bias: Tensor,
+    feature: Tensor,
+    dest: Tensor,
+    z: Tensor,
+    v: Tensor,
+    pattern: Tensor,
+    excluded: Tensor,
 ) -> _Attributed:
-    """Examples (feature [n], dest [n]) of one row, from its z [pos, d_in], v [src, n_kv_heads, d_head] and pattern
-    [n_heads, dest, src]. The pre-activation comes from z alone, the DFA from v and pattern alone: that they agree is the
-    identity which is checked."""
-    _, bias = sae.affine(feature)
+    """Examples (feature [n], dest [n]) of one row, from the features' maps w [n, d_in] and bias [n], and the row's z [pos, d_in],
+    v [src, n_kv_heads, d_head] and pattern [n_heads, dest, src]. The pre-activation comes from z alone, the DFA from v and
+    pattern alone: that they agree is the identity which is checked."""
     scale, seen = sae.token_scale(z), sae.scaled(z)  # [pos, 1] or None, [pos, d_in]
     preact = (seen[dest] * w).sum(1) + bias
     least = sae.least(z)  # [pos, 1], or None

@@ -82,7 +82,8 @@ def _harvest(
     shape = _shape(settings, cfg.model) if sizes is None else estimates.Shape.of(sizes)
     d_sae = features or cfg.expansion * shape.d_in
     how = (cfg.harvests[0] if cfg.harvests else HarvestConfig()).model_copy(update={"tokens": cfg.rows.tokens})
-    size = harvest_plan.Size(cfg.rows.tokens, cfg.rows.context, d_sae, cfg.k, shape.d_in, shape.d_model, shape.n_heads)
+    of_model = shape.d_in, shape.d_model, shape.n_heads, shape.d_vocab
+    size = harvest_plan.Size(cfg.rows.tokens, cfg.rows.context, d_sae, cfg.k, *of_model)
     rates = _measured(settings, cfg, d_sae, how) if measure else None
     plan = harvest_plan.harvest_plan(how, size, rates)
     swept = [estimates.Swept(cfg.site.layer, d_sae, cfg.k)]

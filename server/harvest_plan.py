@@ -29,6 +29,12 @@ PAIR_SECONDS = 1e-7
 """Of two features that fire together on a token of the sample."""
 EXAMPLE_ON_DISK = 330
 """Bytes of an example in the visit's files: its activations, and at most 32 entries of its DFA."""
+EXAMPLE_VISITED = 1_200
+"""Bytes of an example that the visit holds until its part is written: columns as wide as they were computed, and once more side
+by side."""
+EXAMPLE_DESCRIBED = 500
+"""Bytes of an example while features are described: its measures and spread, twice while parts are joined, and its scores."""
+LOGITS_AT_ONCE = 128
 FEATURE_IN_DATABASE = 12_000
 """Bytes of a feature with its examples, indexes included; the bound that is kept (LOG.md)."""
 ROW_IN_DATABASE = 9
@@ -62,6 +68,7 @@ class Size:
     d_in: int
     d_model: int
     n_heads: int
+    d_vocab: int
 
     @property
     def rows(self) -> int:
@@ -124,9 +131,12 @@ def _memory(cfg: HarvestConfig, size: Size, examples: int, coded: int) -> dict[s
     bars = 2 * size.d_sae * CELLS * 8.0
     # Sorting what has gathered: the firings, their order, and four columns of 8 bytes; and a histogram to add.
     digest = PENDING * (FIRING + 8 * 6.0) + size.d_sae * BINS * 8
+    part = examples * min(1.0, max(cfg.batch_rows, cfg.shard_rows // 4) / cfg.expected_visits(size.rows, examples))
     pairs = 8.0 * (2 * COUNTS_AT_ONCE + 5 * PAIRS_AT_ONCE) + coded * size.k * 8.0 * 4
     return {
         "scan": 1.5 * sae + sums + kept + bars + digest + codes / 4 + batch,
         "choose": sae + 2 * (sums + kept + codes) + pairs,
-        "visit": sae + sae / 2 + 14.0 * examples + size.d_sae * 200.0,
+        "visit": sae + sae / 2 + 14.0 * examples + size.d_sae * 200.0 + part * EXAMPLE_VISITED,
+        # The decoder of the live ones beside it; sums, and the table made of them; a chunk's logits, their order and bars.
+        "features": 1.5 * sae + 2 * sums + examples * EXAMPLE_DESCRIBED + 6 * 4.0 * LOGITS_AT_ONCE * size.d_vocab,
     }

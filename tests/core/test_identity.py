@@ -127,9 +127,8 @@ def test_a_normed_tokens_scale_is_in_its_dfa(tiny_lens: TinyLens, kind: str, arc
     tokens = torch.randint(0, lens.info.d_vocab, (1, POS), generator=torch.Generator().manual_seed(5))
     read = lens.read_attention(tokens, LAYER)
     z, dest, features = read.z[0], torch.arange(POS), torch.arange(POS) % 30
-    found = _attribute(
-        sae, sae.W_enc.T[features], features, dest, z, read.v[0], read.pattern[0], torch.zeros(POS, dtype=torch.bool)
-    )
+    nothing = torch.zeros(POS, dtype=torch.bool)
+    found = _attribute(sae, *sae.affine(features), features, dest, z, read.v[0], read.pattern[0], nothing)
     unit = z.double() / z.double().norm(dim=1, keepdim=True) * math.sqrt(z.shape[1])
     dense = (unit - sae.b_dec.double()) @ sae.W_enc.double() + sae.b_enc.double()
     wanted = dense[dest, features]
