@@ -2,11 +2,11 @@
 
 A made SAE (`sae_core.rates`) of 24,576 features, 32 of them active on a token, at SmolLM2's layer 17, is harvested over
 `rows=256` rows of the demo's text, in a process of its own. The plan of that very size is made from rates measured just before,
-as `headscope doctor --features 24576 --measure` does, given the number of examples found: over so few tokens features have fewer
-than they may. Nothing is kept of the streams, as of a sweep too long for the disk. `time` compares the sum over the phases,
-whose own ratios follow. `planned_10m` is what the plan says of 10M tokens, whose visit goes to far more rows with far fewer
-examples each, so that it cannot be worked out from the short one's. Memory is what the process holds at most beside what it held
-before the harvest. About five minutes on two cores.
+as `headscope doctor --features 24576 --measure` does, given how many examples and live features were found: over so few tokens
+features have fewer than they may, or none. Nothing is kept of the streams, as of a sweep too long for the disk. `time` compares
+the sum over the phases, whose own ratios follow. `planned_10m` is what the plan says of 10M tokens, whose visit goes to far more
+rows with far fewer examples each, so that it cannot be worked out from the short one's. Memory is what the process holds at most
+beside what it held before the harvest. About five minutes on two cores.
 """
 
 import json
@@ -40,7 +40,9 @@ def run(rows: int = 256) -> dict[str, dict[str, object]]:
     cfg = HarvestConfig(tokens=found["tokens"], kept_gb=0)
     model = (lens.info.d_in, lens.info.d_model, lens.info.n_heads, lens.info.d_vocab)
     size = Size(found["tokens"], text.context, FEATURES, K, *model)
-    plan, long = harvest_plan(cfg, size, rates, found["examples"]), Size(**{**size.__dict__, "tokens": LONG})
+    plan, long = harvest_plan(cfg, size, rates, found["examples"], found["live"]), Size(**{**size.__dict__, "tokens": LONG})
+    memory = ", ".join(f"{name} {value / 1e6:,.0f} MB" for name, value in plan.memory.items())
+    print(f"  {found['examples']:,} examples of {found['live']:,} features; planned: {memory}", file=sys.stderr, flush=True)
     seconds = found["seconds"]
     planned = harvest_plan(cfg.model_copy(update={"tokens": LONG}), long, rates).seconds
     wanted = ">= 0.8 and <= 1.2"

@@ -76,9 +76,11 @@ class Size:
         return max(1, self.tokens // self.context)
 
 
-def harvest_plan(cfg: HarvestConfig, size: Size, rates: "HarvestRates | None", examples: int | None = None) -> HarvestPlan:
-    """The plan of a harvest of one SAE; without rates it tells no times. `examples`: how many there are, where that is known:
-    over few tokens features have fewer than they may."""
+def harvest_plan(
+    cfg: HarvestConfig, size: Size, rates: "HarvestRates | None", examples: int | None = None, live: int | None = None
+) -> HarvestPlan:
+    """The plan of a harvest of one SAE; without rates it tells no times. `examples`, and `live` features: how many there are,
+    where that is known: over few tokens features have fewer than they may, and some none."""
     examples = examples or size.d_sae * cfg.per_feature
     visited = cfg.expected_visits(size.rows, examples)
     kept = cfg.keeps_streams(size.rows, size.context, size.d_model, size.d_sae)
@@ -89,7 +91,7 @@ def harvest_plan(cfg: HarvestConfig, size: Size, rates: "HarvestRates | None", e
             "scan": size.tokens * ((rates.visit_row / size.context if kept else rates.read) + rates.scan),
             "choose": coded * size.k**2 * PAIR_SECONDS + examples * 1e-6,
             "visit": visited * (0 if kept else rates.visit_row) + examples * rates.example,
-            "features": size.d_sae * rates.feature,
+            "features": (live or size.d_sae) * rates.feature,
             "write": examples / ROWS_PER_SECOND,
         }
     disk = _disk(cfg, size, examples, visited, coded)
