@@ -116,6 +116,14 @@ def test_the_clocks_of_a_scan_leave_nothing_behind(lens: Lens, rows: Rows, sae: 
     assert 0 < harvest._visit(lens, sae, rows, cfg, tmp_path) <= len(rows.train)
 
 
+def test_the_harvest_that_keeps_streams_really_does(lens: Lens, rows: Rows, sae: SAE, tmp_path: Path) -> None:
+    cfg = HarvestConfig(tokens=rows.train.size, shard_rows=12, batch_rows=4, top_k=3)
+    harvest._kept(lens, sae, rows, cfg, tmp_path)
+    assert list((tmp_path / "streams").iterdir())
+    with pytest.raises(RuntimeError, match="something else"):
+        harvest._kept(lens, sae, rows, cfg.model_copy(update={"kept_gb": 0}), tmp_path / "not")
+
+
 # ---- against SAEDashboard ----
 
 
