@@ -539,11 +539,11 @@ def _statements() -> tuple[sa.Select[Any], sa.Select[Any], sa.Select[Any]]:
 _PAGES, _OTHERS, _EXAMPLES = _statements()
 
 
-def feature_page(session: Session, door: Door, index: int, *, every: bool = False) -> FeaturePage:
+def feature_page(session: Session, door: Door, index: int, *, every: bool = False, others: bool = True) -> FeaturePage:
     """The page of feature `index` of the published harvest, with its first or with `every` example: three queries after the
-    door's one."""
+    door's one, two where it tells of no `others`."""
     check_index(door, index)
-    pages = feature_pages(session, door, [index], every=every)
+    pages = feature_pages(session, door, [index], every=every, others=others)
     if not pages:
         _published(door)
         raise NotFound(f"Feature {index} of {door.sae.name} is not in its published harvest.", field="index")
