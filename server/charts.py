@@ -93,14 +93,23 @@ def bar_chart(
     step = width / max(1, len(bars))
     base = height - 16
     parts = [f'<line class="axis" x1="0" x2="{width}" y1="{base}" y2="{base}"/>']
-    for i, (bar, size) in enumerate(zip(bars, scaled, strict=True)):
-        text = escape(f"{bar.label}: {num(bar.value) if bar.value % 1 else count(bar.value)}{unit}")
-        rects = (
-            f'<title>{text}</title><rect class="hit" x="{i * step:.1f}" y="0" width="{step:.1f}" height="{base}"/>'
-            f'<rect class="{bar.kind}" x="{i * step + 0.75:.1f}" y="{base - size:.1f}" '
-            f'width="{max(0.5, step - 1.5):.1f}" height="{size:.1f}"/>'
-        )
-        parts.append(f'<a href="{escape(bar.link)}">{rects}</a>' if bar.link else f"<g>{rects}</g>")
+    linked = any(bar.link for bar in bars)
+    if linked:
+        for i, (bar, size) in enumerate(zip(bars, scaled, strict=True)):
+            text = escape(f"{bar.label}: {num(bar.value) if bar.value % 1 else count(bar.value)}{unit}")
+            rects = (
+                f'<title>{text}</title><rect class="hit" x="{i * step:.1f}" y="0" width="{step:.1f}" height="{base}"/>'
+                f'<rect class="{bar.kind}" x="{i * step + 0.75:.1f}" y="{base - size:.1f}" '
+                f'width="{max(0.5, step - 1.5):.1f}" height="{size:.1f}"/>'
+            )
+            parts.append(f'<a href="{escape(bar.link)}">{rects}</a>' if bar.link else f"<g>{rects}</g>")
+    else:
+        # One path: the numbers stand once, in the table, from which a script says the bar that is pointed at.
+        wide, drawn = max(0.5, step - 1.5), {}
+        for i, (bar, size) in enumerate(zip(bars, scaled, strict=True)):
+            if size > 0:
+                drawn[bar.kind] = f"{drawn.get(bar.kind, '')}M{i * step + 0.75:.1f} {base}v-{size:.1f}h{wide:.1f}v{size:.1f}"
+        parts += [f'<path class="{kind}" d="{path}"/>' for kind, path in drawn.items()]
     labels = ticks or ([(i + 0.5, bar.label) for i, bar in enumerate(bars)] if len(bars) <= width / 18 else [])
     for at, label in labels:
         x = at * step
@@ -114,7 +123,8 @@ def bar_chart(
         for bar in bars
     )
     data = Data(("what", f"value{unit}"), [(bar.label, bar.value) for bar in bars])
-    return figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>", data=data)
+    kind = "chart" if linked else "chart bars"
+    return figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>", kind, data=data)
 
 
 def _height(value: float, top: float, log: bool) -> float:

@@ -6,8 +6,13 @@ from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
 from server.charts import Bar, Curve, Line, Point, Series
-from server.rendering import num, percent
+from server.rendering import Paint, num, percent
 from server.store.features import HeadShare
+
+
+def whole(scale: float) -> Paint:
+    """An example shown whole, with the activation `scale` painted fully."""
+    return Paint(scale, context=None)
 
 
 def heads_top(heads: Sequence[HeadShare]) -> float:

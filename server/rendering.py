@@ -3,12 +3,13 @@
 Colours come from classes: `a1`..`a15` activation, `p1`..`p15` positive and `n1`..`n15` negative DFA.
 """
 
+import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
@@ -20,6 +21,8 @@ FAINTEST = 0.03
 """A DFA below this share of the example's largest is not painted; its number is still there."""
 FAR_SOURCE = 5
 """A source painted at this level or above stays in view however short the context is."""
+KEPT_LIVE = 2000
+"""Entries of typed text that its page keeps: all that could be seen of thousands."""
 
 
 # --- numbers -----------------------------------------------------------------
@@ -147,74 +150,118 @@ class Paint(NamedTuple):
 
 
 def example_tokens(example: FeatureExample, paint: Paint) -> Markup:
-    """The example's text: activation as warmth, DFA as a bar beneath, the destination framed.
+    """The example's text: activation as warmth, DFA as a bar beneath, the destination framed. Sources that matter stay in view
+    however far back they are."""
+    return Markup(_painted(example, paint)[0])  # noqa: S704 - every token is escaped in `_split` and `_plain`
 
-    A token with numbers carries them for the panel: `data-a` activation, `data-d` its DFA as `head:value` pairs. Sources
-    that matter stay in view however far back they are.
+
+def example_item(example: FeatureExample, paint: Paint, sources: str, components: str, *, anchored: bool = False) -> Markup:
+    """An example of the feature page, with the sum of its DFA: a string made at once, since there are twenty and more.
+
+    `data-at` has the positions of its marked tokens. Their numbers come from the address `sources` when they are looked at, or
+    are in `data-numbers` where there is no address: typed text, which is not stored.
     """
-    by_source, whole, entries = _by_source(example, paint.head)
+    text, marked = _painted(example, paint)
+    anchor = f' id="example-{example.band}-{example.rank}"' if anchored else ""
+    numbers = "" if sources else f' data-numbers="{escape(json.dumps(_numbers(example), separators=(",", ":")))}"'
+    whole = " whole" if paint.context is None else ""
+    links = f'<a class="split" href="{escape(sources)}">sources</a> ' if sources else ""
+    sign = "−" if example.bias < 0 else "+"
+    return Markup(  # noqa: S704 - numbers, and what is escaped here and in `_painted`
+        f'<li class="example"{anchor}><b class="act">{num(example.act)}</b>'
+        f'<p class="text{whole}" tabindex="0" data-dest="{example.dest}" data-at="{" ".join(map(str, marked))}"{numbers}>{text}</p>'
+        f'<div class="sums"><div class="tops">{links}<a class="split" href="{escape(components)}">components</a>'
+        f'{head_strip(example.by_head)}</div><span class="identity">{fixed(example.dfa_sum)} {sign} {fixed(abs(example.bias))} = '
+        f"<b>{fixed(example.preact)}</b> <small>gap {num(example.gap, 1)}</small></span></div></li>\n"
+    )
+
+
+def _numbers(example: FeatureExample) -> dict[str, Any]:
+    """What the address of a stored example answers, as far as the panel shows it."""
+    dfa = [{"src": src, "head": head, "value": float(f"{value:.5g}")} for src, head, value in example.dfa[:KEPT_LIVE]]
+    return {"acts": {at: float(f"{act:.5g}") for at, act in example.acts.items()}, "dfa": dfa, "dropped": [0] * len(example.dropped)}
+
+
+def _painted(example: FeatureExample, paint: Paint) -> tuple[str, list[int]]:
+    """The text as HTML, and the positions of its marked tokens: `b` is the destination, `u` any other. What stands between them
+    is plain text, so that a page of twenty examples stays small."""
+    whole: dict[int, float] = {}
+    for src, _, value in example.dfa:
+        whole[src] = whole.get(src, 0.0) + value
+    shown = whole
+    if paint.head is not None:
+        shown = {}
+        for src, head, value in example.dfa:
+            if head == paint.head:
+                shown[src] = shown.get(src, 0.0) + value
     scale = max(map(abs, whole.values()), default=0.0)
-    marked = None if paint.mark is None else _bare(paint.mark)
-    levels = {src: level(abs(v), scale) if abs(v) >= FAINTEST * scale else 0 for src, v in by_source.items()}
-    end = example.start + len(example.texts)
-    shown = _in_view(example, levels, paint.context, end)
+    steps = LEVELS / scale if scale else 0.0
+    levels = {
+        src: (1 if value > 0 else -1) * min(LEVELS, math.ceil(abs(value) * steps - 1e-9))
+        for src, value in shown.items()
+        if abs(value) >= FAINTEST * scale > 0
+    }
+    start, dest, texts, acts = example.start, example.dest, example.texts, example.acts
+    numbered = {dest, *whole, *acts}
+    if paint.mark is not None:
+        found = _bare(paint.mark)
+        numbered.update(start + at for at, text in enumerate(texts) if _bare(text) == found)
+    marked: list[int] = []
     parts: list[str] = []
-    last = example.start - 1
-    for position in shown:
-        if position - last > 1:
-            parts.append(_left_out(position - last - 1))
-        last = position
-        raw = example.texts[position - example.start]
-        found = marked is not None and _bare(raw) == marked
-        if position in entries or position in example.acts or position == example.dest or found:
-            strength, dfa = levels.get(position, 0), by_source.get(position, 0.0)
-            parts.append(_token(example, position, raw, found, strength, dfa, entries.get(position), paint.scale))
-        else:
-            parts.append(_plain(raw))
-    if end - last > 1:
-        parts.append(_left_out(end - last - 1))
-    return Markup("".join(parts))  # noqa: S704 - every part is escaped above
+    last = start
+    for low, high in _in_view(example, levels, paint.context):
+        if low > last:
+            parts.append(f'<i class="gap" title="{low - last} more">⋯</i>')
+        at = low
+        for position in sorted(position for position in numbered if low <= position < high):
+            parts += map(_plain, texts[at - start : position - start])
+            space, word, tail = _split(texts[position - start])
+            act = acts.get(position, 0.0)
+            is_found = paint.mark is not None and _bare(texts[position - start]) == found
+            opened = _opened(level(act, paint.scale) if act > 0 else 0, levels.get(position, 0), is_found)
+            tag = "b" if position == dest else "u"
+            parts.append(f"{space}<{tag}{opened}>{word}</{tag}>{tail}")
+            marked.append(position)
+            at = position + 1
+        parts += map(_plain, texts[at - start : high - start])
+        last = high
+    if start + len(texts) > last:
+        parts.append(f'<i class="gap" title="{start + len(texts) - last} more">⋯</i>')
+    return "".join(parts), marked
+
+
+@lru_cache(maxsize=None)
+def _opened(warmth: int, given: int, found: bool) -> str:
+    """The attributes of a marked token: 0 to 15 of activation, -15 to 15 of DFA."""
+    classes = [f"a{warmth}"] if warmth else []
+    classes += [f"{'p' if given > 0 else 'n'}{abs(given)}"] if given else []
+    classes += ["found"] if found else []
+    if not classes:
+        return ""
+    return f" class={classes[0]}" if len(classes) == 1 else f' class="{" ".join(classes)}"'
 
 
 def _bare(text: str) -> str:
     return (text.strip(" ") or text).casefold()
 
 
-def _by_source(example: FeatureExample, head: int | None) -> tuple[dict[int, float], dict[int, float], dict[int, list[str]]]:
-    """By source: DFA of `head`, of all heads, and the entries as `head:value`."""
-    whole: dict[int, float] = {}
-    entries: dict[int, list[str]] = {}
-    for entry in example.dfa:
-        src = entry.src
-        whole[src] = whole.get(src, 0.0) + entry.value
-        entries.setdefault(src, []).append(f"{entry.head}:{entry.value:.4g}")
-    if head is None:
-        return whole, whole, entries
-    sums: dict[int, float] = {}
-    for entry in example.dfa:
-        if entry.head == head:
-            sums[entry.src] = sums.get(entry.src, 0.0) + entry.value
-    return sums, whole, entries
-
-
-def _in_view(example: FeatureExample, levels: Mapping[int, int], context: int | None, end: int) -> Sequence[int]:
+def _in_view(example: FeatureExample, levels: Mapping[int, int], context: int | None) -> Sequence[tuple[int, int]]:
+    """The stretches of positions that are shown, each from its first to before its end."""
+    start, end = example.start, example.start + len(example.texts)
     if context is None:
-        return range(example.start, end)
-    near = set(range(max(example.start, example.dest - context), min(end, example.dest + context + 1)))
-    for src, strength in levels.items():
-        if strength >= FAR_SOURCE:
-            near.update(range(max(example.start, src - 2), min(end, src + 2)))
-    shown: list[int] = []
-    for position in sorted(near):
+        return [(start, end)]
+    near = [(max(start, example.dest - context), min(end, example.dest + context + 1))]
+    near += [(max(start, src - 2), min(end, src + 2)) for src, strength in levels.items() if abs(strength) >= FAR_SOURCE]
+    shown: list[tuple[int, int]] = []
+    for low, high in sorted(near):
         # An ellipsis for one or two tokens would be no shorter than the tokens.
-        if shown and 1 < position - shown[-1] <= 3:
-            shown.extend(range(shown[-1] + 1, position))
-        shown.append(position)
+        if shown and low - shown[-1][1] <= 2:
+            shown[-1] = (shown[-1][0], max(high, shown[-1][1]))
+        else:
+            shown.append((low, high))
+    if shown[0][0] - start <= 2:
+        shown[0] = (start, shown[0][1])
     return shown
-
-
-def _left_out(n: int) -> str:
-    return f'<i class="gap" title="{n} more">⋯</i>'
 
 
 @lru_cache(maxsize=65536)
@@ -231,45 +278,13 @@ def _split(raw: str) -> tuple[str, str, str]:
     return space, text[1:] if space else text, "<wbr>" if "\n" in raw else ""
 
 
-def _token(
-    example: FeatureExample,
-    position: int,
-    raw: str,
-    found: bool,
-    strength: int,
-    dfa: float,
-    entries: Sequence[str] | None,
-    scale: float,
-) -> str:
-    act = example.acts.get(position, 0.0)
-    classes = "t"
-    if act > 0:
-        classes += f" a{level(act, scale)}"
-    if strength:
-        classes += f" {'p' if dfa > 0 else 'n'}{strength}"
-    if found:
-        classes += " found"
-    if position == example.dest:
-        classes += " dest"
-    data = f' data-a="{act:.4g}"' if act > 0 else ""
-    if entries:
-        data += f' data-d="{" ".join(entries)}"'
-    space, word, tail = _split(raw)
-    return f'{space}<span class="{classes}" data-p="{position}"{data}>{word}</span>{tail}'
-
-
-def head_strip(example: FeatureExample) -> Markup:
-    """A bar per head: the DFA of this example, sources summed, drawn up for positive and down for negative."""
-    sums = example.by_head
+def head_strip(sums: Sequence[float]) -> str:
+    """A bar per head: the DFA of an example, sources summed, drawn up for positive and down for negative."""
     top = max(map(abs, sums), default=0.0) or 1.0
-    width = 6 * len(sums)
     drawn = {"pos": "", "neg": ""}
     for head, value in enumerate(sums):
-        height = max(0.5, 10 * abs(value) / top)
-        drawn["pos" if value > 0 else "neg"] += f"M{6 * head + 1} 11h4v{-height if value > 0 else height:.1f}h-4"
+        drawn["pos" if value > 0 else "neg"] += f"M{12 * head + 6} 22V{22 - (round(20 * value / top) or (1 if value > 0 else -1))}"
     bars = "".join(f'<path class="{sign}" d="{path}"/>' for sign, path in drawn.items() if path)
-    label = ", ".join(f"head {head} {signed(value, 2)}" for head, value in enumerate(sums))
-    return Markup(  # noqa: S704 - numbers only
-        f'<svg class="strip" role="img" viewBox="0 0 {width} 22" width="{width}" height="22"><title>DFA by head: {label}</title>'
-        f'<path class="axis" d="M0 11h{width}"/>{bars}</svg>'
-    )
+    most = max(range(len(sums)), key=lambda head: abs(sums[head]), default=0)
+    said = f"Most by head {most}: {signed(sums[most])}" if sums else "No heads"
+    return f'<svg class="strip" role="img" viewBox="0 0 {12 * len(sums)} 44"><title>{said}</title>{bars}</svg>'

@@ -61,7 +61,7 @@ class SecurityHeaders:
         await self.app(scope, receive, send_with_headers if scope["type"] == "http" else send)
 
 
-def refuse_cross_origin(request: Request) -> None:
+async def refuse_cross_origin(request: Request) -> None:
     """Raise CrossOrigin for a request that changes something and was made by another site's page.
 
     As Go's `CrossOriginProtection`: `Sec-Fetch-Site` decides where a browser sends it (only to secure origins), else

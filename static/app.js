@@ -3,6 +3,7 @@
 
 const SVG = "http://www.w3.org/2000/svg";
 let held = null; // the token that was clicked; pointing at others then changes nothing
+let asked = 0; // how often numbers were asked for: only the last answer is shown
 
 const show = (value) => {
   if (!Number.isFinite(value)) return "–";
@@ -13,13 +14,47 @@ const signed = (value) => (value > 0 ? "+" : "") + show(value);
 
 // --- the panel ---
 
-const byHead = (token, heads) => {
-  const sums = new Array(heads).fill(0);
-  for (const pair of (token.dataset.d ?? "").split(" ").filter(Boolean)) {
-    const [head, value] = pair.split(":").map(Number);
-    sums[head] += value;
+// An example's numbers: with the text where it was typed, else at the example's own address, asked for once.
+const known = new WeakMap();
+const numbersOf = (text) => {
+  if (!known.has(text)) {
+    const ask = async () => (await (await fetch(`${text.closest(".example").querySelector(".split").pathname}.json`)).json()).example;
+    known.set(text, text.dataset.numbers ? Promise.resolve(JSON.parse(text.dataset.numbers)) : ask());
   }
-  return sums;
+  return known.get(text);
+};
+
+const MARKED = ".text > u, .text > b";
+const positionOf = (token) => {
+  const text = token.closest(".text");
+  return Number((text.dataset.at ?? "").split(" ")[[...text.querySelectorAll(MARKED)].indexOf(token)]);
+};
+
+// As the server shows a token: nothing of it invisible.
+const SIGNS = { "\n": "↵", "\r": "␍", "\t": "⇥", "\0": "␀" };
+const seen = (text) => text.replace(/[\p{C}\p{Zl}\p{Zp}]/gu, (c) => SIGNS[c] ?? `⟨${c.codePointAt(0).toString(16).toUpperCase()}⟩`);
+
+// The position of the token at a character of a text whose unmarked tokens are plain text: they are counted off by their length.
+const positionAt = (text, node, offset, numbers) => {
+  let before = offset;
+  for (let here = node; here !== text; here = here.parentNode) {
+    for (let other = here.previousSibling; other; other = other.previousSibling) before += other.textContent.length;
+  }
+  let [end, begin, position, found] = [0, 0, numbers.start, null];
+  for (const part of text.childNodes) {
+    end += part.textContent.length;
+    if (part.className === "gap") {
+      position += parseInt(part.title, 10);
+      begin = end;
+    }
+    while (begin < end && position - numbers.start < numbers.texts.length) {
+      if (begin > before) return found;
+      found = position;
+      begin += seen(numbers.texts[position - numbers.start]).length;
+      position += 1;
+    }
+  }
+  return found;
 };
 
 const bar = (value, top) => {
@@ -40,21 +75,27 @@ const bar = (value, top) => {
   return svg;
 };
 
-const inspect = (token) => {
+const inspect = async (text, position, word) => {
   const panel = document.getElementById("inspector");
-  const text = token.closest(".text");
-  if (!panel || !text) return;
+  if (!panel || !text.dataset.at) return;
+  const turn = ++asked;
+  const numbers = await numbersOf(text).catch(() => null);
+  if (turn !== asked || !numbers) return;
+  const at = typeof position === "function" ? position(numbers) : position;
+  if (at === null) return;
   const part = (name) => panel.querySelector(`[data-part=${name}]`);
-  const sums = byHead(token, Number(text.dataset.heads));
-  const total = sums.reduce((a, b) => a + b, 0);
-  const offset = Number(token.dataset.p) - Number(text.dataset.dest);
+  const sums = new Array(numbers.dropped.length).fill(0);
+  const entries = numbers.dfa.filter((entry) => entry.src === at);
+  for (const { head, value } of entries) sums[head] += value;
+  const offset = at - Number(text.dataset.dest);
   const top = Math.max(...sums.map(Math.abs));
-  const word = document.createElement("span");
-  word.className = "chip";
-  word.textContent = token.textContent.replaceAll(" ", "·");
-  part("word").replaceChildren(word);
-  part("act").textContent = token.dataset.a ? show(Number(token.dataset.a)) : "0";
-  part("dfa").textContent = token.dataset.d ? signed(total) : offset > 0 ? "comes after" : "too small to be kept";
+  const chip = document.createElement("span");
+  chip.className = "chip";
+  chip.textContent = (word ?? seen(numbers.texts[at - numbers.start])).replaceAll(" ", "·");
+  part("word").replaceChildren(chip);
+  part("act").textContent = show(numbers.acts[at] ?? 0);
+  const total = sums.reduce((a, b) => a + b, 0);
+  part("dfa").textContent = entries.length ? signed(total) : offset > 0 ? "comes after" : "too small to be kept";
   part("offset").textContent = offset === 0 ? "the destination itself" : offset < 0 ? `${-offset} back` : `${offset} ahead`;
   const rows = sums.map((value, head) => [value, head]).filter(([value]) => value !== 0);
   part("heads").tBodies[0].replaceChildren(
@@ -72,22 +113,66 @@ const inspect = (token) => {
   part("facts").hidden = false;
   panel.classList.add("open");
 };
+const inspectToken = (token) => inspect(token.closest(".text"), positionOf(token), token.textContent);
 
-const hold = (token) => {
+// Below its example: a source split by head, or what earlier components gave, as the link's page has it.
+const unfold = (example, address) => {
+  let parts = example.querySelector(".parts");
+  if (!parts) {
+    parts = document.createElement("div");
+    parts.className = "parts";
+    example.append(parts);
+  }
+  htmx.ajax("GET", address, { source: example, target: parts, swap: "innerHTML" });
+};
+const sourcesOf = (example) => example?.querySelector("a.split[href*='/examples/']");
+
+const hold = (token, { split = false } = {}) => {
   held?.classList.remove("held");
+  if (!token && held) held.closest(".example")?.querySelector(".parts")?.remove();
   held = token;
   held?.classList.add("held");
-  if (held) inspect(held);
-  else document.getElementById("inspector")?.classList.remove("open");
+  if (!held) return void document.getElementById("inspector")?.classList.remove("open");
+  inspectToken(held);
+  const link = sourcesOf(held.closest(".example"));
+  if (split && link) unfold(held.closest(".example"), `${link.pathname}?source=${positionOf(held)}`);
 };
 
 document.addEventListener("pointerover", (event) => {
-  const token = event.target.closest?.(".text .t");
-  if (token && !held?.isConnected) inspect(token);
+  const token = event.target.closest?.(MARKED);
+  if (token && !held?.isConnected) inspectToken(token);
+});
+document.addEventListener("pointermove", (event) => {
+  if (held?.isConnected || !event.target.matches?.(".text, .text > .nl") || !document.caretPositionFromPoint) return;
+  const text = event.target.closest(".text");
+  const caret = document.caretPositionFromPoint(event.clientX, event.clientY);
+  if (caret && text.dataset.at && text.contains(caret.offsetNode) && caret.offsetNode !== text) {
+    inspect(text, (numbers) => numbers.texts ? positionAt(text, caret.offsetNode, caret.offset, numbers) : null);
+  }
 });
 document.addEventListener("click", (event) => {
-  const token = event.target.closest?.(".text .t");
-  if (token) hold(token === held ? null : token);
+  if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+  const token = event.target.closest?.(MARKED);
+  if (token) return hold(token === held ? null : token, { split: true });
+  const link = event.target.closest?.("a.split");
+  const example = link?.closest(".example");
+  if (example) {
+    event.preventDefault();
+    unfold(example, link.getAttribute("href"));
+  }
+});
+
+// --- charts: the bar that is pointed at, in words, from the chart's own table ---
+
+document.addEventListener("pointermove", (event) => {
+  const svg = event.target.closest?.("figure.bars svg");
+  if (!svg) return;
+  const rows = svg.parentNode.querySelectorAll("tr");
+  const { left, width } = svg.getBoundingClientRect();
+  const row = rows[Math.min(rows.length - 1, Math.max(0, Math.floor((rows.length * (event.clientX - left)) / width)))];
+  const caption = svg.parentNode.querySelector("figcaption");
+  const said = caption.querySelector("b") ?? caption.appendChild(document.createElement("b"));
+  said.textContent = row ? ` ${row.cells[0].textContent}: ${row.cells[1].textContent}` : "";
 });
 
 // --- the keyboard ---
@@ -99,9 +184,9 @@ const follow = (selector) => {
 };
 
 const along = (text, way) => {
-  const tokens = [...text.querySelectorAll(".t")];
+  const tokens = [...text.querySelectorAll(MARKED)];
   const at = tokens.indexOf(held);
-  const start = tokens.findIndex((token) => token.classList.contains("dest"));
+  const start = tokens.findIndex((token) => token.tagName === "B");
   hold(tokens[at < 0 ? Math.max(0, start) : Math.min(tokens.length - 1, Math.max(0, at + way))]);
 };
 
@@ -123,7 +208,10 @@ document.addEventListener("keydown", (event) => {
     return;
   }
   const text = event.target.closest(".text");
-  if (text && (event.key === "ArrowRight" || event.key === "ArrowLeft")) {
+  if (text && event.key === "Enter" && held && text.contains(held)) {
+    hold(held, { split: true });
+    event.preventDefault();
+  } else if (text && (event.key === "ArrowRight" || event.key === "ArrowLeft")) {
     along(text, event.key === "ArrowRight" ? 1 : -1);
     event.preventDefault();
   } else if (follow(`[data-key="${CSS.escape(event.key)}"]`)) {

@@ -5,13 +5,15 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.concurrency import run_in_threadpool
 
 from sae_core.errors import HeadscopeError, UsageError
 from server.live import Live, LiveAttribution, LiveQuestion
-from server.pages.reply import Read, etag, reply, unchanged
+from server.pages.reply import Read, etag, known_schema, link, reply, unchanged, wants_json
 from server.pages.writing import Form
 from server.rendering import Paint
-from server.store.features import DfaEntry, FeatureExample, FeaturePage, feature_page
+from server.store.examples import ExamplePage, example_page
+from server.store.features import DfaEntry, FeatureExample, FeaturePage, check_index, feature_page
 from server.store.heads import check_head
 from server.store.saes import Door, find_sae
 
@@ -42,6 +44,11 @@ class View(BaseModel):
         """How one example of the page is painted."""
         return Paint(page.max_act, self.head, None if self.context == "full" else int(self.context), self.mark)
 
+    def but(self, name: str) -> str:
+        """The query of the page's address without `name`, so that a value of it can be put after it."""
+        others = link("", **{**self.asked(), name: None})
+        return f"{others}{'&' if others else '?'}{name}="
+
     def asked(self, **changes: Any) -> dict[str, Any]:
         """The address's parameters, with changes."""
         chosen = {**self.model_dump(), **changes}
@@ -52,14 +59,58 @@ class View(BaseModel):
 
 @router.get("/saes/{sae}/features/{index:int}", include_in_schema=False)
 @router.get("/saes/{sae}/features/{index:int}.json", response_model=FeaturePage)
-def show_feature(request: Request, sae: str, index: int, view: Annotated[View, Query()], read: Read) -> Response:
+async def show_feature(request: Request, sae: str, index: int, view: Annotated[View, Query()]) -> Response:
     """The feature's page. A published harvest never changes, so its id names the answer, with what people wrote."""
+    return await run_in_threadpool(_feature, request, sae, index, view)
+
+
+def _feature(request: Request, sae: str, index: int, view: View) -> Response:
+    # One step into a thread, with a session of its own: each of FastAPI's dependencies that reads would be another two.
+    with known_schema(request).read() as read:
+        door = find_sae(read, sae)
+        check_head(door, view.head)
+        tag = _tag(request, door)
+        known = unchanged(request, tag)
+        if known:
+            return known
+        # What other features have to do with it comes as a block of its own, but where everything is asked for.
+        page = feature_page(read, door, index, every=view.all, others=view.all or wants_json(request))
+    return reply(request, page, "feature.html", block="_examples.html", tag=tag, **about(view))
+
+
+def _tag(request: Request, door: Door) -> str:
+    return etag(request, door.sae.sha256, door.sae.harvest and door.sae.harvest.id, door.revision)
+
+
+@router.get("/saes/{sae}/features/{index:int}/related", include_in_schema=False)
+def show_related(request: Request, sae: str, index: int, read: Read) -> Response:
+    """The features that are like this one, or fire with it."""
     door = find_sae(read, sae)
-    check_head(door, view.head)
-    tag = etag(request, door.sae.sha256, door.sae.harvest and door.sae.harvest.id, door.revision)
+    tag = _tag(request, door)
     return unchanged(request, tag) or reply(
-        request, feature_page(read, door, index, every=view.all), "feature.html", block="_examples.html", tag=tag, **about(view)
+        request, feature_page(read, door, index), "related.html", block="_related.html", tag=tag
     )
+
+
+@router.get("/saes/{sae}/features/{index:int}/examples/{band:int}/{rank:int}", include_in_schema=False)
+@router.get("/saes/{sae}/features/{index:int}/examples/{band:int}/{rank:int}.json", response_model=ExamplePage)
+def show_example(
+    request: Request, sae: str, index: int, band: int, rank: int, read: Read,
+    source: Annotated[int | None, Query(ge=0)] = None,
+) -> Response:  # fmt: skip
+    """An example's exact numbers, and one source of it split by head: the one asked for, or the strongest."""
+    door = find_sae(read, sae)
+    check_index(door, index)
+    tag = _tag(request, door)
+    known = unchanged(request, tag)
+    if known:
+        return known
+    page = example_page(read, door, index, band, rank)
+    chosen = next((one for one in page.sources if one.position == source), None)
+    if source is None and page.sources:
+        chosen = page.sources[0]
+    at = source if source is None or page.example.start <= source < page.example.start + len(page.example.texts) else None
+    return reply(request, page, "example.html", block="_sources.html", tag=tag, chosen=chosen, at=at)
 
 
 def about(

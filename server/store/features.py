@@ -1,19 +1,21 @@
 """The feature table and the feature page."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from itertools import groupby
+from operator import attrgetter
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, UsageError
 from sae_core.records import head_agreement
-from server.packing import F4, Packed, read_acts, read_dfa, unfold, unpack
+from server.packing import F4, Packed, read_examples, unfold, unpack
 from server.store.labels import shown_label
 from server.store.saes import Door, SaeRef
 from server.store.walk import NAMES, Place, Walk
@@ -23,8 +25,8 @@ SortKey = Literal["idx", "density", "max", "mean", "head_share", "dfa_share", "d
 SORT_KEYS: tuple[SortKey, ...] = ("idx", "density", "max", "mean", "head_share", "dfa_share", "distance", "family")
 
 
-class FeatureQuery(BaseModel):
-    """What part of the feature table is asked for. The address of the page is exactly this."""
+class FeatureFilter(BaseModel):
+    """Which features are meant, in which order."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
@@ -56,12 +58,6 @@ class FeatureQuery(BaseModel):
     """True: only features with a label; false: only those without."""
     label: str | None = Field(None, max_length=200)
     """Only features with a label that contains this, in upper or lower case."""
-    after: str | None = Field(None, max_length=200)
-    """Where the page before this one ended."""
-    before: str | None = Field(None, max_length=200)
-    """Where the page after this one begins; `after` goes first."""
-    limit: int = Field(50, ge=1, le=200)
-    """Rows on a page."""
 
     @model_validator(mode="before")
     @classmethod
@@ -98,6 +94,17 @@ class FeatureQuery(BaseModel):
         values = {**self.model_dump(exclude_defaults=True), **here, **changes}
         return {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
 
+
+class FeatureQuery(FeatureFilter):
+    """What part of the feature table is asked for. The address of the page is exactly this."""
+
+    after: str | None = Field(None, max_length=200)
+    """Where the page before this one ended."""
+    before: str | None = Field(None, max_length=200)
+    """Where the page after this one begins; `after` goes first."""
+    limit: int = Field(50, ge=1, le=200)
+    """Rows on a page."""
+
     @property
     def selection(self) -> str | None:
         """Filters and order as one value, for the address of a feature's page; None where all is asked."""
@@ -113,11 +120,19 @@ class FeatureQuery(BaseModel):
             raise UsageError(f"'{text}' selects no features; go back to the table.", field="from") from error
 
 
+EXAMPLE_COLUMNS = (
+    Example.feature_id, Example.band, Example.rank, Example.dest, Example.start, Example.act, Example.acts, Example.dfa,
+    Context.row, Context.texts,
+)  # fmt: skip
+
+
 class Stored(Packed, Protocol):
-    """An example's columns."""
+    """An example's columns, and its row's."""
 
     band: int
     rank: int
+    row: int
+    texts: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -173,7 +188,7 @@ class FeatureTable:
     """Cursor for the page before this one; None on the first."""
 
 
-def walk_of(door: Door, query: FeatureQuery) -> Walk:
+def walk_of(door: Door, query: FeatureFilter) -> Walk:
     """The way through the table that `query` asks for."""
     if query.head is not None and query.head >= door.sae.n_heads:
         raise UsageError(
@@ -229,7 +244,10 @@ def feature_rows(session: Session, door: Door, head: int | None, wanted: Sequenc
     if head is not None:
         at_head = sa.and_(FeatureHead.harvest_id == harvest_id, FeatureHead.head == head, FeatureHead.idx == Feature.idx)
         statement = statement.outerjoin(FeatureHead, at_head)
-    lines = {row[0].idx: _feature_row(row, row[0], head) for row in session.execute(statement)}
+    rows = session.execute(statement).all()
+    known = [row for row in rows if row.Example is not None]
+    snippets = dict(zip((row[0].idx for row in known), _snippets(known), strict=True))
+    lines = {row[0].idx: _feature_row(row, row[0], head, snippets.get(row[0].idx)) for row in rows}
     return tuple(lines[idx] for idx in wanted if idx in lines)
 
 
@@ -240,7 +258,7 @@ def _shares(head: int | None) -> tuple[Any, Any, Any]:
     return FeatureHead.norm_share, FeatureHead.dfa_share, FeatureHead.dfa
 
 
-def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None) -> FeatureRow:
+def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None, snippet: Snippet | None) -> FeatureRow:
     return FeatureRow(
         index=feature.idx,
         family=feature.family,
@@ -256,23 +274,35 @@ def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None) -> Featur
         dfa=row.dfa,
         distance=feature.distance,
         promoted=tuple(text for _, text, _ in row.promoted[:4]),
-        snippet=_snippet(row.Example, row.texts) if row.Example is not None else None,
+        snippet=snippet,
         label=row.label,
     )
 
 
-def _snippet(example: Stored, texts: Sequence[str]) -> Snippet:
-    entries, dest = read_dfa(example), example.dest
-    by_source = np.bincount(entries.src, weights=entries.value, minlength=dest + 1)
-    source = int(by_source.argmax())
-    known = len(entries.src) > 0 and by_source[source] > 0
-    return Snippet(
-        before="".join(texts[max(0, dest - 10) : dest]),
-        token=texts[dest],
-        after="".join(texts[dest + 1 : dest + 4]),
-        source=texts[source] if known else None,
-        source_offset=source - dest if known else None,
-    )
+def _snippets(rows: Sequence[sa.Row[Any]]) -> list[Snippet]:
+    """Of rows with an Example and its row's texts."""
+    if not rows:
+        return []
+    found, begin, made = read_examples([row.Example for row in rows]), 0, []
+    src, value = found.src.tolist(), found.value.tolist()
+    for row, end in zip(rows, found.end.tolist(), strict=True):
+        dest, texts = row.Example.dest, row.texts
+        by_source: dict[int, float] = {}
+        for source, given in zip(src[begin:end], value[begin:end], strict=True):
+            by_source[source] = by_source.get(source, 0.0) + given
+        most = max(by_source, key=lambda source: (by_source[source], -source), default=dest)
+        known = by_source.get(most, 0.0) > 0
+        made.append(
+            Snippet(
+                before="".join(texts[max(0, dest - 10) : dest]),
+                token=texts[dest],
+                after="".join(texts[dest + 1 : dest + 4]),
+                source=texts[most] if known else None,
+                source_offset=most - dest if known else None,
+            )
+        )
+        begin = end
+    return made
 
 
 @dataclass(frozen=True)
@@ -363,13 +393,25 @@ class Partner:
     promoted: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class DfaEntry:
+class DfaEntry(NamedTuple):
     """What one (source, head) pair gave to the feature at the example's destination."""
 
     src: int
     head: int
     value: float
+
+
+@dataclass(frozen=True)
+class DfaJson:
+    """A `DfaEntry` as JSON has it."""
+
+    src: int
+    head: int
+    value: float
+
+
+def _as_json(entries: tuple[DfaEntry, ...]) -> list[DfaJson]:
+    return [DfaJson(*entry) for entry in entries]
 
 
 @dataclass(frozen=True)
@@ -386,7 +428,7 @@ class FeatureExample:
     texts: tuple[str, ...]
     acts: dict[int, float]
     """Position -> activation, where it is not zero."""
-    dfa: tuple[DfaEntry, ...]
+    dfa: Annotated[tuple[DfaEntry, ...], PlainSerializer(_as_json)]
     """The largest entries."""
     dropped: tuple[float, ...]
     """Per head, the sum of the entries that are not listed."""
@@ -407,8 +449,8 @@ class FeatureExample:
     def by_head(self) -> list[float]:
         """DFA of each head, sources summed."""
         sums = [a + b for a, b in zip(self.dropped, self.before, strict=True)]
-        for entry in self.dfa:
-            sums[entry.head] += entry.value
+        for _, head, value in self.dfa:
+            sums[head] += value
         return sums
 
 
@@ -469,61 +511,103 @@ AT_ONCE = 20
 """Examples that a feature's page begins with: from every band, and the strongest."""
 
 
-def feature_page(session: Session, door: Door, index: int, *, every: bool = False) -> FeaturePage:
+_ALL = 2**31 - 1
+
+
+def _statements() -> tuple[sa.Select[Any], sa.Select[Any], sa.Select[Any]]:
+    """What a page asks: for the features, for others that it tells of, for examples. Made once and of columns alone, since
+    making a statement, and objects of the ORM, took longer than the database does."""
+    feature, detail = sa.inspect(Feature).local_table.c, sa.inspect(FeatureDetail).local_table.c
+    example, context = sa.inspect(Example).local_table.c, sa.inspect(Context).local_table.c
+    wanted = sa.and_(feature.harvest_id == sa.bindparam("harvest"), feature.idx.in_(sa.bindparam("wanted", expanding=True)))
+    of_one = detail.feature_id == feature.id
+    label = shown_label(sa.bindparam("sae"), feature.idx).label("label")
+    pages = sa.select(*feature, *(column for column in detail if column.name != "feature_id"), label).where(of_one, wanted)
+    others = sa.select(feature.idx, feature.max_act, feature.family, detail.promoted).where(of_one, wanted)
+    of_these = example.feature_id.in_(sa.bindparam("features", expanding=True))
+    counted = sa.select(example.feature_id, sa.func.count().label("kept")).where(of_these).group_by(example.feature_id).subquery()
+    places = ("feature_id", "band", "rank", "dest", "start", "act", "acts", "dfa")
+    first = example.rank < sa.case((example.band == 0, sa.bindparam("strongest")), else_=sa.bindparam("of_each"))
+    examples = (
+        sa.select(*(example[name] for name in places), context.row, context.texts, counted.c.kept)
+        .where(of_these, first, context.id == example.context_id, counted.c.feature_id == example.feature_id)
+        .order_by(example.feature_id, example.band, example.rank)
+    )
+    return pages, others, examples
+
+
+_PAGES, _OTHERS, _EXAMPLES = _statements()
+
+
+def feature_page(session: Session, door: Door, index: int, *, every: bool = False, others: bool = True) -> FeaturePage:
     """The page of feature `index` of the published harvest, with its first or with `every` example: three queries after the
-    door's one."""
-    harvest_id = _published(door)
+    door's one, two where it tells of no `others`."""
     check_index(door, index)
-    found = session.execute(
-        sa.select(Feature, FeatureDetail, shown_label(door.id, index))
-        .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
-        .where(Feature.harvest_id == harvest_id, Feature.idx == index)
-    ).one_or_none()
-    if found is None:
+    pages = feature_pages(session, door, [index], every=every, others=others)
+    if not pages:
+        _published(door)
         raise NotFound(f"Feature {index} of {door.sae.name} is not in its published harvest.", field="index")
-    feature, detail, label = found
-    pairs = detail.coactive.get("pairs", [])
-    others = _others(session, harvest_id, [int(idx) for idx, *_ in (*detail.neighbours, *pairs)])
-    heads = _head_shares(detail)
-    config = door.sae.harvest.config if door.sae.harvest else {}
-    shown, kept = _examples(session, feature.id, config, every)
-    histogram_edges, histogram_counts = unfold(detail.histogram, log=True)
-    logit_edges, logit_counts = unfold(detail.logits, log=False)
+    return pages[0]
+
+
+def feature_pages(
+    session: Session, door: Door, wanted: Sequence[int], *, every: bool = False, others: bool = True, examples: bool = True
+) -> tuple[FeaturePage, ...]:
+    """The pages of the features `wanted` that are there, in their order: three queries, however many. Without `others` they
+    tell of no other features, without `examples` of none; each of these saves a query."""
+    if door.sae.harvest is None or not wanted:
+        return ()
+    harvest_id, config = door.sae.harvest.id, door.sae.harvest.config
+    connection = session.connection()
+    found = connection.execute(_PAGES, {"sae": door.id, "harvest": harvest_id, "wanted": wanted}).all()
+    named = {int(idx) for row in found for idx, *_ in (*row.neighbours, *row.coactive.get("pairs", []))} if others else set()
+    told = _others(connection, harvest_id, named) if named else {}
+    shown = _examples(connection, [row.id for row in found], config, every) if examples else {}
+    pages = {row.idx: _page(door.sae, row, told, *shown.get(row.id, ((), 0))) for row in found}
+    return tuple(pages[idx] for idx in wanted if idx in pages)
+
+
+def _page(
+    sae: SaeRef, row: sa.Row[Any], others: dict[int, sa.Row[Any]], shown: tuple[FeatureExample, ...], kept: int
+) -> FeaturePage:
+    index, heads = row.idx, _head_shares(row)
+    histogram_edges, histogram_counts = unfold(row.histogram, log=True)
+    logit_edges, logit_counts = unfold(row.logits, log=False)
     return FeaturePage(
-        sae=door.sae,
+        sae=sae,
         index=index,
-        label=label,
-        n_fired=feature.n_fired,
-        density=feature.density,
-        max_act=feature.max_act,
-        mean_act=feature.mean_act,
-        distance=feature.distance,
-        family=feature.family,
-        family_score=feature.family_score,
-        verdict=detail.verdict,
+        label=row.label,
+        n_fired=row.n_fired,
+        density=row.density,
+        max_act=row.max_act,
+        mean_act=row.mean_act,
+        distance=row.distance,
+        family=row.family,
+        family_score=row.family_score,
+        verdict=row.verdict,
         families=tuple(
             FamilyVerdict(one["family"], one["score"], tuple(Reference(*place) for place in one["examples"]))
-            for one in detail.families
+            for one in row.families
         ),
-        evidence=detail.evidence,
+        evidence=row.evidence,
         heads=heads,
         agreement=head_agreement([head.norm_share for head in heads], [head.dfa for head in heads]),
         histogram_edges=histogram_edges,
         histogram_counts=histogram_counts,
-        bands=tuple(Band(band["low"], band["high"], band["count"]) for band in detail.bands),
-        promoted=tuple(TokenWeight(*entry) for entry in detail.promoted),
-        suppressed=tuple(TokenWeight(*entry) for entry in detail.suppressed),
+        bands=tuple(Band(band["low"], band["high"], band["count"]) for band in row.bands),
+        promoted=tuple(TokenWeight(*entry) for entry in row.promoted),
+        suppressed=tuple(TokenWeight(*entry) for entry in row.suppressed),
         logit_edges=logit_edges,
         logit_counts=logit_counts,
-        positions=tuple(PositionBucket(*part) for part in detail.positions),
-        coactive_tokens=detail.coactive.get("tokens", 0),
-        coactive=_partners(pairs, others),
-        sample=detail.sample,
-        neighbours=_neighbours(detail.neighbours, others),
+        positions=tuple(PositionBucket(*part) for part in row.positions),
+        coactive_tokens=row.coactive.get("tokens", 0),
+        coactive=_partners(row.coactive.get("pairs", []), others),
+        sample=row.sample,
+        neighbours=_neighbours(row.neighbours, others),
         examples=shown,
         kept=kept if kept > len(shown) else None,
         previous=index - 1 if index > 0 else None,
-        next=index + 1 if index + 1 < door.sae.d_sae else None,
+        next=index + 1 if index + 1 < sae.d_sae else None,
     )
 
 
@@ -539,7 +623,7 @@ def _published(door: Door) -> int:
     return door.sae.harvest.id
 
 
-def _head_shares(detail: FeatureDetail) -> tuple[HeadShare, ...]:
+def _head_shares(detail: FeatureDetail | sa.Row[Any]) -> tuple[HeadShare, ...]:
     norm, dfa, std = (unpack(blob, F4).tolist() for blob in (detail.head_norm, detail.head_dfa, detail.head_dfa_std))
     total = sum(abs(value) for value in dfa)
     return tuple(
@@ -548,14 +632,9 @@ def _head_shares(detail: FeatureDetail) -> tuple[HeadShare, ...]:
     )
 
 
-def _others(session: Session, harvest_id: int, wanted: Sequence[int]) -> dict[int, sa.Row[Any]]:
+def _others(connection: sa.Connection, harvest_id: int, wanted: Iterable[int]) -> dict[int, sa.Row[Any]]:
     """What is told of other features on the page, by index."""
-    rows = session.execute(
-        sa.select(Feature.idx, Feature.max_act, Feature.family, FeatureDetail.promoted)
-        .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
-        .where(Feature.harvest_id == harvest_id, Feature.idx.in_(sorted(set(wanted))))
-    )
-    return {row.idx: row for row in rows}
+    return {row.idx: row for row in connection.execute(_OTHERS, {"harvest": harvest_id, "wanted": sorted(wanted)})}
 
 
 def _neighbours(nearest: Sequence[Sequence[float]], others: dict[int, sa.Row[Any]]) -> tuple[Neighbour, ...]:
@@ -572,23 +651,18 @@ def _texts(promoted: Sequence[Sequence[Any]]) -> tuple[str, ...]:
     return tuple(text for _, text, _ in promoted[:3])
 
 
-def _examples(session: Session, feature_id: int, config: dict[str, Any], every: bool) -> tuple[tuple[FeatureExample, ...], int]:
-    """The examples to show, and how many there are."""
-    columns = (Example.band, Example.rank, Example.dest, Example.start, Example.act, Example.acts, Example.dfa)
-    mine = (
-        sa.select(*columns, Context.row, Context.texts, sa.func.count().over().label("kept"))
-        .join(Context, Context.id == Example.context_id)
-        .where(Example.feature_id == feature_id)
-        .order_by(Example.band, Example.rank)
-    )
-    if not every:
-        counted = sa.select(sa.func.count()).where(Example.feature_id == feature_id).scalar_subquery()
-        strongest, of_each = first_of_bands(config)
-        first = Example.rank < sa.case((Example.band == 0, strongest), else_=of_each)
-        mine = mine.with_only_columns(*columns, Context.row, Context.texts, counted.label("kept")).where(first)
-    rows = session.execute(mine).all()
+def _examples(
+    connection: sa.Connection, feature_ids: Sequence[int], config: dict[str, Any], every: bool
+) -> dict[int, tuple[tuple[FeatureExample, ...], int]]:
+    """Of each feature that has any, the examples to show, and how many there are."""
+    strongest, of_each = (_ALL, _ALL) if every else first_of_bands(config)
+    asked = {"features": feature_ids, "strongest": strongest, "of_each": of_each}
     window = int(config.get("window", 256))
-    return tuple(_example(row, row.row, row.texts, window) for row in rows), rows[0].kept if rows else 0
+    found: dict[int, tuple[tuple[FeatureExample, ...], int]] = {}
+    for feature_id, rows in groupby(connection.execute(_EXAMPLES, asked), attrgetter("feature_id")):
+        many = list(rows)
+        found[feature_id] = (taken_apart(many, window), many[0].kept)
+    return found
 
 
 def first_of_bands(config: dict[str, Any]) -> tuple[int, int]:
@@ -598,26 +672,39 @@ def first_of_bands(config: dict[str, Any]) -> tuple[int, int]:
     return max(1, AT_ONCE - bands * of_each), of_each
 
 
-def _example(example: Stored, row: int, texts: Sequence[str], window: int) -> FeatureExample:
-    acts, dfa = read_acts(example), read_dfa(example)
-    return FeatureExample(
-        band=example.band,
-        rank=example.rank,
-        row=row,
-        start=example.start,
-        dest=example.dest,
-        texts=tuple(texts[example.start : example.start + window]),
-        acts=dict(zip(acts.pos.tolist(), acts.value.tolist(), strict=True)),
-        dfa=tuple(map(DfaEntry, dfa.src.tolist(), dfa.head.tolist(), dfa.value.tolist())),
-        dropped=tuple(dfa.dropped.tolist()),
-        before=tuple(dfa.before.tolist()),
-        abs_dfa=dfa.abs_dfa,
-        dfa_sum=dfa.total,
-        bias=dfa.bias,
-        preact=dfa.preact,
-        act=example.act,
-        gap=dfa.gap,
-    )
+def taken_apart(rows: Sequence[Stored], window: int) -> tuple[FeatureExample, ...]:
+    """Rows of examples as pages show them, at most `window` tokens of each: read together, since that is much quicker."""
+    found = read_examples(rows)
+    acts = list(zip(found.acts_pos.tolist(), found.acts_value.tolist(), strict=True))
+    entries = list(map(DfaEntry, found.src.tolist(), found.head.tolist(), found.value.tolist()))
+    dropped, before = found.dropped.tolist(), found.before.tolist()
+    ends = zip(found.acts_end.tolist(), found.end.tolist(), found.heads_end.tolist(), strict=True)
+    sums = zip(*(part.tolist() for part in (found.abs_dfa, found.total, found.bias, found.preact, found.gap)), strict=True)
+    made, a, e, h = [], 0, 0, 0
+    for row, (a_end, e_end, h_end), (abs_dfa, total, bias, preact, gap) in zip(rows, ends, sums, strict=True):
+        dest, start = row.dest, row.start
+        made.append(
+            FeatureExample(
+                band=row.band,
+                rank=row.rank,
+                row=row.row,
+                start=start,
+                dest=dest,
+                texts=tuple(row.texts[start : start + window]),
+                acts=dict(sorted([*acts[a:a_end], (dest, row.act)])),
+                dfa=tuple(entries[e:e_end]),
+                dropped=tuple(dropped[h:h_end]),
+                before=tuple(before[h:h_end]),
+                abs_dfa=abs_dfa,
+                dfa_sum=total,
+                bias=bias,
+                preact=preact,
+                act=row.act,
+                gap=gap,
+            )
+        )
+        a, e, h = a_end, e_end, h_end
+    return tuple(made)
 
 
 @dataclass(frozen=True)
@@ -646,19 +733,19 @@ def feature_cards(session: Session, wanted: Sequence[tuple[int, int]], n_example
         .where(sa.tuple_(Feature.harvest_id, Feature.idx).in_(wanted))
     ).all()
     windows = {feature.id: int(config.get("window", 256)) for feature, _, config in rows}
-    examples: dict[int, list[FeatureExample]] = {feature_id: [] for feature_id in windows}
+    examples: dict[int, tuple[FeatureExample, ...]] = {}
     strongest = session.execute(
-        sa.select(Example, Context.row, Context.texts)
+        sa.select(*EXAMPLE_COLUMNS)
         .join(Context, Context.id == Example.context_id)
         .where(Example.feature_id.in_(windows), Example.band == 0, Example.rank < n_examples)
-        .order_by(Example.rank)
+        .order_by(Example.feature_id, Example.rank)
     )
-    for example, row, texts in strongest:
-        examples[example.feature_id].append(_example(example, row, texts, windows[example.feature_id]))
+    for feature_id, rows_of in groupby(strongest, attrgetter("feature_id")):
+        examples[feature_id] = taken_apart(list(rows_of), windows[feature_id])
     return {
         (feature.harvest_id, feature.idx): FeatureCard(
             feature.idx, feature.n_fired, feature.density, feature.max_act, feature.family, _head_shares(detail),
-            _texts(detail.promoted), tuple(examples[feature.id]),
+            _texts(detail.promoted), examples.get(feature.id, ()),
         )
         for feature, detail, _ in rows
     }  # fmt: skip

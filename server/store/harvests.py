@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from sae_core.errors import JobError
 from server.db import Database
-from server.packing import F4, I4, fold, pack, pack_acts, pack_dfa, read_dfa, shorten
+from server.packing import F4, I4, fold, pack, pack_acts, pack_dfa, read_examples, shorten
 from server.tables import SAE, Context, Example, Feature, FeatureDetail, FeatureHead, Harvest, HarvestPart, HeadSummary, now
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def stored_gaps(session: Session, harvest_id: int) -> NDArray[np.float64]:
     found = session.scalars(
         sa.select(Example).join(Feature, Feature.id == Example.feature_id).where(Feature.harvest_id == harvest_id)
     )
-    return np.array([read_dfa(example).gap for example in found], dtype=np.float64)
+    return np.concatenate([np.zeros(0), *(read_examples(part).gap for part in found.partitions(1000))])
 
 
 # ---- chunks, each written once ----

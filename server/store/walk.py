@@ -20,7 +20,7 @@ from server.store.saes import Door
 from server.tables import Feature, FeatureHead
 
 if TYPE_CHECKING:
-    from server.store.features import FeatureQuery
+    from server.store.features import FeatureFilter
 
 REACH = 2000
 """Features of the order that are looked at before all are."""
@@ -58,7 +58,7 @@ class Walk:
     """One order over one selection of a published harvest's features."""
 
     door: Door
-    query: "FeatureQuery"
+    query: "FeatureFilter"
     key: str
     """The column to go by."""
     descending: bool

@@ -76,7 +76,7 @@ def test_the_keyboard_reaches_everything(quiet_page: Page, site: str) -> None:
     expect(page).to_have_url(re.compile("features/3$"))
     page.locator(".text").first.focus()
     page.keyboard.press("ArrowLeft")
-    expect(page.locator(".t.held.dest")).to_be_visible()
+    expect(page.locator(".text > b.held")).to_be_visible()
     page.keyboard.press("ArrowLeft")
     expect(page.locator("#inspector [data-part=offset]")).to_contain_text("back")
     page.keyboard.press("Escape")

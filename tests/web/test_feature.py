@@ -1,5 +1,6 @@
 """`/saes/{sae}/features/{index}`."""
 
+import json
 import re
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ from server.app import create_app
 from server.db import Database
 from server.live import Live, LiveAttribution, LiveQuestion
 from server.pages.reply import to_json
+from server.rendering import signed
 from server.settings import Settings
 from server.store.features import feature_page
 from server.store.saes import find_sae
@@ -45,24 +47,94 @@ def test_it_shows_the_sum_beside_the_pre_activation_and_the_gap(client: TestClie
     assert said in Reader(client.get(FEATURE).text).text
 
 
+def texts_of(html: str) -> list[tuple[dict[str, str], list[tuple[str, str]]]]:
+    """The attributes of each example's text, and its marked tokens as (position, classes); the destination's begin with `b`."""
+    found: list[tuple[dict[str, str], list[tuple[str, str]]]] = []
+    for tag, attrs in Reader(html).elements:
+        if tag == "p" and "data-at" in attrs:
+            found.append((attrs, []))
+        elif tag in ("u", "b") and found and len(found[-1][1]) < len(found[-1][0]["data-at"].split()):
+            at = found[-1][0]["data-at"].split()[len(found[-1][1])]
+            found[-1][1].append((at, f"{tag} {attrs.get('class', '')}"))
+    return found
+
+
 def test_the_destination_is_marked_once_in_each_example(client: TestClient) -> None:
-    page = client.get(FEATURE).text
     examples = client.get(f"{FEATURE}.json").json()["examples"]
-    marked = re.findall(r'<span class="t[^"]* dest" data-p="(\d+)"', page)
-    assert [int(position) for position in marked] == [example["dest"] for example in examples]
+    shown = texts_of(client.get(FEATURE).text)
+    assert [[at for at, what in marked if what[0] == "b"] for _, marked in shown] == [[str(e["dest"])] for e in examples]
+    assert [attrs["data-dest"] for attrs, _ in shown] == [str(e["dest"]) for e in examples]
 
 
-def test_a_tokens_numbers_are_those_of_the_harvest(client: TestClient) -> None:
-    example = client.get(f"{FEATURE}.json").json()["examples"][0]
-    page = Reader(client.get(f"{FEATURE}?context=full").text)
-    texts = [attrs for attrs in page.all("span") if "data-p" in attrs]
-    first = texts[: next(i for i, attrs in enumerate(texts[1:], 1) if int(attrs["data-p"]) < int(texts[i - 1]["data-p"]))]
-    shown = {
-        (int(attrs["data-p"]), int(pair.split(":")[0])): float(pair.split(":")[1])
-        for attrs in first
-        for pair in attrs.get("data-d", "").split()
-    }
-    assert shown == {(e["src"], e["head"]): pytest.approx(e["value"], rel=1e-3) for e in example["dfa"]}
+def test_every_token_with_a_number_is_marked_at_its_place(client: TestClient) -> None:
+    examples = client.get(f"{FEATURE}.json").json()["examples"]
+    shown = texts_of(client.get(f"{FEATURE}?context=full").text)
+    for example, (_, marked) in zip(examples, shown, strict=True):
+        numbered = {example["dest"], *(e["src"] for e in example["dfa"]), *map(int, example["acts"])}
+        assert [int(at) for at, _ in marked] == sorted(numbered)
+
+
+def test_an_examples_address_has_its_exact_numbers(client: TestClient) -> None:
+    for example in client.get(f"{FEATURE}.json").json()["examples"]:
+        page = client.get(f"{FEATURE}/examples/{example['band']}/{example['rank']}.json").json()
+        assert page["example"] == example
+        by_source: dict[int, float] = {}
+        for entry in example["dfa"]:
+            by_source[entry["src"]] = by_source.get(entry["src"], 0) + entry["value"]
+        assert {s["position"]: s["value"] for s in page["sources"]} == pytest.approx(by_source)
+        sizes = [abs(source["value"]) for source in page["sources"]]
+        assert sizes == sorted(sizes, reverse=True)
+        whole = sum(source["value"] for source in page["sources"]) + page["left_over"] + example["bias"]
+        assert whole == pytest.approx(example["preact"], abs=1e-4 * (example["abs_dfa"] + abs(example["bias"])))
+
+
+def test_a_source_is_split_by_head_with_its_numbers(client: TestClient) -> None:
+    page = client.get(f"{FEATURE}/examples/0/1.json").json()
+    for source in page["sources"][:3]:
+        part = client.get(f"{FEATURE}/examples/0/1?source={source['position']}", headers=PART).text
+        assert "<html" not in part
+        text = " ".join(Reader(part).text.split())
+        assert f"Together {signed(source['value'])} of" in text
+        for one in source["heads"]:
+            assert signed(one["value"]) in text
+        links = [a["href"] for a in Reader(part).all("a") if "head=" in a["href"]]
+        heads = sorted(one["head"] for one in source["heads"])
+        assert links == [f"{FEATURE}?head={head}#example-0-1" for head in heads]
+        assert part.strip() in client.get(f"{FEATURE}/examples/0/1?source={source['position']}").text
+
+
+def test_a_token_without_an_entry_says_why_it_has_no_numbers(client: TestClient) -> None:
+    page = client.get(f"{FEATURE}/examples/0/0.json").json()
+    example, known = page["example"], {source["position"] for source in page["sources"]}
+    address = f"{FEATURE}/examples/0/0?source="
+    assert "It comes after the destination" in client.get(f"{address}{example['dest'] + 1}").text
+    silent = next(at for at in range(example["dest"]) if at not in known)
+    assert "too small to be kept" in client.get(f"{address}{silent}").text
+    assert "shows no token at that position" in client.get(f"{address}999").text
+
+
+@pytest.mark.parametrize(("place", "status"), [("examples/0/99", 404), ("examples/0/0?source=-1", 422), ("examples/a/0", 404)])
+def test_an_example_that_is_not_there_gets_a_sentence(client: TestClient, place: str, status: int) -> None:
+    assert client.get(f"{FEATURE}/{place}").status_code == status
+
+
+def test_an_example_costs_two_queries_and_unchanged_one(client: TestClient) -> None:
+    tag = client.get(f"{FEATURE}/examples/0/0").headers["etag"]
+    with counted(client.app.state.db.engine) as statements:  # type: ignore[attr-defined]
+        client.get(f"{FEATURE}/examples/0/0")
+    assert len(statements) == 2
+    assert client.get(f"{FEATURE}/examples/0/0", headers={"If-None-Match": tag}).status_code == 304
+
+
+def test_related_features_are_a_block_of_their_own_and_there_when_all_is_asked_for(client: TestClient) -> None:
+    address = f"{SAE}/features/5"
+    part = client.get(f"{address}/related", headers=PART).text
+    assert "Fires together" in part
+    assert "Nearest decoders" in part
+    assert part.strip() in client.get(f"{address}/related").text
+    assert "<h2 id=\"near-title\"" not in client.get(address).text
+    assert [a["href"] for a in Reader(client.get(address).text).all("a") if a["href"].endswith("/related")] == [f"{address}/related"]
+    assert part.strip() in client.get(f"{address}?all=1").text
 
 
 def test_the_verdict_stands_in_words_with_its_score_and_the_examples_that_show_it(client: TestClient) -> None:
@@ -128,19 +200,19 @@ def test_positions_distances_partners_and_logits_are_shown_in_words_and_numbers(
     for said in (
         "Of 12 kept examples, a sample of the firings: 30\u202f% of |DFA| from the row's start",
         "as if from 2.5 heads and 6.1 sources alike",
-        "on 65\u202f536 sampled tokens",
         "Share of |DFA| by distance from the destination back to the source",
         "Number of tokens of the vocabulary by logit weight",
         "The two agree to",
     ):
         assert said in text, said
-    assert "Fires together" not in client.get(f"{SAE}/features/7").text, "a dead feature has none"
+    assert "on 65\u202f536 sampled tokens" in Reader(client.get(f"{SAE}/features/5/related").text).text
+    assert "Fires together" not in client.get(f"{SAE}/features/7/related").text, "a dead feature has none"
 
 
 def test_painting_by_one_head_changes_the_bars_and_not_the_activations(client: TestClient) -> None:
-    def painted(address: str, kind: str) -> list[tuple[str, ...]]:
-        spans = [attrs for attrs in Reader(client.get(address, headers=PART).text).all("span") if "data-p" in attrs]
-        return [tuple(c for c in attrs["class"].split() if re.fullmatch(kind + r"\d+", c)) for attrs in spans]
+    def painted(address: str, kind: str) -> list[list[str]]:
+        shown = texts_of(client.get(address, headers=PART).text)
+        return [[c for c in what.split() if re.fullmatch(kind + r"\d+", c)] for _, marked in shown for _, what in marked]
 
     # With the whole row shown, the same tokens are marked either way.
     everything, alone = f"{FEATURE}?context=full", f"{FEATURE}?context=full&head=0"
@@ -156,9 +228,9 @@ def test_a_short_context_keeps_far_sources_in_view(client: TestClient) -> None:
     strongest = max(by_source, key=lambda src: by_source[src])
     assert example["dest"] - strongest > 5, "the factory's seed gives a far source here"
     page = client.get(f"{FEATURE}?context=5", headers=PART).text
-    first = page[: page.index('class="sums"')]
-    assert f'data-p="{strongest}"' in first
-    assert 'class="gap"' in first
+    shown = next(marked for attrs, marked in texts_of(page) if attrs["data-dest"] == str(example["dest"]))
+    assert str(strongest) in [at for at, _ in shown]
+    assert 'class="gap"' in page
     whole = client.get(f"{FEATURE}?context=full", headers=PART).text
     assert 'class="gap"' not in whole
 
@@ -283,7 +355,12 @@ def test_typed_text_is_taken_apart_by_the_engine(client: TestClient, monkeypatch
     assert part.status_code == 200
     assert "<html" not in part.text
     assert "1.50 − 0.50 = <b>1.00</b>" in part.text
-    assert 'data-d="0:2"> ' not in part.text
+    ((attrs, _),) = texts_of(part.text)
+    numbers = json.loads(attrs["data-numbers"])
+    assert [e for e in numbers["dfa"] if e["src"] == 2] == [{"src": 2, "head": 0, "value": 2.0}, {"src": 2, "head": 1, "value": 0.0}] + [
+        {"src": 2, "head": head, "value": 0.0} for head in range(2, 9)
+    ]
+    assert numbers["acts"] == {"3": 1.0}
     assert "&lt;b&gt;cat&lt;/b&gt;" in part.text
     whole = client.post(FEATURE, data={"text": "the cat sat"})
     assert "<html" in whole.text
@@ -357,5 +434,5 @@ def test_a_token_that_was_looked_for_is_marked(client: TestClient) -> None:
     example = client.get(f"{FEATURE}.json").json()["examples"][0]
     token = example["texts"][example["dest"] - example["start"]]
     shown = client.get(FEATURE, params={"mark": token.strip().upper()}).text
-    assert re.search(rf'<span class="t[^"]* found dest"[^>]*>{re.escape(token.strip())}</span>', shown)
-    assert ' found dest"' not in client.get(FEATURE).text
+    assert re.search(rf'<b class="[^"]*found">{re.escape(token.strip())}</b>', shown)
+    assert "found" not in {c for _, marked in texts_of(client.get(FEATURE).text) for _, what in marked for c in what.split()}

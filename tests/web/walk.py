@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from urllib.parse import urljoin
 
 from playwright.sync_api import ConsoleMessage, Page, Request, expect
 
@@ -45,15 +46,21 @@ def walk(page: Page, site: str) -> None:
 
     # the feature, painted by that head; the address keeps what the table selected
     expect(page).to_have_url(re.compile(rf"/features/{index}\?head=4&from=head%3D4$"))
-    token = page.locator('.text .t[data-d^="4:"], .text .t[data-d*=" 4:"]').first  # one to which that head gave something
+    text = page.locator(".examples .text").first
+    address = text.locator("xpath=..").get_by_role("link", name="sources").get_attribute("href")
+    numbers = page.request.get(urljoin(page.url, f"{address}.json")).json()["example"]
+    positions = [int(at) for at in (text.get_attribute("data-at") or "").split()]
+    given = {at: [entry["value"] for entry in numbers["dfa"] if entry["src"] == at] for at in positions}
+    shown = next(at for at in positions if any(entry["src"] == at and entry["head"] == 4 for entry in numbers["dfa"]))
+    token = text.locator("> u, > b").nth(positions.index(shown))
     token.hover()
     panel = page.locator("#inspector")
     expect(panel.get_by_text("head 4", exact=True)).to_be_visible()
-    pairs = [pair.split(":") for pair in (token.get_attribute("data-d") or "").split()]
-    total = sum(float(value) for _, value in pairs)
-    expect(panel.locator("[data-part=dfa]")).to_have_text(f"{total:+.3g}".replace("-", "−"))
+    expect(panel.locator("[data-part=dfa]")).to_have_text(f"{sum(given[shown]):+.3g}".replace("-", "−"))
     token.click()
     expect(token).to_have_class(re.compile("held"))
+    # below its example it is split by head; a head there would paint every example
+    expect(text.locator("xpath=..").get_by_role("link", name="4", exact=True)).to_have_attribute("href", re.compile(r"\?head=4#"))
 
     # all heads again, without a new page
     page.get_by_role("toolbar", name="How the examples are painted").get_by_role("link", name="all heads").click()
