@@ -248,7 +248,11 @@ def test_a_label_is_found_wherever_one_searches(maren: TestClient, monkeypatch: 
     first, more = hits("date")
     assert first + hits("date", more or "")[0] == [(3, "more dates"), (9, "update verbs")]
     everywhere = maren.get("/search.json?q=date").json()
-    assert [(line["index"], line["text"]) for line in everywhere["labels"]] == [(3, "more dates"), (9, "update verbs"), (3, "Dates")]
+    assert [(line["index"], line["text"]) for line in everywhere["labels"]] == [
+        (3, "more dates"),
+        (9, "update verbs"),
+        (3, "Dates"),
+    ]
     shown = Reader(maren.get(f"{SAE}/search?q=boats&kind=label").text)
     assert "names of boats" in shown.text
     assert any(a["href"].endswith("/features/8") for a in shown.all("a"))
