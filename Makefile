@@ -1,7 +1,7 @@
 # Bare `make` lists what there is. Everything runs in .venv, which is made when it is first needed.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fast lint format types docs bench wheel schema lock clean chromium
+.PHONY: help venv demo test fast lint format types docs screenshots bench wheel schema lock clean chromium
 SHELL := /bin/bash
 
 # Python to make .venv with; 3.11 or newer.
@@ -11,6 +11,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # What `make test` hands to pytest: `make test PYTEST="tests/core -k rows"`.
 PYTEST ?=
+# Which data folder `make screenshots` shows; empty takes HEADSCOPE_DATA, or the demo's.
+DATA ?=
 # Which benchmark `make bench` runs; empty lists them.
 NAME ?=
 
@@ -55,6 +57,9 @@ types: $(STAMP) ## Check types: mypy --strict
 
 docs: $(STAMP) ## Check that README and friends say what the code does
 	$(BIN)/python -m pytest tests/test_docs.py tests/test_makefile.py
+
+screenshots: $(STAMP) chromium ## Take pictures of every page of a data folder: `make screenshots DATA=<folder>`
+	@$(BIN)/python docs/screenshots.py $(if $(DATA),--data $(DATA))
 
 schema: $(STAMP) ## Check that the migrations make exactly the tables of tables.py
 	@folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && export HEADSCOPE_DATA="$$folder" HEADSCOPE_CACHE="$$folder/cache" \

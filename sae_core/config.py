@@ -394,12 +394,16 @@ class CompareJob(Config):
         return self
 
 
+VERBATIM = Field(min_length=1, json_schema_extra={"verbatim": True})
+"""Of texts whose spaces count, also where they are typed."""
+
+
 class TokensProxy(Config):
     """True where the token itself is one of a set."""
 
     kind: Literal["tokens"] = "tokens"
     """Which proxy this is."""
-    texts: Annotated[tuple[str, ...], Field(min_length=1)]
+    texts: Annotated[tuple[str, ...], VERBATIM]
     """Texts of single tokens, spaces and all: ` board` and `board` are two tokens."""
     negated: bool = False
     """True where it would be false."""
@@ -410,7 +414,7 @@ class RegexProxy(Config):
 
     kind: Literal["regex"] = "regex"
     """Which proxy this is."""
-    pattern: Annotated[str, Field(min_length=1)]
+    pattern: Annotated[str, VERBATIM]
     """The expression."""
     on: Literal["text", "token"] = "text"
     """`text`: a match ends where the row's text up to and including the token ends; `token`: the token's own text matches."""
@@ -432,7 +436,7 @@ class InductionProxy(Config):
 
     kind: Literal["induction"] = "induction"
     """Which proxy this is."""
-    texts: Annotated[tuple[str, ...], Field(min_length=1)]
+    texts: Annotated[tuple[str, ...], VERBATIM]
     """Texts of single tokens, spaces and all, any of which may be what is next."""
     negated: bool = False
     """True where it would be false."""

@@ -91,7 +91,7 @@ def as_sentence(request: Request, error: Exception) -> HeadscopeError:
         first = error.errors()[0]
         field = str(first["loc"][-1]) if len(first["loc"]) > 1 else None
         what = first["msg"].removeprefix("Value error, ")
-        return UsageError(f"{f'{field}: ' if field else ''}{what}.", field=field)
+        return UsageError(f"{field}: {what}." if field else f"{what[:1].upper()}{what[1:]}.", field=field)
     if isinstance(error, HTTPException) and error.status_code == 404:
         return NotFound(f"There is no page at {request.url.path}.")
     if isinstance(error, sa.exc.OperationalError):

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, get_args
 
@@ -16,7 +17,7 @@ import sqlalchemy as sa
 import typer
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sae_core.config import (
     BELONGS,
@@ -51,10 +52,12 @@ from sae_core.presets import PRESETS
 from server import doctor as doctors
 from server import estimates, jobs, terminal, tracking, up
 from server.db import Database, sqlite_path
+from server.fields import split_texts
 from server.jobs import Jobs, slug
-from server.options import built, given, options, split_texts, takes
+from server.options import built, given, options, takes
 from server.settings import Settings
-from server.store import registry, search, stored_harvests, studies, sweeps
+from server.store import manage, registry, search, stored_harvests, studies, sweeps
+from server.store.saes import find_sae
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
@@ -78,6 +81,8 @@ app.add_typer(model_app, name="model")
 app.add_typer(corpus_app, name="corpus")
 harvests_app = typer.Typer(help="Harvests that are stored.", no_args_is_help=True)
 app.add_typer(harvests_app, name="harvests")
+saes_app = typer.Typer(help="SAEs that are there.", no_args_is_help=True)
+app.add_typer(saes_app, name="saes")
 app.add_typer(study_app, name="study")
 
 Data = Annotated[
@@ -645,9 +650,16 @@ def harvests_list(data: Data = None) -> None:
     _table(names, rows, "Nothing has been harvested; `headscope harvest` does it.")
 
 
+HarvestId = Annotated[int, typer.Argument(metavar="ID", help="As `headscope harvests list` says it.")]
+SaeName = Annotated[str, typer.Argument(metavar="SAE", help="As `headscope saes list` says it.")]
+NewName = Annotated[str | None, typer.Option("--name", help="What it is to be called.", show_default="as it is")]
+Description = Annotated[str | None, typer.Option("--description", help="What is to be said of it.", show_default="as it is")]
+Undo = Annotated[bool, typer.Option("--undo", help="Bring it back.")]
+
+
 @harvests_app.command("delete", epilog="Example: [bold]headscope harvests delete 3[/bold]")
 def harvests_delete(
-    harvest_id: Annotated[int, typer.Argument(metavar="ID", help="As `headscope harvests list` says it.")],
+    harvest_id: HarvestId,
     force: Annotated[bool, typer.Option("--force", help="Even the one that the pages show.")] = False,
     data: Data = None,
 ) -> None:
@@ -655,6 +667,91 @@ def harvests_delete(
     with _opened(_settings(data=data)) as (_, db):
         stored_harvests.delete(db, harvest_id, force=force)
         _say(f"Harvest {harvest_id} is deleted.")
+
+
+@harvests_app.command("describe", epilog='Example: [bold]headscope harvests describe 3 --name "all of the corpus"[/bold]')
+def harvests_describe(harvest_id: HarvestId, name: NewName = None, description: Description = None, data: Data = None) -> None:
+    """Give a stored harvest a name and a description; what is not given stays."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        now = manage.harvest_line(session, harvest_id)
+        manage.describe_harvest(session, harvest_id, _or(name, now.name), _or(description, now.description))
+    _say(f"Harvest {harvest_id} is described.")
+
+
+@harvests_app.command("archive", epilog="Example: [bold]headscope harvests archive 3[/bold]")
+def harvests_archive(harvest_id: HarvestId, undo: Undo = False, data: Data = None) -> None:
+    """Move a stored harvest to the end of the lists; nothing of it is deleted."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        manage.archive_harvest(session, harvest_id, not undo)
+    _say(f"Harvest {harvest_id} is {'brought back' if undo else 'archived'}.")
+
+
+# ------------------------------------------------------------------------------------------------------------------ SAEs
+
+
+@saes_app.command("list")
+def saes_list(data: Data = None) -> None:
+    """SAEs that are there; archived ones last."""
+    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        rows = [
+            (
+                line.name,
+                line.model,
+                str(line.layer),
+                line.arch,
+                f"{line.d_sae:,}",
+                "" if line.harvest is None else str(line.harvest),
+                "archived" if line.archived_at else "",
+                (line.description or "").partition("\n")[0],
+            )
+            for line in manage.sae_lines(session)
+        ]
+    names = ("name", "model", "layer", "architecture", "features", "harvest shown", "", "description")
+    _table(names, rows, "There is no SAE; `headscope train` makes one.")
+
+
+@saes_app.command(
+    "describe", epilog='Example: [bold]headscope saes describe mine --name l17 --description "the best so far"[/bold]'
+)
+def saes_describe(sae: SaeName, name: NewName = None, description: Description = None, data: Data = None) -> None:
+    """Give an SAE another name, which its former one still leads to, or a description; what is not given stays."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        door = find_sae(session, sae)
+        called = manage.describe(session, door, _or(name, sae), _or(description, door.description))
+    _say(f"{sae} is {f'called {called} now' if called != sae else 'described'}.")
+
+
+@saes_app.command("archive", epilog="Example: [bold]headscope saes archive mine[/bold]")
+def saes_archive(sae: SaeName, undo: Undo = False, data: Data = None) -> None:
+    """Leave an SAE out of the first page; its pages stay."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        manage.archive(session, find_sae(session, sae), not undo)
+    _say(f"{sae} is {'brought back' if undo else 'archived'}.")
+
+
+@saes_app.command("delete", epilog="Example: [bold]headscope saes delete mine --yes[/bold]")
+def saes_delete(
+    sae: SaeName,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this only what would go is said.")] = False,
+    data: Data = None,
+) -> None:
+    """Delete an SAE with its harvests, its weights and all that people wrote about it."""
+    with _opened(_settings(data=data)) as (settings, db):
+        with db.read() as session:
+            door = find_sae(session, sae)
+            page = manage.manage_page(session, door)
+        if not yes:
+            what = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in asdict(page.belongings).items() if n)
+            raise UsageError(
+                f"{sae} would go with its weights, {len(page.harvests)} harvests{f', {what}' if what else ''}; add --yes.",
+                field="yes",
+            )
+        manage.delete_sae(db, door, settings.data)
+    _say(f"{sae} is deleted.")
+
+
+def _or(given: str | None, kept: str | None) -> str:
+    return given if given is not None else kept or ""
 
 
 # ------------------------------------------------------------------------------------------------------------- registers
@@ -672,9 +769,35 @@ def db_upgrade(data: Data = None) -> None:
     _say(f"{settings.url!r} is up to date.")
 
 
-@db_app.command("search", epilog="Example: [bold]headscope db search[/bold]")
-def db_search(data: Data = None) -> None:
-    """Make harvests searchable that were published before there was a search. Pages stay usable meanwhile."""
+@db_app.command(
+    "search",
+    epilog="Examples: [bold]headscope db search[/bold]; [bold]headscope db search dates[/bold]; "
+    '[bold]headscope db search " tide" --sae mine --by token[/bold]',
+)
+def db_search(
+    q: Annotated[str, typer.Argument(metavar="TEXT", help="What to look for.", show_default="nothing")] = "",
+    sae: Annotated[
+        str | None, typer.Option("--sae", help="Only features of this SAE, a page of them.", show_default="everything")
+    ] = None,
+    by: Annotated[str, typer.Option("--by", help="With --sae: what it is.", metavar="|".join(search.KINDS))] = "label",
+    data: Data = None,
+) -> None:
+    """Look for SAEs, features, labels and texts; without TEXT, make harvests searchable that were published before there was a
+    search. Pages stay usable meanwhile."""
+    if q:
+        kind = search.check_kind(by)
+        with _opened(_settings(data=data)) as (_, db), db.read() as session:
+            if sae is None:
+                rows = list(terminal.found_in_all(search.search_all(session, q)))
+                _table(("what", "where", "found"), rows, f"Nothing here is '{q}'.")
+                return
+            found = search.search(session, find_sae(session, sae), q, kind)
+        _table(
+            ("feature", "label", "token", "strength", "family"),
+            list(terminal.found(found)),
+            found.trouble or f"Nothing is '{q}'.",
+        )
+        return
     with _opened(_settings(data=data)) as (_, db):
         with db.read() as session:
             waiting = search.lacking(session)
@@ -794,7 +917,8 @@ def _table(heads: tuple[str, ...] | None, rows: Sequence[tuple[str, ...]], empty
     if not rows:
         _say(empty)
         return
-    table = Table(*(heads or ("", "")), box=None, show_header=heads is not None, padding=(0, 2, 0, 0))
+    columns = [Column(head, overflow="fold") for head in heads or ("", "")]
+    table = Table(*columns, box=None, show_header=heads is not None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)
     console.print(table)

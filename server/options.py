@@ -114,24 +114,6 @@ def _kind(choice: Any) -> str:
     return {int: "<int>", float: "<float>"}.get(choice, "<str>")
 
 
-# ---- values ----
-
-
-def split_texts(written: str) -> tuple[str, ...]:
-    """Texts apart at commas, their spaces kept. A backslash makes a comma a part of a text; \\n, \\t and \\\\ are as usual."""
-    texts, signs = [""], {"n": "\n", "t": "\t", "r": "\r"}
-    at = iter(written)
-    for sign in at:
-        if sign == ",":
-            texts.append("")
-        elif sign == "\\":
-            escaped = next(at, "\\")
-            texts[-1] += signs.get(escaped, escaped)
-        else:
-            texts[-1] += sign
-    return tuple(texts)
-
-
 # ---- names ----
 
 

@@ -1,4 +1,5 @@
-"""A job in the terminal: a progress bar where there is a terminal, a line now and then where there is none. No torch."""
+"""A job in the terminal: a progress bar where there is a terminal, a line now and then where there is none; and what studies and
+searches found, as lines. No torch."""
 
 import threading
 import time
@@ -11,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from server.db import Database
 from server.store import jobs as store
 from server.store.jobs import JobRecord
+from server.store.search import Found, Overall
 
 LINE_SECONDS = 30.0
 
@@ -156,6 +158,22 @@ def _of_heads(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{role}: {score}", ", ".join(f"{name} {sign * value:.2f}" for value, name in sorted(known)[: -STRONGEST - 1 : -1])
     for note in result["notes"]:
         yield "note", note
+
+
+def found(page: Found) -> Iterator[tuple[str, ...]]:
+    """What a search within an SAE found, a line each."""
+    for hit in page.hits:
+        strength = "" if hit.weight is None else f"{hit.weight:.3g}"
+        yield str(hit.index), hit.label or "", hit.token or "", strength, hit.family or "unclear"
+
+
+def found_in_all(page: Overall) -> Iterator[tuple[str, ...]]:
+    """What a search over everything found, a line each."""
+    yield from (("model", name, "") for name in page.models)
+    yield from (("SAE", sae.name, f"layer {sae.layer} of {sae.model}") for sae in page.saes)
+    yield from (("feature", f"{hit.sae} {hit.index}", f"fires on {hit.token!r}, {hit.weight:.3g}") for hit in page.tokens)
+    yield from (("label", f"{line.sae} {line.index}", line.text or "") for line in page.labels)
+    yield from (("text", name, f"{rows} row{'' if rows == 1 else 's'}") for name, rows in page.texts)
 
 
 def measures(metrics: dict[str, Any]) -> list[tuple[str, str]]:

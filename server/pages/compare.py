@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse
 
 from sae_core.config import CompareJob
@@ -19,6 +20,7 @@ from server.store.compare import (
     FeatureComparison,
     HarvestComparison,
     SaeComparison,
+    TooFew,
     choices,
     compare_features,
     compare_harvests,
@@ -61,6 +63,8 @@ class ComparePage:
     saes: SaeComparison | None = None
     features: FeatureComparison | None = None
     harvests: HarvestComparison | None = None
+    trouble: str | None = None
+    """Why the harvests of the SAE that was chosen cannot be compared."""
 
 
 @router.get("/compare", include_in_schema=False)
@@ -69,7 +73,7 @@ def compare_page(request: Request, query: Annotated[CompareQuery, Query()], read
     """What the address asks for, or the form to choose it."""
     there = choices(read)
     if query.sae:
-        page = ComparePage(query, there, harvests=compare_harvests(read, query.sae, query.harvest, query.other))
+        page = _harvests(read, query, there)
     elif not (query.a and query.b):
         page = ComparePage(query, there)
     else:
@@ -80,7 +84,14 @@ def compare_page(request: Request, query: Annotated[CompareQuery, Query()], read
             page = ComparePage(query, there, features=compare_features(read, (a[0], a[1]), (b[0], b[1])))
         else:
             page = ComparePage(query, there, saes=compare_saes(read, a[0], b[0]))
-    return reply(request, page, "compare.html")
+    return reply(request, page, "compare.html", status=TooFew.status if page.trouble else 200)
+
+
+def _harvests(read: Session, query: CompareQuery, there: tuple[Chosen, ...]) -> ComparePage:
+    try:
+        return ComparePage(query, there, harvests=compare_harvests(read, query.sae, query.harvest, query.other))
+    except TooFew as error:
+        return ComparePage(query, there, trouble=str(error))
 
 
 @router.post("/compare", include_in_schema=False)

@@ -15,6 +15,7 @@ from starlette.responses import RedirectResponse
 from server.figures import collecting
 from server.jobs import Jobs
 from server.pages.reply import Read, render, reply
+from server.pages.start import KINDS, form_for
 from server.store import jobs as store
 from server.store import studies
 from server.store.jobs import JobRecord, LogLine, WorkerRecord
@@ -46,6 +47,8 @@ class JobPage:
     """The study it made, once it is there."""
     saes: tuple[str, ...]
     """The SAEs it made, measured or swept, once they are there."""
+    form: str | None
+    """The form that starts jobs like it, at /jobs/new/."""
     counters: dict[str, float]
     """Of a harvest: `firings` and `live` features of the scan so far."""
 
@@ -55,7 +58,7 @@ class JobPage:
 def jobs_page(request: Request, read: Read) -> Response:
     """Every job."""
     page = JobsPage(tuple(store.newest(read)), tuple(store.workers(read, seen_within=60)))
-    return reply(request, page, "jobs.html", block="_jobs.html")
+    return reply(request, page, "jobs.html", block="_jobs.html", forms={kind: starts.title for kind, starts in KINDS.items()})
 
 
 @router.get("/jobs/{job_id}", include_in_schema=False)
@@ -78,6 +81,7 @@ def look(session: Session, job_id: str) -> JobPage:
         log=tuple(store.log_lines(session, job_id)),
         study=studies.of_job(session, job_id) if job.kind in ("study", "compare") else None,
         saes=() if many else saes_made_by(session, job_id, store.saes_of(job.config)),
+        form=form_for(job.kind, job.config),
         counters=points[-1].values if counted and points else {},
     )
 

@@ -1,5 +1,4 @@
-"""`/jobs/new/{kind}`: start a training, a harvest or a measurement from a form made from its config; `from` a job, run it again
-with changes."""
+"""`/jobs/new/{kind}`: start a job from a form made from its config; `from` a job, run it again with changes."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -7,10 +6,22 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 from fastapi import APIRouter, Request, Response
+from pydantic import ValidationError
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse
 
-from sae_core.config import Config, EvaluateJob, HarvestJob, TrainConfig
+from sae_core.config import (
+    AnyStudy,
+    CompareJob,
+    Config,
+    EvaluateJob,
+    HarvestJob,
+    HeadsStudy,
+    InductionStudy,
+    SpecificityStudy,
+    SweepConfig,
+    TrainConfig,
+)
 from sae_core.errors import HeadscopeError, NotFound, UsageError
 from server.forms import filled, groups, refused, typed
 from server.jobs import Jobs
@@ -32,8 +43,17 @@ class Starts(NamedTuple):
     first: tuple[str, ...]
     """Fields that most people set, in the order of the form."""
     enqueue: Callable[[Jobs, Config, str | None], str]
+    named: str = ""
+    """What a name given to the job is for; empty where it takes none."""
+    begins: Mapping[str, str] = {}
+    """What the form begins with instead of the defaults."""
 
 
+def _study(jobs: Jobs, cfg: Config, _name: str | None) -> str:
+    return jobs.enqueue_study(cast(AnyStudy, cfg))
+
+
+OF_HEADS = ("model", "layers", "corpus", "samples")
 KINDS: Mapping[str, Starts] = {
     "train": Starts(
         "Train an SAE",
@@ -41,6 +61,16 @@ KINDS: Mapping[str, Starts] = {
         TrainConfig,
         ("model", "corpus", "site.layer", "arch", "expansion", "k", "rows.tokens", "lr", "batch", "passes"),
         lambda jobs, cfg, name: jobs.enqueue_train(cast(TrainConfig, cfg), name=name),
+        named="What the SAE is called; left empty, a name that tells model, layer and config.",
+    ),
+    "sweep": Starts(
+        "Sweep settings",
+        "Many SAEs on one stream of activations, every combination of what is listed, side by side in a table.",
+        SweepConfig,
+        ("base.model", "base.corpus", "base.site.layer", "layers", "archs", "ks", "expansions", "seeds", "base.rows.tokens"),
+        lambda jobs, cfg, name: jobs.enqueue_sweep(cast(SweepConfig, cfg), name=name),
+        named="What the sweep is called; its SAEs' names begin with it.",
+        begins={"base.harvests": "0"},
     ),
     "harvest": Starts(
         "Harvest SAEs",
@@ -56,7 +86,41 @@ KINDS: Mapping[str, Starts] = {
         ("sae", "corpus", "against", "probes"),
         lambda jobs, cfg, _: jobs.enqueue_evaluate(cast(EvaluateJob, cfg)),
     ),
+    "compare": Starts(
+        "Match two SAEs",
+        "Their features matched by the cosine of decoder directions, for the page that compares them.",
+        CompareJob,
+        ("sae", "against"),
+        lambda jobs, cfg, _: jobs.enqueue_compare(cast(CompareJob, cfg)),
+    ),
+    "specificity": Starts(
+        "Hold a feature against a condition",
+        "How specific and how sensitive the feature is to a condition of yours, with examples of where they differ.",
+        SpecificityStudy,
+        ("sae", "feature", "corpus", "tokens_swept", "proxies"),
+        _study,
+    ),
+    "induction": Starts(
+        "Find induction heads",
+        "Which heads do induction, and how long a repeated prefix they need for it.",
+        InductionStudy,
+        OF_HEADS,
+        _study,
+    ),
+    "heads": Starts(
+        "Study every head",
+        "Where each head attends, and what it writes of what it reads.",
+        HeadsStudy,
+        OF_HEADS,
+        _study,
+    ),
 }
+
+
+def form_for(kind: str, config: Mapping[str, Any]) -> str | None:
+    """The form that starts jobs of a kind; of a study, that of its question."""
+    asked = str(config.get("kind")) if kind == "study" else kind
+    return asked if asked in KINDS else None
 
 
 @dataclass(frozen=True)
@@ -72,19 +136,27 @@ class StartPage:
 def blank(request: Request, kind: str, read: Read) -> Response:
     """The form with the defaults, with what the address gives (`sae=`, `model=`), or with a job's config."""
     starts = _starts(kind)
-    source = request.query_params.get("from")
-    values = {}
+    given = {key: value for key, value in request.query_params.items() if value}
+    source, name = given.pop("from", None), given.pop("name", "")
+    values = dict(starts.begins)
     if source:
         job = store.get(read, source)
-        if job.kind != kind:
+        if form_for(job.kind, job.config) != kind:
             raise UsageError(f"{source} is a {job.kind} job, and this form starts a {kind} job.", field="from")
-        values = typed(job.config)
-    given = {key: value for key, value in request.query_params.items() if key != "from"}
+        values |= typed(starts.model, _whole(starts.model, job.config))
     if kind == "harvest" and "sae" in given:
         given["saes"] = given.pop("sae")
     if "sae" in given or "saes" in given:
-        values = _of_sae(read, kind, given.get("sae") or given["saes"].split(",")[0]) | values
-    return _shown(request, read, StartPage(kind, source), starts, values | given, {}, "")
+        values = _of_sae(read, starts.model, given.get("sae") or given["saes"].split(",")[0]) | values
+    return _shown(request, read, StartPage(kind, source), starts, values | given, {}, name)
+
+
+def _whole(model: type[Config], stored: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A stored config as today's config says it; as it is where that is not possible."""
+    try:
+        return model.model_validate(stored).model_dump(mode="json")
+    except ValidationError:
+        return stored
 
 
 @router.post("/jobs/new/{kind}", include_in_schema=False)
@@ -122,18 +194,17 @@ def _shown(
     corpora = [record.name for record in registry.corpora(session)]
     saes = sorted(registry.sae_names(session))
     known = {"model": models, "corpus": corpora, "sae": saes, "saes": saes, "against": saes}
-    lacking = [
-        what
-        for what, there in (("model", models), ("corpus", corpora), ("SAE", saes))
-        if not there and (what != "SAE" if page.kind == "train" else what != "model")
-    ]
+    made = groups(starts.model, values, errors, first=starts.first, known=known)
+    needed = {one.name.rpartition(".")[2] for group in made for one in group.inputs if one.required}
+    wanted = {"model": "model", "corpus": "corpus", "sae": "SAE", "saes": "SAE"}
+    lacking = [what for name, what in wanted.items() if name in needed and not known[name]]
     return reply(
         request,
         page,
         "start.html",
         status=422 if errors else 200,
         starts=starts,
-        groups=groups(starts.model, values, errors, first=starts.first, known=known),
+        groups=made,
         errors=errors,
         lacking=lacking,
         name=name,
@@ -141,13 +212,13 @@ def _shown(
     )
 
 
-def _of_sae(session: Session, kind: str, name: str) -> dict[str, str]:
+def _of_sae(session: Session, model: type[Config], name: str) -> dict[str, str]:
     """What a job about an SAE best begins with: the corpus and the rows that it was trained on, so that what was held out is."""
     stored = find_sae(session, name).config.get("train")
     if not stored:
         return {}
     train = TrainConfig.model_validate(stored)
     begun: dict[str, Any] = {"corpus": train.corpus, "rows": train.rows.model_dump()}
-    if kind == "harvest" and train.harvests:
+    if train.harvests:
         begun["harvest"] = train.harvests[-1].model_dump()
-    return typed(begun)
+    return typed(model, begun)

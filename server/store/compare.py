@@ -18,6 +18,10 @@ LARGEST_CHANGES = 30
 """Features whose density changed most that are listed."""
 
 
+class TooFew(NotFound):
+    """An SAE has fewer than two harvests."""
+
+
 @dataclass(frozen=True)
 class Chosen:
     """An SAE that can be compared."""
@@ -161,7 +165,7 @@ def compare_harvests(session: Session, sae: str, a: int | None, b: int | None) -
     ).all()
     of = {harvest.id: (harvest, corpus) for harvest, corpus in found}
     if len(of) < 2:
-        raise NotFound(f"{sae} has {'one harvest' if of else 'no harvest'}, and two are needed to compare.", field="sae")
+        raise TooFew(f"{sae} has {'one harvest' if of else 'no harvest'}, and two are needed to compare.", field="sae")
     ids = list(of)
     wanted = [ids[1] if a is None else a, ids[0] if b is None else b]
     for one in wanted:

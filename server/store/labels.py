@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field
@@ -118,6 +118,14 @@ class LabelsPage:
     """`before` of the next page; None on the last."""
 
 
+class LabelFound(NamedTuple):
+    """A label that contains what was looked for."""
+
+    id: int
+    index: int
+    text: str
+
+
 # ---- reading ----
 
 _HOLDS = Label.ended_at.is_(None)
@@ -142,6 +150,19 @@ def labelled(harvest_id: int, idx: Any, containing: str | None = None) -> sa.Col
     found = found if containing is None else found.where(Label.text.icontains(containing, autoescape=True))
     there: sa.ColumnElement[bool] = idx.in_(found)
     return there
+
+
+def labels_containing(session: Session, sae_id: int, text: str, before: int | None, limit: int) -> list[LabelFound]:
+    """Features of an SAE with a label that contains `text`, in upper or lower case: the newest such label of each, newest
+    first, those older than the label `before`."""
+    newest = sa.func.max(Label.id).label("id")
+    found = sa.select(newest).where(Label.sae_id == sae_id, _HOLDS, Label.text.icontains(text, autoescape=True))
+    found = found.group_by(Label.idx)
+    if before is not None:
+        found = found.having(newest < before)
+    chosen = found.order_by(newest.desc()).limit(limit).subquery()
+    rows = session.execute(sa.select(Label.id, Label.idx, Label.text).join(chosen, chosen.c.id == Label.id))
+    return sorted((LabelFound(*row) for row in rows), reverse=True)
 
 
 def feature_labels(session: Session, sae: SaeRef, sae_id: int, index: int) -> FeatureLabels:

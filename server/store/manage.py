@@ -18,7 +18,7 @@ from server.store.jobs import OPEN, saes_of
 from server.store.labels import touch
 from server.store.people import LONGEST_TITLE, many_lines, one_line
 from server.store.saes import Door, SaeRef
-from server.tables import SAE, Corpus, FormerName, Harvest, Job, Label, ListEntry, Note, Review, Star, Study, now
+from server.tables import SAE, Corpus, FormerName, Harvest, Job, Label, ListEntry, Model, Note, Review, Star, Study, now
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -40,6 +40,21 @@ class HarvestLine:
     n_examples: int
     created_at: datetime
     archived_at: datetime | None
+
+
+@dataclass(frozen=True)
+class SaeLine:
+    """An SAE as `headscope saes list` shows it."""
+
+    name: str
+    model: str
+    layer: int
+    arch: str
+    d_sae: int
+    harvest: int | None
+    """The one that is shown."""
+    archived_at: datetime | None
+    description: str | None
 
 
 @dataclass(frozen=True)
@@ -98,6 +113,13 @@ def manage_page(session: Session, door: Door) -> ManagePage:
 def archive_page(session: Session) -> ArchivePage:
     """Every archived SAE."""
     return ArchivePage(archived_cards(session))
+
+
+def sae_lines(session: Session) -> tuple[SaeLine, ...]:
+    """Every SAE, by name; archived ones last."""
+    columns = (SAE.name, Model.name, SAE.layer, SAE.arch, SAE.d_sae, SAE.harvest_id, SAE.archived_at, SAE.description)
+    listed = sa.select(*columns).join(Model, Model.id == SAE.model_id).order_by(SAE.archived_at.is_not(None), SAE.name)
+    return tuple(SaeLine(*row) for row in session.execute(listed))
 
 
 def harvest_line(session: Session, harvest_id: int) -> HarvestLine:

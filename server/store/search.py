@@ -1,4 +1,4 @@
-"""Search: which features fire on a token, promote or suppress it, and which have examples with a given text.
+"""Search: which features fire on a token, promote or suppress it, have examples with a given text, or are called by a label.
 
 What is searched is written once a harvest's parts are, before it is published, in chunks as harvests.py writes them; an
 older harvest is filled by `headscope db search`. Of each feature at most `TOKENS_KEPT` tokens are kept: those on which its
@@ -26,6 +26,7 @@ from sae_core.errors import UsageError
 from server.db import Database
 from server.store.features import FeatureRow, Snippet, feature_rows
 from server.store.harvests import Fence, cut, write_chunks
+from server.store.labels import LabelLine, LabelQuery, labels_containing, labels_page
 from server.store.saes import Door, SaeRef, sae_ref
 from server.store.walk import Place
 from server.tables import SAE, Context, Corpus, Example, Feature, FeatureDetail, FeatureToken, Harvest, HarvestPart, Model, Token
@@ -48,8 +49,8 @@ TEXT_ROWS = 24
 TEXT_EXAMPLES = 1500
 """Examples in them that are looked at."""
 
-Kind = Literal["text", "token", "promotes", "suppresses"]
-KINDS: tuple[Kind, ...] = ("text", "token", "promotes", "suppresses")
+Kind = Literal["text", "token", "promotes", "suppresses", "label"]
+KINDS: tuple[Kind, ...] = ("text", "token", "promotes", "suppresses", "label")
 _OF_KIND: dict[str, int] = {"token": FIRES, "promotes": PROMOTES, "suppresses": SUPPRESSES}
 
 
@@ -303,6 +304,8 @@ class Hit:
     rank: int | None
     within: bool
     """The feature fires within the text that was looked for."""
+    label: str | None
+    """What people, or else a method, call it; where labels were searched, the one that was found."""
 
 
 @dataclass(frozen=True)
@@ -327,23 +330,30 @@ class Found:
 
 def search(session: Session, door: Door, q: str, kind: Kind, after: str | None = None) -> Found:
     """Features of an SAE's published harvest for `q`."""
-    q = q[:LONGEST]
+    q = asked(q)
     trouble = _trouble(session, door, q, kind)
     if trouble or door.sae.harvest is None:
         return Found(door.sae, q, kind, (), (), 0, False, None, trouble)
     if kind == "text":
         return _search_text(session, door, q)
+    if kind == "label":
+        return _search_label(session, door, q, after)
     return _search_token(session, door, q, kind, after)
+
+
+def asked(q: str) -> str:
+    """What is looked for: as much of `q` as is looked at, without the one character that no database holds."""
+    return q[:LONGEST].replace("\0", "")
 
 
 def _trouble(session: Session, door: Door, q: str, kind: Kind) -> str | None:
     if door.sae.harvest is None:
         return f"{door.sae.name} has no published harvest yet, so there is nothing to search."
-    if not q or (not q.strip() and kind == "text"):
+    if not q or (not q.strip() and kind in ("text", "label")):
         return "Type what to look for."
     if kind == "text" and not words(q):
         return f"'{q.strip()}' has no letter or digit in it, and texts are searched by words; look for it as a token."
-    if not _is_searched(session, door.sae.harvest.id):
+    if kind != "label" and not _is_searched(session, door.sae.harvest.id):
         return "This harvest was made before there was a search; `headscope db search` makes it searchable."
     return None
 
@@ -402,9 +412,24 @@ def _hit(sae: str, line: FeatureRow, **told: Any) -> Hit:
         "rank": None,
         "within": False,
         "snippet": line.snippet,
+        "label": line.label,
         **told,
     }
     return Hit(sae=sae, index=line.index, family=line.family, verdict=line.verdict, max_act=line.max_act, **given)
+
+
+# ---- labels ----
+
+
+def _search_label(session: Session, door: Door, q: str, after: str | None) -> Found:
+    """The features with such a label, the newest label first. Labels are searched as they are written, whatever the harvest."""
+    before = None if after is None else Place.read(after, "label").idx
+    found = labels_containing(session, door.id, q.strip(), before, PAGE + 1)
+    shown = found[:PAGE]
+    lines = {line.index: line for line in feature_rows(session, door, None, [row.index for row in shown])}
+    hits = tuple(_hit(door.sae.name, lines[row.index], label=row.text) for row in shown if row.index in lines)
+    more = str(Place(None, shown[-1].id)) if len(found) > PAGE else None
+    return Found(door.sae, q, "label", hits, (), 0, False, more, None)
 
 
 # ---- texts ----
@@ -493,6 +518,10 @@ class Overall:
     tokens: tuple[Hit, ...]
     """Features that fire on the token, the strongest of each SAE, relative to their own maximum."""
     spellings: tuple[str, ...]
+    labels: tuple[LabelLine, ...]
+    """Labels that contain it, of every SAE, newest first."""
+    more_labels: bool
+    """There are further ones."""
     texts: tuple[tuple[str, int], ...]
     """SAEs in whose examples' rows the text stands, and in how many of the rows looked at."""
     trouble: str | None
@@ -500,13 +529,14 @@ class Overall:
 
 MOST_SAES = 40
 PER_SAE = 3
+MOST_LABELS = 20
 
 
 def search_all(session: Session, q: str) -> Overall:
-    """SAEs and models by name, features by token, SAEs by text; of the newest `MOST_SAES` published harvests."""
-    q = q[:LONGEST]
+    """SAEs and models by name, features by token and by label, SAEs by text; of the newest `MOST_SAES` published harvests."""
+    q = asked(q)
     if not q.strip():
-        return Overall(q, (), (), (), (), (), "Type what to look for.")
+        return Overall(q, (), (), (), (), (), False, (), "Type what to look for.")
     name = q.strip().casefold()
     models = [one for one in session.scalars(sa.select(Model.name).order_by(Model.name)) if name in one.casefold()]
     there = session.execute(
@@ -519,12 +549,15 @@ def search_all(session: Session, q: str) -> Overall:
     refs = [sae_ref(*row) for row in there]
     searched = [ref for ref in refs if ref.harvest is not None][:MOST_SAES]
     tokens = spellings(session, q)
+    labels = labels_page(session, LabelQuery(q=q.strip(), limit=MOST_LABELS))
     return Overall(
         q=q,
         models=tuple(models),
         saes=tuple(ref for ref in refs if name in ref.name.casefold() or name in ref.hook.casefold())[:PAGE],
         tokens=tuple(_tokens_of_all(session, searched, {row.id: row.text for row in tokens})),
         spellings=tuple(row.text for row in tokens),
+        labels=labels.lines,
+        more_labels=labels.next is not None,
         texts=tuple(_texts_of_all(session, searched, q)),
         trouble=None,
     )
@@ -540,7 +573,7 @@ def _tokens_of_all(session: Session, refs: Sequence[SaeRef], texts: dict[int, st
                 other = known[row.idx]
                 yield Hit(
                     ref.name, row.idx, other.family, other.verdict, other.max_act, None, texts[row.token_id], row.weight, row.n,
-                    None, None, False,
+                    None, None, False, None,
                 )  # fmt: skip
 
 

@@ -22,6 +22,8 @@ from server.tables import Feature, FeatureHead
 if TYPE_CHECKING:
     from server.store.features import FeatureFilter
 
+LARGEST_BITS = 31
+"""Of an index, which both databases hold in 32 bits with its sign."""
 REACH = 2000
 """Features of the order that are looked at before all are."""
 IN_ORDER = "INDEXED BY sqlite_autoindex_feature_1"
@@ -48,7 +50,9 @@ class Place(NamedTuple):
         """The place that an address names; UsageError when it names none."""
         value, _, index = text.rpartition("~")
         try:
-            return cls(None if value == "" else value if key == "family" else float(value), int(index))
+            if (idx := int(index)).bit_length() > LARGEST_BITS:
+                raise ValueError(f"{idx} is more than a database counts to")
+            return cls(None if value == "" else value if key == "family" else float(value), idx)
         except ValueError as error:
             raise UsageError(f"'{text}' is no place in this table; start again without it.", field="after") from error
 

@@ -14,7 +14,7 @@ from sae_core.corpus import Rows
 from sae_core.errors import LayerOutOfRange, NotFound, UnknownCorpus, UnknownModel
 from sae_core.lens import load_lens
 from sae_core.saes import load_sae
-from server.options import split_texts
+from server.fields import split_texts
 from server.store import registry, studies
 from tests.jobs.conftest import Home, WorkerProcess, make_home, tiny_config, wait_for
 from tests.jobs.test_worker import log_of, working

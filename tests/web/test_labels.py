@@ -7,7 +7,7 @@ from fastapi.testclient import TestClient
 from server.app import create_app
 from server.db import Database
 from server.settings import Settings
-from server.store import labels
+from server.store import labels, search
 from server.store.saes import find_sae
 from server.tables import Label
 from tests.web.conftest import SAE, Visit
@@ -230,3 +230,34 @@ def test_a_feature_that_is_not_there_gets_no_label(maren: TestClient) -> None:
     assert maren.post(f"{FEATURE}/labels/99/withdraw").status_code == 404
     assert maren.post(f"{FEATURE}/notes/99/delete").status_code == 404
     assert maren.post(f"{FEATURE}/labels", data={"label": "x", "follows": "abc"}).status_code == 404
+
+
+def test_a_label_is_found_wherever_one_searches(maren: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index, text in ((3, "Dates"), (8, "names of boats"), (9, "update verbs"), (3, "more dates")):
+        maren.post(f"{SAE}/features/{index}/labels", data={"label": text})
+
+    def hits(q: str, after: str = "") -> tuple[list[tuple[int, str]], str | None]:
+        found = maren.get(f"{SAE}/search.json", params={"q": q, "kind": "label"} | ({"after": after} if after else {})).json()
+        assert found["trouble"] is None, "labels need no index of the harvest's"
+        return [(hit["index"], hit["label"]) for hit in found["hits"]], found["next"]
+
+    assert hits("DATE") == ([(3, "more dates"), (9, "update verbs")], None)
+    assert hits("%") == ([], None)
+    assert hits("date\0s")[0] == [(3, "more dates")]
+    monkeypatch.setattr(search, "PAGE", 1)
+    first, more = hits("date")
+    assert first + hits("date", more or "")[0] == [(3, "more dates"), (9, "update verbs")]
+    everywhere = maren.get("/search.json?q=date").json()
+    assert [(line["index"], line["text"]) for line in everywhere["labels"]] == [
+        (3, "more dates"),
+        (9, "update verbs"),
+        (3, "Dates"),
+    ]
+    shown = Reader(maren.get(f"{SAE}/search?q=boats&kind=label").text)
+    assert "names of boats" in shown.text
+    assert any(a["href"].endswith("/features/8") for a in shown.all("a"))
+    assert "names of boats" in Reader(maren.get("/search?q=boats").text).text
+    assert "No label of a feature" in Reader(maren.get(f"{SAE}/search?q=zzz&kind=label").text).text
+    withdrawn = known(maren, 8)["labels"][0]["id"]
+    maren.post(f"{SAE}/features/8/labels/{withdrawn}/withdraw")
+    assert hits("boats") == ([], None)

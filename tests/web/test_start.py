@@ -1,22 +1,42 @@
 """Forms that start jobs: made from the configs, nothing lost when refused, filled from a job that was run before."""
 
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
-from sae_core.config import EvaluateJob, HarvestJob, TrainConfig
+from sae_core.config import (
+    CompareJob,
+    Config,
+    EvaluateJob,
+    HarvestConfig,
+    HarvestJob,
+    HeadsStudy,
+    InductionProxy,
+    InductionStudy,
+    RegexProxy,
+    Site,
+    SpecificityStudy,
+    SweepConfig,
+    TokensProxy,
+    TrainConfig,
+)
 from server import jobs
 from server.app import create_app
 from server.db import Database
 from server.forms import filled, typed
+from server.pages import start
 from server.settings import Settings
 from server.store import jobs as store
+from server.tables import SAE as SAE_TABLE
 from tests.web.conftest import at, put
 from tests.web.factory import Shape
 from tests.web.reading import Reader
+from tests.web.test_compare import CONFIG
 
 TRAIN = {"model": "smollm2-135m", "corpus": "demo", "site.layer": "3"}
 
@@ -26,6 +46,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     settings = put(at(tmp_path_factory.mktemp("start")), Shape(n_features=12, n_dead=1))
     database = Database(settings.url)
     jobs.upgrade(settings, database)
+    with database.write() as session:
+        session.execute(sa.update(SAE_TABLE).values(config=CONFIG))
     database.close()
     return settings
 
@@ -43,14 +65,27 @@ def send(web: TestClient, kind: str, **fields: str) -> "tuple[int, str, str]":
 
 
 def values(html: str) -> dict[str, str]:
-    """What stands in the form's inputs; of a select without a chosen option, its first."""
-    page = Reader(html)
-    found, select = {}, ""
-    for tag, attributes in page.elements:
+    """What a browser would send of the form: of a select the chosen option, else its first."""
+    found: dict[str, str] = {}
+    select: str | None = None
+    for tag, attributes, text in options(html):
         if tag == "input" and "name" in attributes and attributes.get("type") != "hidden":
             found[attributes["name"]] = attributes["value"]
-        select = attributes["name"] if tag == "select" else select
+        elif tag == "select":
+            select = attributes["name"]
+        elif tag == "option" and select is not None and "value" not in attributes:
+            if "selected" in attributes:
+                found[select] = text
+            found.setdefault(select, text)
     return found
+
+
+def options(html: str) -> Iterator[tuple[str, dict[str, str], str]]:
+    """Elements with the text that follows each."""
+    for part in html.split("<")[1:]:
+        tag = Reader(f"<{part}")
+        for name, attributes in tag.elements:
+            yield name, attributes, unescape(part.partition(">")[2])
 
 
 def test_the_form_has_every_field_of_the_config_with_its_words(web: TestClient) -> None:
@@ -63,17 +98,106 @@ def test_the_form_has_every_field_of_the_config_with_its_words(web: TestClient) 
         assert f'name="{name}"' in html
 
 
-@pytest.mark.parametrize(("kind", "model"), [("train", TrainConfig), ("harvest", HarvestJob), ("evaluate", EvaluateJob)])
-def test_a_form_sent_as_it_came_gives_the_defaults(web: TestClient, kind: str, model: type[TrainConfig]) -> None:
-    needed = {
-        "train": TRAIN,
-        "harvest": {"saes": "smollm2-l17", "corpus": "demo"},
-        "evaluate": {"sae": "smollm2-l17", "corpus": "demo"},
-    }
-    sent = values(web.get(f"/jobs/new/{kind}").text) | needed[kind]
+SAE = {"sae": "smollm2-l17", "corpus": "demo"}
+NEEDED = {
+    "train": TRAIN,
+    "sweep": {f"base.{name}": value for name, value in TRAIN.items()} | {"base.harvests": "0"},
+    "harvest": {"saes": "smollm2-l17", "corpus": "demo"},
+    "evaluate": SAE,
+    "compare": {"sae": "smollm2-l17", "against": "other"},
+    "specificity": SAE | {"feature": "3", "proxies.0.texts": " board, Board"},
+    "induction": {"model": "smollm2-135m"},
+    "heads": {"model": "smollm2-135m"},
+}
+
+
+@pytest.mark.parametrize("kind", start.KINDS)
+def test_a_form_sent_as_it_came_gives_the_defaults(web: TestClient, kind: str) -> None:
+    model = start.KINDS[kind].model
+    sent = values(web.get(f"/jobs/new/{kind}").text) | NEEDED[kind]
     result = filled(model, sent)
     assert result.errors == {}
-    assert result.config == filled(model, needed[kind]).config
+    assert result.config == filled(model, NEEDED[kind]).config
+
+
+def examples() -> Iterator[tuple[str, Config]]:
+    """Configs of each kind in which much differs from the defaults."""
+    train = TrainConfig(model="smollm2-135m", corpus="demo", site=Site(layer=2))
+    yield "train", train.model_copy(update={"harvests": ()})
+    yield "train", train.model_copy(update={"harvests": (HarvestConfig(tokens=9), HarvestConfig(bands=2), HarvestConfig())})
+    each = {"relu": {"lr": 1 / 3}}
+    yield "sweep", SweepConfig(base=train, layers=(3, 4), archs=("relu", "topk"), ks=(7, 9), each=each)
+    yield "sweep", SweepConfig(base=train.model_copy(update={"harvests": ()}), layers="all")
+    yield "harvest", HarvestJob(saes=("smollm2-l17",), corpus="demo", harvest=HarvestConfig(tokens=77))
+    yield "evaluate", EvaluateJob(sae="smollm2-l17", corpus="demo", against=("a", "b"))
+    yield "compare", CompareJob(sae="smollm2-l17", against="other")
+    proxies = (
+        InductionProxy(texts=(" board", "a,b\\", "\n")),
+        RegexProxy(pattern="[.!?]{1,2} ", on="token", negated=True),
+        TokensProxy(texts=(" ",)),
+    )
+    yield "specificity", SpecificityStudy(sae="smollm2-l17", feature=3, corpus="demo", proxies=proxies, bins=7)
+    yield "induction", InductionStudy(model="smollm2-135m", layers=(1, 2), corpus="demo", samples=7)
+    yield "heads", HeadsStudy(model="smollm2-135m", vocabulary=99)
+
+
+@pytest.mark.parametrize(("kind", "config"), list(examples()), ids=lambda one: one if isinstance(one, str) else one.hash())
+def test_a_job_of_any_kind_run_again_is_the_same_job(web: TestClient, place: Settings, kind: str, config: Config) -> None:
+    job_id = f"{kind}-again-{config.hash()}"
+    stored = config.model_dump(mode="json")
+    database = Database(place.url)
+    with database.write() as session:
+        store.create(session, job_id, "study" if "kind" in stored else kind, "Again", stored)
+    database.close()
+    assert f'href="/jobs/new/{kind}?from={job_id}"' in web.get(f"/jobs/{job_id}").text
+    assert filled(type(config), values(web.get(f"/jobs/new/{kind}?from={job_id}").text)).config == config
+
+
+@pytest.mark.parametrize(
+    ("kind", "starts"), [("sweep", "sweep-"), ("specificity", "study-"), ("induction", "study-"), ("heads", "study-")]
+)
+def test_a_job_of_any_kind_is_queued(web: TestClient, kind: str, starts: str) -> None:
+    listed = {"ks": "16,32"} if kind == "sweep" else {}
+    status, where, html = send(web, kind, **NEEDED[kind], **listed)
+    assert (status, where.startswith(f"/jobs/{starts}")) == (303, True), Reader(html).text
+
+
+def test_as_many_conditions_as_are_asked_for_have_inputs(web: TestClient) -> None:
+    html = web.get("/jobs/new/specificity?sae=smollm2-l17&feature=3&proxies=2&name=&tokens_swept=99").text
+    shown = values(html)
+    assert {"proxies.0.kind", "proxies.1.kind", "proxies.1.pattern"} <= set(shown)
+    assert "proxies.2.kind" not in shown
+    assert (shown["feature"], shown["tokens_swept"]) == ("3", "99")
+    assert 'formmethod="get"' in html
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent", "field", "said"),
+    [
+        (
+            "specificity",
+            {"proxies.0.kind": "regex", "proxies.0.pattern": "(", "proxies.0.texts": ""},
+            "proxies.0",
+            "no regular expression",
+        ),
+        ("specificity", {"proxies.0.kind": "regex", "proxies.0.texts": ""}, "proxies.0.pattern", "This is needed."),
+        ("specificity", {"proxies.0.pattern": "x"}, "proxies.0.pattern", "leave it empty"),
+        ("specificity", {"proxies": "many"}, "proxies", "valid tuple"),
+        ("specificity", {"proxies": "0", "proxies.0.texts": ""}, "proxies", "at least 1"),
+        ("specificity", {"feature": "4096"}, "feature", "no feature 4096"),
+        ("sweep", {"ks": "16,16"}, "ks", "lists a value twice"),
+        ("sweep", {"each": "{"}, "each", "valid dictionary"),
+        ("sweep", {"base.warmup": "0.9", "base.decay": "0.9", "ks": "1,2"}, "base.warmup", "more than the whole run"),
+        ("induction", {"length": "16"}, "length", "no room for a prefix"),
+        ("heads", {"layers": "1,44"}, "", "there is no layer 44"),
+    ],
+)
+def test_what_is_wrong_with_any_kind_stands_beside_its_input(
+    web: TestClient, kind: str, sent: dict[str, str], field: str, said: str
+) -> None:
+    status, _, html = send(web, kind, **(NEEDED[kind] | sent))
+    assert status == 422
+    assert said in (html[html.index(f'id="{field}') :] if field else html)
 
 
 def test_a_job_is_queued_with_what_was_typed(web: TestClient, place: Settings) -> None:
@@ -136,7 +260,7 @@ def test_what_is_typed_reads_back_as_the_same_config() -> None:
     cfg = TrainConfig(
         model="m", corpus="c", site={"layer": 1}, lr=0.1 + 0.2, sink_norm=None, harvests=({"tokens": 9}, {"bands": 2})
     )
-    assert filled(TrainConfig, typed(cfg.model_dump(mode="json"))).config == cfg
+    assert filled(TrainConfig, typed(TrainConfig, cfg.model_dump(mode="json"))).config == cfg
 
 
 def test_a_form_about_an_sae_begins_with_it(web: TestClient) -> None:
