@@ -123,16 +123,19 @@ def groups(
     *,
     first: Iterable[str],
     known: Mapping[str, Iterable[str]],
+    usual: Mapping[str, str],
 ) -> list[Group]:
-    """The form's groups: `first` in front, then each config's own fields. `known` has what can stand in a field."""
-    every = {one.name: one for one in _inputs([model], values, errors, known)}
+    """The form's groups: `first` in front, then each config's own fields. `known` has what can stand in a field, `usual` what
+    stands there instead of the default."""
+    found = _inputs([model], {**usual, **values}, errors, known)
+    every = {one.name: one._replace(default=usual.get(one.name, one.default)) for one in found}
     front = tuple(every.pop(name) for name in first)
-    found = [Group("", "", front, True)]
+    begin = [Group("", "", front, True)]
     rest: dict[str, list[Input]] = {}
     for one in every.values():
         rest.setdefault(one.name.rpartition(".")[0], []).append(one)
     others = [Group(name, _words(model, name), tuple(inputs), False) for name, inputs in sorted(rest.items())]
-    return found + sorted(others, key=lambda group: not group.needed)
+    return begin + sorted(others, key=lambda group: not group.needed)
 
 
 def _words(model: type[Config], path: str) -> str:

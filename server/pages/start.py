@@ -138,12 +138,12 @@ def blank(request: Request, kind: str, read: Read) -> Response:
     starts = _starts(kind)
     given = {key: value for key, value in request.query_params.items() if value}
     source, name = given.pop("from", None), given.pop("name", "")
-    values = dict(starts.begins)
+    values: dict[str, str] = {}
     if source:
         job = store.get(read, source)
         if form_for(job.kind, job.config) != kind:
             raise UsageError(f"{source} is a {job.kind} job, and this form starts a {kind} job.", field="from")
-        values |= typed(starts.model, _whole(starts.model, job.config))
+        values = typed(starts.model, _whole(starts.model, job.config))
     if kind == "harvest" and "sae" in given:
         given["saes"] = given.pop("sae")
     if "sae" in given or "saes" in given:
@@ -194,7 +194,7 @@ def _shown(
     corpora = [record.name for record in registry.corpora(session)]
     saes = sorted(registry.sae_names(session))
     known = {"model": models, "corpus": corpora, "sae": saes, "saes": saes, "against": saes}
-    made = groups(starts.model, values, errors, first=starts.first, known=known)
+    made = groups(starts.model, values, errors, first=starts.first, known=known, usual=starts.begins)
     needed = {one.name.rpartition(".")[2] for group in made for one in group.inputs if one.required}
     wanted = {"model": "model", "corpus": "corpus", "sae": "SAE", "saes": "SAE"}
     lacking = [what for name, what in wanted.items() if name in needed and not known[name]]

@@ -122,7 +122,7 @@ class LabelFound(NamedTuple):
     """A label that contains what was looked for."""
 
     id: int
-    index: int
+    idx: int
     text: str
 
 

@@ -426,8 +426,8 @@ def _search_label(session: Session, door: Door, q: str, after: str | None) -> Fo
     before = None if after is None else Place.read(after, "label").idx
     found = labels_containing(session, door.id, q.strip(), before, PAGE + 1)
     shown = found[:PAGE]
-    lines = {line.index: line for line in feature_rows(session, door, None, [row.index for row in shown])}
-    hits = tuple(_hit(door.sae.name, lines[row.index], label=row.text) for row in shown if row.index in lines)
+    lines = {line.index: line for line in feature_rows(session, door, None, [row.idx for row in shown])}
+    hits = tuple(_hit(door.sae.name, lines[row.idx], label=row.text) for row in shown if row.idx in lines)
     more = str(Place(None, shown[-1].id)) if len(found) > PAGE else None
     return Found(door.sae, q, "label", hits, (), 0, False, more, None)
 

@@ -135,8 +135,8 @@ def test_an_engine_that_cannot_answer_says_why_and_the_page_stays(
     ("asks", "status", "said"),
     [
         ("?band=0&rank=99", 404, "keeps no example 99 in band 0"),
-        ("", 422, "give either band and rank of an example, or tokens"),
-        ("?band=0&rank=0&tokens=1,2", 422, "give either"),
+        ("", 422, "Give either band and rank of an example, or tokens"),
+        ("?band=0&rank=0&tokens=1,2", 422, "Give either"),
         ("?tokens=1,x", 422, "tokens"),
         ("?band=0&rank=0&head=9", 422, "Head 9 does not exist"),
     ],
