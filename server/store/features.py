@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, UsageError
@@ -30,7 +30,7 @@ class FeatureFilter(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    sort: str | None = None
+    sort: str | None = Field(None, json_schema_extra={"enum": [*SORT_KEYS, *(f"-{key}" for key in SORT_KEYS)]})
     """Column to sort by; a leading `-` turns the order round. Without it: `-head_share` when a head is given, else `-max`."""
     head: int | None = Field(None, ge=0)
     """Show and sort shares of this head; without it, of each feature's leading head."""
@@ -65,10 +65,15 @@ class FeatureFilter(BaseModel):
         # A form sends an untouched field as an empty string.
         return {key: value for key, value in given.items() if value != ""} if isinstance(given, dict) else given
 
+    @field_validator("sort")
+    @classmethod
+    def _known_sort(cls, sort: str | None) -> str | None:
+        if sort is not None and sort.removeprefix("-") not in SORT_KEYS:
+            raise ValueError(f"there is no column '{sort.removeprefix('-')}' to sort by; the columns are {', '.join(SORT_KEYS)}")
+        return sort
+
     @model_validator(mode="after")
-    def _known_sort(self) -> Self:
-        if self.key not in SORT_KEYS:
-            raise ValueError(f"there is no column '{self.key}' to sort by; the columns are {', '.join(SORT_KEYS)}")
+    def _has_its_head(self) -> Self:
         if (self.leads or self.leads_dfa) and self.head is None:
             raise ValueError(f"`{'leads' if self.leads else 'leads_dfa'}` needs a head: add head=0, for example")
         return self
