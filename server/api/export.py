@@ -1,7 +1,8 @@
 """A selection of features as a file, made while it is sent: as many at a time as fit into little memory, whatever the size.
 
 The request's own session ends with the handler, so each part is read in a short one of its own. A published harvest never
-changes, so the parts fit together; where it is deleted meanwhile, the stream breaks off instead of ending early.
+changes, so the parts fit together; where it is deleted meanwhile, or labels that are filtered by change, the stream breaks off
+instead of ending as if it were whole.
 """
 
 import csv
@@ -53,19 +54,23 @@ class Source(NamedTuple):
     db: "Database"
     door: Door
     query: Selection
+    count: int
+    """How many features that are."""
 
     def read(self, n_at_once: int = READ) -> Iterator[list[FeatureParts]]:
         """The features selected, in order, some at a time."""
         query, asked = self.query, self.query.parts
+        sent = 0
         others, examples = "others" in asked, not asked.isdisjoint(parts.OF_EXAMPLES)
         for indices in self._walked():
             for begin in range(0, len(indices), n_at_once):
                 with self.db.read() as session:
                     part = indices[begin : begin + n_at_once]
                     pages = feature_pages(session, self.door, part, every=query.all_examples, others=others, examples=examples)
-                if len(pages) != len(part):
-                    raise RuntimeError(f"The harvest of {self.door.sae.name} was deleted while it was exported.")
+                sent += len(pages)
                 yield [parts.of_page(page, asked) for page in pages]
+        if sent != self.count:  # the answer's status is sent: all that can be done is to break off, which a client sees
+            raise RuntimeError(f"{self.door.sae.name} was to give {self.count} features and gave {sent}: it changed meanwhile.")
 
     def _walked(self) -> Iterator[list[int]]:
         walk, at = walk_of(self.door, self.query), None
@@ -79,7 +84,7 @@ class Source(NamedTuple):
                 return
 
 
-def exported(source: Source, count: int) -> StreamingResponse:
+def exported(source: Source) -> StreamingResponse:
     """The reply that streams it; what cannot be is refused before it begins."""
     kind = source.query.format
     make: Callable[[Source], Iterator[bytes]] = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}[kind]
@@ -88,7 +93,7 @@ def exported(source: Source, count: int) -> StreamingResponse:
     headers = {
         "Content-Disposition": f'attachment; filename="{file_name(f"{source.door.sae.name}-features")}.{kind}"',
         "Cache-Control": "private, no-cache",
-        "X-Headscope-Features": str(count),
+        "X-Headscope-Features": str(source.count),
     }
     return StreamingResponse(make(source), 200, headers, media_type=MEDIA[kind])
 

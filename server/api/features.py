@@ -57,7 +57,7 @@ def export_features(request: Request, sae: SaeName, query: Annotated[Selection, 
     if door.sae.harvest is None:
         raise NotFound(f"{door.sae.name} has no published harvest yet, so there is nothing to export.", field="sae")
     count = walk_of(door, query).count(read)
-    return exported(Source(known_schema(request), door, query), count)
+    return exported(Source(known_schema(request), door, query, count))
 
 
 @router.get(

@@ -119,7 +119,7 @@ def _cards(session: Session) -> list[tuple[SaeCard, bool]]:
     return _read_cards(session, listed)
 
 
-def _read_cards(session: Session, listed: sa.Select[Any]) -> list[tuple[SaeCard, bool]]:
+def _read_cards(session: Session, listed: sa.Select[*tuple[Any, ...]]) -> list[tuple[SaeCard, bool]]:
     return [
         (SaeCard(sae_ref(row, model, harvest, corpus), row.metrics, row.created_at), row.archived_at is not None)
         for row, model, harvest, corpus in session.execute(listed)
