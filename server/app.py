@@ -83,9 +83,15 @@ def create_app(settings: Settings) -> FastAPI:
 def on_error(request: Request, error: Exception) -> Response:
     """Every error becomes one sentence, on a page or in JSON."""
     response = error_response(request, as_sentence(request, error))
-    if isinstance(error, HTTPException):
-        response.headers.update(error.headers or {})  # of a method that is not possible, those that are
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        response.headers["Allow"] = allowed(request, error)
     return response
+
+
+def allowed(request: Request, error: HTTPException) -> str:
+    """The methods that an address takes. The framework knows those of one route, and the API has a route for each."""
+    methods = request.app.state.api.methods(getattr(request.scope.get("route"), "path_format", ""))
+    return ", ".join(methods) or (error.headers or {}).get("Allow", "GET")
 
 
 def as_sentence(request: Request, error: Exception) -> HeadscopeError:
@@ -103,8 +109,7 @@ def as_sentence(request: Request, error: Exception) -> HeadscopeError:
         log.error("the database failed", exc_info=error)
         return DatabaseAway(f"The database does not answer ({error.orig}). Try again in a moment.")
     if isinstance(error, HTTPException) and error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        return MethodNotAllowed(f"{request.method} is not possible at {request.url.path}{f'; {allowed} is' if allowed else ''}.")
+        return MethodNotAllowed(f"{request.method} is not possible at {request.url.path}; possible: {allowed(request, error)}.")
     if isinstance(error, HTTPException) and error.status_code == 413:
         return TooLarge(f"The body has more than {LARGEST_BODY:,} bytes, which is the most that is read.")
     if isinstance(error, HTTPException):

@@ -16,7 +16,7 @@ LOAD_SECONDS = 120.0  # the first question loads a model
 class TextQuestion(BaseModel):
     """A text, and the SAE that reads it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     sae: str
     """Name of the SAE."""

@@ -143,6 +143,10 @@ class Document:
         found["components"]["schemas"] |= {**refusal.pop("$defs"), ErrorReply.__name__: refusal}
         return found
 
+    def methods(self, path: str) -> tuple[str, ...]:
+        """What can be asked of a path."""
+        return tuple(sorted(method.upper() for method in self.openapi["paths"].get(path, ())))
+
     @cached_property
     def parameters(self) -> dict[tuple[str, str], tuple[str, ...]]:
         """(method, path) -> the query parameters of each route."""

@@ -13,7 +13,7 @@ from server.api.common import LONGEST_NAME, Index, SaeName, api_router, example,
 from server.api.export import MEDIA, Selection, Source, exported
 from server.api.parts import FeatureParts, Include
 from server.pages.reply import Read, etag, known_schema, unchanged
-from server.store.features import FeatureQuery, FeatureTable, check_index, feature_pages, feature_table, walk_of
+from server.store.features import FeatureTable, TablePart, check_index, feature_pages, feature_table, walk_of
 from server.store.saes import Door, find_sae
 
 router = api_router("Features")
@@ -28,7 +28,7 @@ MOST = 100
     responses=replies(304, 404),
     summary="A page of the feature table",
 )
-def list_features(request: Request, sae: SaeName, query: Annotated[FeatureQuery, Query()], read: Read) -> Response:
+def list_features(request: Request, sae: SaeName, query: Annotated[TablePart, Query()], read: Read) -> Response:
     """Features in the order and with the filters of the SAE's page. `next` is the cursor of the page after this one: give it
     as `after`, with everything else as it was; it is null on the last page. `n_matching` counts all that the filters select."""
     door = find_sae(read, sae)
@@ -83,7 +83,7 @@ def read_feature(request: Request, sae: SaeName, index: Index, query: Annotated[
 class FeatureKey(BaseModel):
     """Which feature."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     sae: str = Field(min_length=1, max_length=LONGEST_NAME)
     """Name of the SAE."""
@@ -94,7 +94,7 @@ class FeatureKey(BaseModel):
 class Batch(Include):
     """Which features are wanted, and what of each."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     features: list[FeatureKey] = Field(min_length=1, max_length=MOST)
     """At most 100, of one SAE or of several."""

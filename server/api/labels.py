@@ -27,7 +27,7 @@ NoteId = Annotated[Id, Path(description="Id of the note.", examples=[1])]
 class LabelText(BaseModel):
     """What a feature is called."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     text: str = Field(min_length=1, max_length=LONGEST_LABEL, examples=["quotes after a date"])
     """A line."""
@@ -36,7 +36,7 @@ class LabelText(BaseModel):
 class NoteText(BaseModel):
     """What somebody noticed."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     text: str = Field(min_length=1, max_length=LONGEST_TEXT, examples=["Fires on the second of two dates."])
     """As many lines as you like."""

@@ -24,7 +24,7 @@ WRITES = replies(403, 404, 413, 415)
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class ListTexts(_Body):

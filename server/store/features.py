@@ -59,12 +59,6 @@ class FeatureFilter(BaseModel):
     label: str | None = Field(None, max_length=200)
     """Only features with a label that contains this, in upper or lower case."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_empty(cls, given: Any) -> Any:
-        # A form sends an untouched field as an empty string.
-        return {key: value for key, value in given.items() if value != ""} if isinstance(given, dict) else given
-
     @field_validator("sort")
     @classmethod
     def _known_sort(cls, sort: str | None) -> str | None:
@@ -100,8 +94,8 @@ class FeatureFilter(BaseModel):
         return {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
 
 
-class FeatureQuery(FeatureFilter):
-    """What part of the feature table is asked for. The address of the page is exactly this."""
+class TablePart(FeatureFilter):
+    """What part of the feature table is asked for."""
 
     after: str | None = Field(None, max_length=200)
     """Where the page before this one ended."""
@@ -109,6 +103,16 @@ class FeatureQuery(FeatureFilter):
     """Where the page after this one begins; `after` goes first."""
     limit: int = Field(50, ge=1, le=200)
     """Rows on a page."""
+
+
+class FeatureQuery(TablePart):
+    """The same, as a form sends it. The address of the page is exactly this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, given: Any) -> Any:
+        # A form sends an untouched field as an empty string.
+        return {key: value for key, value in given.items() if value != ""} if isinstance(given, dict) else given
 
     @property
     def selection(self) -> str | None:
@@ -184,7 +188,7 @@ class FeatureRow:
 class FeatureTable:
     """A page of the feature table."""
 
-    query: FeatureQuery
+    query: TablePart
     n_matching: int
     rows: tuple[FeatureRow, ...]
     next: str | None
@@ -202,7 +206,7 @@ def walk_of(door: Door, query: FeatureFilter) -> Walk:
     return Walk(door, query, query.key, query.descending)
 
 
-def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureTable:
+def feature_table(session: Session, door: Door, query: TablePart) -> FeatureTable:
     """The part of the table that `query` asks for, by keyset, so that a deep page costs what the first does."""
     walk = walk_of(door, query)
     if door.sae.harvest is None:

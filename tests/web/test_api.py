@@ -242,6 +242,7 @@ REFUSED = [
     ("GET", "/saes/smollm2-l17/features?head=9", None, 422, "usage_error", "head"),
     ("GET", "/saes/smollm2-l17/features?limit=201", None, 422, "usage_error", "limit"),
     ("GET", "/saes/smollm2-l17/features?after=x~1", None, 422, "usage_error", "after"),
+    ("GET", "/saes/smollm2-l17/features?after=000", None, 422, "usage_error", "after"),
     ("GET", f"/saes/smollm2-l17/features?sort=idx&after=1~{10**30}", None, 422, "usage_error", "after"),
     ("GET", "/saes/smollm2-l17/features/3?include=everything", None, 422, "usage_error", "include"),
     ("GET", "/saes/smollm2-l17/features/export?format=xlsx", None, 422, "usage_error", "format"),
