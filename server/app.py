@@ -13,6 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Scope
 
 from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
+from server.api import v1
 from server.db import Database
 from server.pages import (
     compare,
@@ -34,7 +35,7 @@ from server.pages import (
     sweep,
     writing,
 )  # fmt: skip
-from server.pages.errors import error_response
+from server.pages.errors import InternalError, MethodNotAllowed, TooLarge, error_response
 from server.resources import resource_path
 from server.security import TRUSTED_HOSTS, SecurityHeaders, refuse_cross_origin
 from server.settings import Settings
@@ -75,12 +76,22 @@ def create_app(settings: Settings) -> FastAPI:
     pages = (home, search, *about_saes, compare, start, jobs, sweep, study)
     for page in (health, writing, *pages):
         app.include_router(page.router)
+    v1.mount(app)
     return app
 
 
 def on_error(request: Request, error: Exception) -> Response:
     """Every error becomes one sentence, on a page or in JSON."""
-    return error_response(request, as_sentence(request, error))
+    response = error_response(request, as_sentence(request, error))
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        response.headers["Allow"] = allowed(request, error)
+    return response
+
+
+def allowed(request: Request, error: HTTPException) -> str:
+    """The methods that an address takes. The framework knows those of one route, and the API has a route for each."""
+    methods = request.app.state.api.methods(getattr(request.scope.get("route"), "path_format", ""))
+    return ", ".join(methods) or (error.headers or {}).get("Allow", "GET")
 
 
 def as_sentence(request: Request, error: Exception) -> HeadscopeError:
@@ -97,9 +108,13 @@ def as_sentence(request: Request, error: Exception) -> HeadscopeError:
     if isinstance(error, sa.exc.OperationalError):
         log.error("the database failed", exc_info=error)
         return DatabaseAway(f"The database does not answer ({error.orig}). Try again in a moment.")
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        return MethodNotAllowed(f"{request.method} is not possible at {request.url.path}; possible: {allowed(request, error)}.")
+    if isinstance(error, HTTPException) and error.status_code == 413:
+        return TooLarge(f"The body has more than {LARGEST_BODY:,} bytes, which is the most that is read.")
     if isinstance(error, HTTPException):
         return with_status(f"{error.detail}.", error.status_code)
-    return with_status("Something went wrong here; the server's log says what.", 500)
+    return InternalError("Something went wrong here; the server's log says what.")
 
 
 def with_status(message: str, status: int) -> HeadscopeError:

@@ -2,7 +2,8 @@
 
 `POST /attribute` answers with the full DFA matrix [head][source] of one feature at one destination, in fp32, with the
 identity gap of that very answer; `POST /components` with the same DFA by component: what embedding and earlier blocks put
-into each source. The web asks it with a shared secret; nobody else can. One question at a time.
+into each source; `POST /firings` with the features that fire on a text. The web asks it with a shared secret; nobody else
+can. One question at a time.
 """
 
 import hmac
@@ -26,7 +27,18 @@ from sae_core.errors import HeadscopeError, NotFound, UsageError
 from sae_core.lens import AttentionRead, Lens, load_lens
 from sae_core.saes import SAE, row_starts
 from server.db import Database
-from server.live import SECRET_HEADER, ComponentsQuestion, LiveAttribution, LiveComponents, LiveQuestion
+from server.live import (
+    SECRET_HEADER,
+    ComponentsQuestion,
+    FeatureActivations,
+    Firing,
+    FiringQuestion,
+    LiveAttribution,
+    LiveComponents,
+    LiveFirings,
+    LiveQuestion,
+    TextQuestion,
+)
 from server.settings import Settings
 from server.store import registry
 from server.worker import open_sae
@@ -67,13 +79,22 @@ class Engine:
         with self._turn:
             return answer_components(*self._asked_for(question), question)
 
+    def firings(self, question: FiringQuestion) -> LiveFirings:
+        """Answer a question for what fires."""
+        with self._turn:
+            lens, sae, tokens = self._opened(question)
+            for index in question.features:
+                _check_feature(sae, question.sae, index, "features")
+            return answer_firings(lens, sae, tokens, question)
+
     def _asked_for(self, question: LiveQuestion) -> tuple[Lens, SAE, list[int]]:
+        lens, sae, tokens = self._opened(question)
+        _check_feature(sae, question.sae, question.index, "index")
+        return lens, sae, tokens
+
+    def _opened(self, question: TextQuestion) -> tuple[Lens, SAE, list[int]]:
         self._asked = time.monotonic()
         lens, sae = self._open(question.sae)
-        if not 0 <= question.index < sae.cfg.d_sae:
-            raise NotFound(
-                f"{question.sae} has the features 0 to {sae.cfg.d_sae - 1}; there is no {question.index}.", field="index"
-            )
         return lens, sae, self._row(lens, question)
 
     def rest(self) -> bool:
@@ -113,7 +134,7 @@ class Engine:
             self._let_go()
             return load_lens(model.source, name=model.name, device="cpu", cache=self.settings.cache)
 
-    def _row(self, lens: Lens, question: LiveQuestion) -> list[int]:
+    def _row(self, lens: Lens, question: TextQuestion) -> list[int]:
         """Token ids, row start first, as in training."""
         if question.tokens is not None:
             tokens = list(question.tokens)
@@ -127,6 +148,11 @@ class Engine:
         if not all(0 <= token < lens.info.d_vocab for token in tokens):
             raise UsageError(f"{lens.info.name} has the tokens 0 to {lens.info.d_vocab - 1} only.", field="tokens")
         return tokens
+
+
+def _check_feature(sae: SAE, name: str, index: int, field: str) -> None:
+    if not 0 <= index < sae.cfg.d_sae:
+        raise NotFound(f"{name} has the features 0 to {sae.cfg.d_sae - 1}; there is no {index}.", field=field)
 
 
 class _Place(NamedTuple):
@@ -224,6 +250,44 @@ def answer_components(lens: Lens, sae: SAE, tokens: list[int], question: Compone
     )
 
 
+@torch.no_grad()
+def answer_firings(lens: Lens, sae: SAE, tokens: list[int], question: FiringQuestion) -> LiveFirings:
+    """Every feature on these tokens: the strongest of each position and of all, and those that were asked for."""
+    row = torch.tensor([tokens], device=lens.device)
+    layer = sae.cfg.site.layer
+    z = lens.read_z(row, [layer])[layer].view(1, len(tokens), -1)
+    excluded = sae.excluded(z, row_starts(row.cpu(), lens.row_start))[0]
+    found = sae.encode_sparse(z[0])
+    counts = ~excluded[found.token]
+    # By size, so that what comes first of a position or of a feature is its strongest.
+    value, order = found.value[counts].sort(descending=True, stable=True)
+    fired = [
+        Firing(index=index, position=position, activation=activation)
+        for index, position, activation in zip(
+            found.feature[counts][order].tolist(), found.token[counts][order].tolist(), value.tolist(), strict=True
+        )
+    ]
+    by_position: list[list[Firing]] = [[] for _ in tokens]
+    strongest: dict[int, Firing] = {}
+    chosen = {index: [0.0] * len(tokens) for index in question.features}
+    for one in fired:
+        if len(by_position[one.position]) < question.top:
+            by_position[one.position].append(one)
+        if len(strongest) < question.top:
+            strongest.setdefault(one.index, one)
+        if one.index in chosen:
+            chosen[one.index][one.position] = one.activation
+    return LiveFirings(
+        sae=question.sae,
+        tokens=tokens,
+        texts=lens.token_texts(tokens),
+        excluded=excluded.tolist(),
+        strongest=list(strongest.values()),
+        by_position=by_position,
+        features=[FeatureActivations(index=index, activations=activations) for index, activations in chosen.items()],
+    )
+
+
 def create_engine(settings: Settings, db: Database) -> FastAPI:
     """The engine's ASGI app."""
     engine = Engine(settings, db)
@@ -271,6 +335,10 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
     @app.post("/attribute")
     def attribute(question: LiveQuestion) -> LiveAttribution:
         return engine.attribute(question)
+
+    @app.post("/firings")
+    def firings(question: FiringQuestion) -> LiveFirings:
+        return engine.firings(question)
 
     @app.post("/components")
     def components(question: ComponentsQuestion) -> LiveComponents:

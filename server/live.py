@@ -13,24 +13,17 @@ SECRET_HEADER = "X-Headscope-Secret"  # noqa: S105 - the header's name, not a se
 LOAD_SECONDS = 120.0  # the first question loads a model
 
 
-class LiveQuestion(BaseModel):
-    """What does one feature do on this text, and which heads and source tokens make it fire?"""
+class TextQuestion(BaseModel):
+    """A text, and the SAE that reads it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
     sae: str
     """Name of the SAE."""
-    index: int
-    """The feature."""
     text: Annotated[str | None, Field(max_length=100_000)] = None
     """Text to run; the row start is put before it."""
     tokens: Annotated[list[int] | None, Field(max_length=100_000)] = None
     """Token ids of a whole row, row start included, in place of text."""
-    dest: int | None = None
-    """Destination position; None takes the position with the largest pre-activation."""
-    split_bias: bool = False
-    """Take what the values' bias gave out of the sources: `dfa` is then of the values less their bias, and
-    `LiveAttribution.value_bias` says what the bias gave through each head."""
 
     @model_validator(mode="after")
     def _one_of(self) -> Self:
@@ -39,11 +32,71 @@ class LiveQuestion(BaseModel):
         return self
 
 
+class LiveQuestion(TextQuestion):
+    """What does one feature do on this text, and which heads and source tokens make it fire?"""
+
+    index: int
+    """The feature."""
+    dest: int | None = None
+    """Destination position; None takes the position with the largest pre-activation."""
+    split_bias: bool = False
+    """Take what the values' bias gave out of the sources: `dfa` is then of the values less their bias, and
+    `LiveAttribution.value_bias` says what the bias gave through each head."""
+
+
 class ComponentsQuestion(LiveQuestion):
     """Which earlier parts of the model put into the sources what the heads moved?"""
 
     head: int | None = None
     """Of this head alone; None sums over heads."""
+
+
+class FiringQuestion(TextQuestion):
+    """Which features fire on this text, and how strongly?"""
+
+    features: Annotated[list[int], Field(max_length=100)] = []
+    """Features whose activations at every position are wanted."""
+    top: Annotated[int, Field(ge=0, le=100)] = 10
+    """How many of the strongest features are wanted, of each position and of the whole text."""
+
+
+class Firing(BaseModel):
+    """A feature that fires at a position."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    index: int
+    position: int
+    activation: float
+
+
+class FeatureActivations(BaseModel):
+    """A feature's activations."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    index: int
+    activations: list[float]
+    """By position; 0 at excluded ones."""
+
+
+class LiveFirings(BaseModel):
+    """What fires on a text. Positions count from the row start, which is position 0."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    sae: str
+    tokens: list[int]
+    texts: list[str]
+    """Tokens as shown, one per position."""
+    excluded: list[bool]
+    """Positions that are no destinations: the row start and attention sinks."""
+    strongest: list[Firing]
+    """The features with the largest activations anywhere, each where it is largest."""
+    by_position: list[list[Firing]]
+    """The strongest features at each position, strongest first; empty at excluded ones."""
+    features: list[FeatureActivations]
+    """Those that were asked for."""
 
 
 class LiveAttribution(BaseModel):
@@ -117,6 +170,10 @@ class Live:
     def components(self, question: ComponentsQuestion) -> LiveComponents:
         """Ask for the components; raises as `attribute`."""
         return LiveComponents.model_validate(self._ask("POST", "/components", question.model_dump()))
+
+    def firings(self, question: FiringQuestion) -> LiveFirings:
+        """Ask what fires; raises as `attribute`."""
+        return LiveFirings.model_validate(self._ask("POST", "/firings", question.model_dump()))
 
     def loaded(self) -> str | None:
         """Name of the model that is warm; `EngineAway` when there is no engine."""

@@ -50,7 +50,19 @@ class Dense(sa.types.TypeDecorator[Any]):
 
 BigId = sa.BigInteger().with_variant(sa.Integer, "sqlite")
 Json = sa.JSON().with_variant(JSONB(), "postgresql")
-Time = sa.DateTime(timezone=True)
+
+
+class Utc(sa.TypeDecorator[datetime]):
+    """A time in UTC. SQLite keeps no zone, so it is put back: whoever reads JSON must not take it for a time of their own."""
+
+    impl = sa.DateTime(timezone=True)
+    cache_ok = True
+
+    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 - SQLAlchemy's
+        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+
+
+Time = Utc()
 
 
 def now() -> datetime:

@@ -6,6 +6,25 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 from sae_core.errors import HeadscopeError, Renamed
 from server.pages.reply import VARY, render, sae_path, wants_json, wants_part
 
+
+class MethodNotAllowed(HeadscopeError):
+    """The address is right, and what was asked of it cannot be."""
+
+    status = 405
+
+
+class TooLarge(HeadscopeError):
+    """The body has more bytes than are read."""
+
+    status = 413
+
+
+class InternalError(HeadscopeError):
+    """A fault of ours; the log says which."""
+
+    status = 500
+
+
 TITLES = {
     403: "Refused",
     404: "Not found",
@@ -32,8 +51,9 @@ def error_response(request: Request, error: HeadscopeError) -> Response:
 def renamed(request: Request, error: Renamed) -> str | None:
     """The same address with the SAE's present name, where the former one stood in the path."""
     path, query = request.url.path, request.url.query
-    for end in ("", "/", ".json"):
-        old = f"/saes/{error.old}{end}"
-        if path == old or (end == "/" and path.startswith(old)):
-            return f"{sae_path(error.new)}{end}{path.removeprefix(old)}{f'?{query}' if query else ''}"
+    for before in ("", "/api/v1"):
+        for end in ("", "/", ".json"):
+            old = f"{before}/saes/{error.old}{end}"
+            if path == old or (end == "/" and path.startswith(old)):
+                return f"{before}{sae_path(error.new)}{end}{path.removeprefix(old)}{f'?{query}' if query else ''}"
     return None

@@ -52,8 +52,8 @@ Read = Annotated[Session, Depends(read)]
 
 
 def wants_json(request: Request) -> bool:
-    """Is this the address of a page's JSON twin?"""
-    return request.url.path.endswith(".json")
+    """Is this the address of a page's JSON twin, or of the API?"""
+    return request.url.path.endswith(".json") or request.url.path.startswith("/api/")
 
 
 def wants_part(request: Request) -> bool:

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, UsageError
@@ -30,7 +30,7 @@ class FeatureFilter(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    sort: str | None = None
+    sort: str | None = Field(None, json_schema_extra={"enum": [*SORT_KEYS, *(f"-{key}" for key in SORT_KEYS)]})
     """Column to sort by; a leading `-` turns the order round. Without it: `-head_share` when a head is given, else `-max`."""
     head: int | None = Field(None, ge=0)
     """Show and sort shares of this head; without it, of each feature's leading head."""
@@ -59,16 +59,15 @@ class FeatureFilter(BaseModel):
     label: str | None = Field(None, max_length=200)
     """Only features with a label that contains this, in upper or lower case."""
 
-    @model_validator(mode="before")
+    @field_validator("sort")
     @classmethod
-    def _drop_empty(cls, given: Any) -> Any:
-        # A form sends an untouched field as an empty string.
-        return {key: value for key, value in given.items() if value != ""} if isinstance(given, dict) else given
+    def _known_sort(cls, sort: str | None) -> str | None:
+        if sort is not None and sort.removeprefix("-") not in SORT_KEYS:
+            raise ValueError(f"there is no column '{sort.removeprefix('-')}' to sort by; the columns are {', '.join(SORT_KEYS)}")
+        return sort
 
     @model_validator(mode="after")
-    def _known_sort(self) -> Self:
-        if self.key not in SORT_KEYS:
-            raise ValueError(f"there is no column '{self.key}' to sort by; the columns are {', '.join(SORT_KEYS)}")
+    def _has_its_head(self) -> Self:
         if (self.leads or self.leads_dfa) and self.head is None:
             raise ValueError(f"`{'leads' if self.leads else 'leads_dfa'}` needs a head: add head=0, for example")
         return self
@@ -95,8 +94,8 @@ class FeatureFilter(BaseModel):
         return {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
 
 
-class FeatureQuery(FeatureFilter):
-    """What part of the feature table is asked for. The address of the page is exactly this."""
+class TablePart(FeatureFilter):
+    """What part of the feature table is asked for."""
 
     after: str | None = Field(None, max_length=200)
     """Where the page before this one ended."""
@@ -104,6 +103,16 @@ class FeatureQuery(FeatureFilter):
     """Where the page after this one begins; `after` goes first."""
     limit: int = Field(50, ge=1, le=200)
     """Rows on a page."""
+
+
+class FeatureQuery(TablePart):
+    """The same, as a form sends it. The address of the page is exactly this."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, given: Any) -> Any:
+        # A form sends an untouched field as an empty string.
+        return {key: value for key, value in given.items() if value != ""} if isinstance(given, dict) else given
 
     @property
     def selection(self) -> str | None:
@@ -179,7 +188,7 @@ class FeatureRow:
 class FeatureTable:
     """A page of the feature table."""
 
-    query: FeatureQuery
+    query: TablePart
     n_matching: int
     rows: tuple[FeatureRow, ...]
     next: str | None
@@ -197,7 +206,7 @@ def walk_of(door: Door, query: FeatureFilter) -> Walk:
     return Walk(door, query, query.key, query.descending)
 
 
-def feature_table(session: Session, door: Door, query: FeatureQuery) -> FeatureTable:
+def feature_table(session: Session, door: Door, query: TablePart) -> FeatureTable:
     """The part of the table that `query` asks for, by keyset, so that a deep page costs what the first does."""
     walk = walk_of(door, query)
     if door.sae.harvest is None:

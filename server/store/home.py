@@ -86,20 +86,43 @@ def archived_cards(session: Session) -> tuple[SaeCard, ...]:
     return tuple(card for card, archived in _cards(session) if archived)
 
 
+def sae_cards(
+    session: Session, *, model: str | None = None, layer: int | None = None, archived: bool = False, after: str | None = None,
+    limit: int,
+) -> tuple[SaeCard, ...]:  # fmt: skip
+    """SAEs by name, from the one after `after`, of a model or a layer; those archived or the others."""
+    listed = _CARDS.where(SAE.archived_at.is_not(None) if archived else SAE.archived_at.is_(None))
+    if model is not None:
+        listed = listed.where(Model.name == model)
+    if layer is not None:
+        listed = listed.where(SAE.layer == layer)
+    if after is not None:
+        listed = listed.where(SAE.name > after)
+    return tuple(card for card, _ in _read_cards(session, listed.order_by(SAE.name).limit(limit)))
+
+
+_CARDS = (
+    sa.select(SAE, Model.name, Harvest, Corpus.name)
+    .join(Model, Model.id == SAE.model_id)
+    .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
+    .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+)
+
+
 def _cards(session: Session) -> list[tuple[SaeCard, bool]]:
     """Every SAE that stands alone or has a harvest, newest first, and whether it is archived."""
-    found = session.execute(
-        sa.select(SAE, Model.name, Harvest, Corpus.name)
-        .join(Model, Model.id == SAE.model_id)
-        .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
-        .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
-        .outerjoin(Job, sa.and_(Job.id == SAE.job_id, Job.kind == "sweep"))
+    listed = (
+        _CARDS.outerjoin(Job, sa.and_(Job.id == SAE.job_id, Job.kind == "sweep"))
         .where(sa.or_(Job.id.is_(None), SAE.harvest_id.is_not(None), SAE.archived_at.is_not(None)))
         .order_by(SAE.created_at.desc(), SAE.id.desc())
-    ).all()
+    )
+    return _read_cards(session, listed)
+
+
+def _read_cards(session: Session, listed: sa.Select[*tuple[Any, ...]]) -> list[tuple[SaeCard, bool]]:
     return [
         (SaeCard(sae_ref(row, model, harvest, corpus), row.metrics, row.created_at), row.archived_at is not None)
-        for row, model, harvest, corpus in found
+        for row, model, harvest, corpus in session.execute(listed)
     ]
 
 

@@ -127,9 +127,19 @@ def find(session: Session, job_id: str) -> JobRecord | None:
     return _record(job) if job else None
 
 
-def newest(session: Session, limit: int = 100) -> list[JobRecord]:
-    """Jobs, newest first."""
-    return [_record(job) for job in session.scalars(sa.select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit))]
+def newest(
+    session: Session, limit: int = 100, *, status: str | None = None, kind: str | None = None, after: str | None = None
+) -> list[JobRecord]:
+    """Jobs, newest first, from the one after the job `after`; of one status or kind."""
+    listed = sa.select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
+    if status is not None:
+        listed = listed.where(Job.status == status)
+    if kind is not None:
+        listed = listed.where(Job.kind == kind)
+    if after is not None:
+        last = get(session, after)
+        listed = listed.where(sa.tuple_(Job.created_at, Job.id) < sa.tuple_(sa.literal(last.created_at), sa.literal(last.id)))
+    return [_record(job) for job in session.scalars(listed)]
 
 
 def of_status(session: Session, statuses: Sequence[str]) -> list[JobRecord]:

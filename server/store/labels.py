@@ -88,7 +88,7 @@ class LabelQuery(BaseModel):
     """Only this person's; of stars, whose."""
     starred: bool = False
     """Features that were starred, whether labelled or not."""
-    before: int | None = Field(None, ge=0)
+    before: int | None = Field(None, ge=0, le=2**31 - 1)
     """Only labels older than the one of this id: the next page."""
     limit: int = Field(100, ge=1, le=1000)
     """Rows on a page."""

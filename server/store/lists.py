@@ -1,5 +1,6 @@
 """Lists of features: named, ordered, with a note per entry; features of several SAEs in one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
@@ -7,7 +8,7 @@ from typing import Literal
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from sae_core.errors import NotFound
+from sae_core.errors import NotFound, UsageError
 from server.store.features import FeatureCard, feature_cards
 from server.store.labels import shown_label
 from server.store.people import LONGEST_TITLE, many_lines, one_line
@@ -173,6 +174,17 @@ def add(session: Session, list_id: int, sae_id: int, index: int, note: str, auth
 def annotate(session: Session, list_id: int, entry_id: int, note: str) -> None:
     """Say why the feature is in the list."""
     _entry(session, list_id, entry_id).note = _note(note)
+
+
+def order(session: Session, list_id: int, entry_ids: Sequence[int]) -> None:
+    """Put the features of a list in this order; UsageError unless each is named once."""
+    _locked(session, list_id)
+    rows = session.scalars(sa.select(ListEntry).where(ListEntry.list_id == list_id, ListEntry.removed_at.is_(None))).all()
+    places = {entry_id: place for place, entry_id in enumerate(entry_ids)}
+    if len(places) != len(entry_ids) or set(places) != {row.id for row in rows}:
+        raise UsageError(f"Name each of the list's {len(rows)} entries once, by its id.", field="entries")
+    for row in rows:
+        row.place = places[row.id]
 
 
 def remove(session: Session, list_id: int, entry_id: int, author: str) -> None:

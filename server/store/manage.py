@@ -98,7 +98,7 @@ class ArchivePage:
 def manage_page(session: Session, door: Door) -> ManagePage:
     """All there is to keep in order: four queries."""
     former = session.scalars(sa.select(FormerName.name).where(FormerName.sae_id == door.id).order_by(FormerName.created_at))
-    harvests = tuple(_harvests(session, Harvest.sae_id == door.id))
+    harvests = harvest_lines(session, door)
     return ManagePage(
         sae=door.sae,
         description=door.description,
@@ -128,6 +128,11 @@ def harvest_line(session: Session, harvest_id: int) -> HarvestLine:
     if not found:
         raise NotFound(f"There is no harvest {harvest_id}.", field="id")
     return found[0]
+
+
+def harvest_lines(session: Session, door: Door | None = None) -> tuple[HarvestLine, ...]:
+    """Every stored harvest, or those of one SAE, newest first."""
+    return tuple(_harvests(session, sa.true() if door is None else Harvest.sae_id == door.id))
 
 
 def _harvests(session: Session, which: sa.ColumnElement[bool]) -> list[HarvestLine]:

@@ -6,6 +6,7 @@ together, finds the rest. So a page costs at most one pass over one harvest, wha
 each pair of a sort and a filter. On SQLite, which keeps no statistics, the pass is told to take the rows in their order.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,6 +31,8 @@ IN_ORDER = "INDEXED BY sqlite_autoindex_feature_1"
 """SQLite's own name for the index of UNIQUE (harvest_id, idx): the order in which the rows were written."""
 NAMES = {"max": "max_act", "mean": "mean_act", "head_share": "norm_share", "shuffle": "shuffle_key"}
 """Sort keys that are called otherwise in the database."""
+ALWAYS = ("idx", "density", "max", "mean", "head_share")
+"""Columns that have a value for every feature."""
 MAY_MISS = ("dfa_share", "distance", "family")
 """Columns that have no value for some features; those come last, whichever way the order goes."""
 
@@ -50,9 +53,12 @@ class Place(NamedTuple):
         """The place that an address names; UsageError when it names none."""
         value, _, index = text.rpartition("~")
         try:
-            if (idx := int(index)).bit_length() > LARGEST_BITS:
-                raise ValueError(f"{idx} is more than a database counts to")
-            return cls(None if value == "" else value if key == "family" else float(value), idx)
+            place = cls(None if value == "" else value if key == "family" else float(value), int(index))
+            if place.idx.bit_length() > LARGEST_BITS or (isinstance(place.value, float) and not math.isfinite(place.value)):
+                raise ValueError(f"{text} is more than a database counts to")
+            if place.value is None and key in ALWAYS:
+                raise ValueError(f"every feature has a value of {key}")
+            return place
         except ValueError as error:
             raise UsageError(f"'{text}' is no place in this table; start again without it.", field="after") from error
 

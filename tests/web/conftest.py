@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
+import sqlalchemy as sa
 import uvicorn
 from fastapi.testclient import TestClient
 
+from sae_core.config import SAEConfig, Site
+from server import jobs
 from server.app import create_app
 from server.db import Database
 from server.settings import Settings
+from server.tables import SAE as SaeRow
 from tests.web.factory import Shape, fill
 
 SAE = "/saes/smollm2-l17"
@@ -61,6 +65,21 @@ def put(settings: Settings, shape: Shape | None = None) -> Settings:
 def at(folder: Path) -> Settings:
     """Settings of a folder."""
     return Settings(data=folder, cache=folder / "cache").prepare()
+
+
+def queued(settings: Settings) -> Settings:
+    """The settings' database with a job queue, and with SAEs of which all is known that a job about them asks for."""
+    database = Database(settings.url)
+    jobs.upgrade(settings, database)
+    with database.write() as session:
+        for row in session.scalars(sa.select(SaeRow)):
+            row.config = SAEConfig(
+                arch="batchtopk", d_in=row.d_in, d_sae=row.d_sae, k=row.k, n_heads=row.n_heads, d_head=64,
+                site=Site(layer=row.layer), model="smollm2-135m", model_fingerprint="f", processing={}, scale=1.0,
+                max_norm=None, context=64,
+            ).model_dump(mode="json")  # fmt: skip
+    database.close()
+    return settings
 
 
 def listened(settings: Settings) -> Iterator[str]:

@@ -1,0 +1,193 @@
+"""What every route of `/api/v1` shares: its router, its errors, its tags, who writes, and the document that describes it all."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any
+from urllib.parse import unquote
+
+from fastapi import APIRouter, Depends, Header, Path, Request, Response
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic import Field, TypeAdapter
+
+from sae_core.errors import HeadscopeError, UsageError
+from server.jobs import Jobs
+from server.pages.reply import VERSION, known_schema, to_json
+from server.pages.writing import author as typed_author
+from server.store.people import author_name
+from server.store.saes import Door
+
+PREFIX = "/api/v1"
+LONGEST_NAME = 200
+
+
+class UnknownParameter(UsageError):
+    """The address has a parameter that the route does not know."""
+
+
+class NoJson(HeadscopeError):
+    """A body came that is not marked as JSON; a form of another site could have sent it."""
+
+    status = 415
+
+
+@dataclass(frozen=True)
+class ErrorDetail:
+    """What was wrong."""
+
+    code: str
+    """Stable name for scripts."""
+    message: str
+    """A sentence for people: what was wrong, where, what to do."""
+    field: str | None
+    """The parameter or field that it is about."""
+
+
+@dataclass(frozen=True)
+class ErrorReply:
+    """Every error has this one shape."""
+
+    error: ErrorDetail
+
+
+def refuse_unknown(request: Request) -> None:
+    """Raise UnknownParameter for a query parameter that the document does not name."""
+    route: APIRoute = request.scope["route"]
+    document: Document = request.app.state.api
+    known = document.parameters[request.method, route.path_format]
+    for name in request.query_params:
+        if name not in known:
+            there_are = f"there are {', '.join(known)}" if known else "there are none"
+            raise UnknownParameter(f"'{name[:60]}' is no parameter here; {there_are}.", field=name[:60])
+
+
+def refuse_other_bodies(request: Request) -> None:
+    """Raise NoJson for a body that is not marked as JSON: other sites' forms can send anything else."""
+    headers = request.headers
+    empty = headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if not empty and request.method != "GET" and kind != "application/json":
+        raise NoJson("Send the body as JSON, with the header Content-Type: application/json.")
+
+
+SCHEMA = "#/components/schemas/{model}"
+SAID: Mapping[int | str, str] = {
+    304: "Nothing has changed since the ETag that `If-None-Match` names.",
+    400: "It cannot be done now.",
+    403: "Sent by a page of another site.",
+    404: "There is no such thing.",
+    409: "Somebody else changed it meanwhile.",
+    413: "The body is too large.",
+    415: "The body is not marked as JSON.",
+    422: "A parameter or field is wrong; `field` names it.",
+    503: "The database or the engine does not answer now.",
+    "4XX": "Any other refusal.",
+    "5XX": "Something went wrong here.",
+}
+
+
+def replies(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
+    """How errors of these statuses are described. Whatever a route answers, its errors are JSON."""
+    refused = {"content": {"application/json": {"schema": {"$ref": SCHEMA.format(model=ErrorReply.__name__)}}}}
+    return {status: {"description": SAID[status], **({} if status == 304 else refused)} for status in statuses}
+
+
+def example(value: Any, status: int = 200) -> dict[int | str, dict[str, Any]]:
+    """A reply's example, as the document shows it."""
+    return {status: {"content": {"application/json": {"example": value}}}}
+
+
+SaeName = Annotated[str, Path(description="Name of the SAE.", max_length=LONGEST_NAME, examples=["smollm2-l17"])]
+Index = Annotated[int, Path(description="Index of the feature, counted from 0.", ge=0, examples=[3])]
+Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
+"""A number that both databases take for a key."""
+
+
+def api_router(tag: str) -> APIRouter:
+    """A router of the API, whose routes the document shows under `tag`."""
+    return APIRouter(
+        prefix=PREFIX,
+        tags=[tag],
+        dependencies=[Depends(_checked)],
+        responses=replies(422, 503, "4XX", "5XX"),
+        generate_unique_id_function=lambda route: route.name,
+    )
+
+
+async def _checked(request: Request) -> None:
+    refuse_other_bodies(request)
+    refuse_unknown(request)
+
+
+class Document:
+    """What some routers are, made when it is first asked for."""
+
+    def __init__(self, routers: Sequence[APIRouter]) -> None:
+        self._routers = routers
+
+    @cached_property
+    def openapi(self) -> dict[str, Any]:
+        """As OpenAPI 3.1."""
+        found = get_openapi(
+            title="Headscope",
+            version=VERSION,
+            summary="What attention layers compute, for scripts.",
+            description='Everything that the pages show, as JSON. An error is always `{"error": {"code", "message", "field"}}`.',
+            routes=[route for router in self._routers for route in router.routes],
+            tags=[{"name": str(router.tags[0])} for router in self._routers],
+            servers=[{"url": "/"}],
+        )
+        refusal = TypeAdapter(ErrorReply).json_schema(ref_template=SCHEMA)
+        found["components"]["schemas"] |= {**refusal.pop("$defs"), ErrorReply.__name__: refusal}
+        return found
+
+    def methods(self, path: str) -> tuple[str, ...]:
+        """What can be asked of a path."""
+        return tuple(sorted(method.upper() for method in self.openapi["paths"].get(path, ())))
+
+    @cached_property
+    def parameters(self) -> dict[tuple[str, str], tuple[str, ...]]:
+        """(method, path) -> the query parameters of each route."""
+        return {
+            (method.upper(), path): tuple(one["name"] for one in operation.get("parameters", ()) if one["in"] == "query")
+            for path, operations in self.openapi["paths"].items()
+            for method, operation in operations.items()
+        }
+
+
+def respond(value: Any, *, status: int = 200, tag: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
+    """The dataclass `value` as JSON."""
+    kept = {"Cache-Control": "private, no-cache", **({"ETag": tag} if tag else {}), **(headers or {})}
+    return Response(to_json(value), status, kept, media_type="application/json")
+
+
+def facts(door: Door) -> tuple[object, ...]:
+    """What answers about an SAE depend on: its weights, its published harvest, and what people wrote."""
+    return door.sae.sha256, door.sae.harvest and door.sae.harvest.id, door.revision, door.sae.name, door.metrics
+
+
+def signed(request: Request, name: Annotated[str | None, Header(alias="X-Author", max_length=600)] = None) -> str:
+    """Who writes: the header `X-Author`, percent-encoded where it is not plain ASCII, or the name that the browser keeps.
+    There are no accounts yet: anybody may say any name."""
+    known = author_name(unquote(name)) if name is not None else typed_author(request)
+    if known is None:
+        raise UsageError("Say who writes: send your name in the header X-Author.", field="X-Author")
+    return known
+
+
+Signed = Annotated[str, Depends(signed)]
+
+
+@contextmanager
+def queue(request: Request) -> Iterator[Jobs]:
+    """The job queue."""
+    with closing(Jobs(request.app.state.settings, known_schema(request))) as jobs:
+        yield jobs
+
+
+def listed(words: Sequence[str]) -> str:
+    """A pattern: some of `words`, with commas between."""
+    one = "|".join(words)
+    return rf"^({one})(,({one}))*$"

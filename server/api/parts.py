@@ -1,0 +1,222 @@
+"""A feature as scripts read it: its numbers, and beside them the parts that were asked for."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.api.common import listed
+from server.store.features import (
+    Band,
+    DfaEntry,
+    FamilyVerdict,
+    FeatureExample,
+    FeaturePage,
+    HeadShare,
+    Neighbour,
+    Partner,
+    PositionBucket,
+    TokenWeight,
+)
+
+Part = Literal["heads", "logits", "families", "activations", "others", "examples", "dfa"]
+PARTS: tuple[Part, ...] = get_args(Part)
+OF_EXAMPLES = ("examples", "dfa")
+
+
+class Include(BaseModel):
+    """Which parts of a feature are wanted."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    include: str | None = Field(None, pattern=listed(PARTS), examples=["examples,dfa,logits"])
+    """Parts, with commas between: `heads` (shares by weights and by data), `logits` (promoted and suppressed tokens and the
+    histogram), `families` (verdicts with their evidence), `activations` (histogram, bands, positions), `others` (near and
+    co-active features), `examples`, `dfa` (examples with what each head and source token gave). None: the numbers alone."""
+    all_examples: bool = False
+    """Every example that was kept, not the first ones only."""
+
+    @property
+    def parts(self) -> frozenset[str]:
+        """What is asked for."""
+        return frozenset(self.include.split(",")) if self.include else frozenset()
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Which heads a feature reads."""
+
+    shares: tuple[HeadShare, ...]
+    agreement: float | None
+    """Of the heads' two shares, 0 to 1: 1 - sum |norm share - DFA share| / 2. None when dead."""
+
+
+@dataclass(frozen=True)
+class Logits:
+    """What a feature does to the next token, through W_O and the unembedding."""
+
+    promoted: tuple[TokenWeight, ...]
+    suppressed: tuple[TokenWeight, ...]
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    """Tokens of the vocabulary between two edges; empty in harvests before these were kept."""
+
+
+@dataclass(frozen=True)
+class Families:
+    """What a feature seems to do."""
+
+    verdicts: tuple[FamilyVerdict, ...]
+    """All that hold, clearest first."""
+    evidence: dict[str, Any]
+    sample: dict[str, Any]
+    """Of the kept examples: where DFA comes from by distance, and how it is spread."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """When and how strongly a feature fires."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    bands: tuple[Band, ...]
+    positions: tuple[PositionBucket, ...]
+
+
+@dataclass(frozen=True)
+class Others:
+    """Features beside it."""
+
+    neighbours: tuple[Neighbour, ...]
+    coactive: tuple[Partner, ...]
+    coactive_tokens: int
+    """Tokens in the sample that `coactive` counts on."""
+
+
+@dataclass(frozen=True)
+class ExampleDfa:
+    """What made a feature fire. sum + bias of the example = its preact."""
+
+    entries: tuple[DfaEntry, ...]
+    """The largest, by (source, head)."""
+    dropped: tuple[float, ...]
+    """Per head, the sum of the entries that are not listed."""
+    before: tuple[float, ...]
+    """Per head, the sum over sources before the first token of `texts`."""
+    sum: float
+    """Of everything above."""
+    abs: float
+    """Sum of |DFA| over all heads and sources."""
+
+
+@dataclass(frozen=True)
+class ExampleParts:
+    """A row where the feature fired, at one destination. Positions count from the row's start."""
+
+    band: int
+    """0: the strongest examples; 1 and up: drawn from the bands of activation, strongest band first."""
+    rank: int
+    row: int
+    start: int
+    """Position of the first token in `texts`."""
+    dest: int
+    texts: tuple[str, ...]
+    acts: dict[int, float]
+    """Position -> activation, where it is not zero."""
+    act: float
+    preact: float
+    """The pre-activation, computed on its own from the hooked z."""
+    bias: float
+    gap: float
+    """|sum of DFA + bias - preact| / (sum of |DFA| + |bias|), from the numbers as stored."""
+    dfa: ExampleDfa | None
+    """Null unless asked for."""
+
+
+@dataclass(frozen=True)
+class FeatureParts:
+    """A feature; parts that were not asked for are null."""
+
+    sae: str
+    index: int
+    harvest: int
+    """Id of the harvest that the numbers come from."""
+    label: str | None
+    """What people, or else a method, call it."""
+    n_fired: int
+    density: float
+    """Share of tokens on which it fires."""
+    max_act: float
+    mean_act: float
+    distance: float | None
+    """Mean number of tokens back to the source."""
+    family: str | None
+    family_score: float | None
+    verdict: str | None
+    """The family in words."""
+    kept: int | None
+    """Examples that there are; null unless examples were asked for."""
+    heads: Heads | None
+    logits: Logits | None
+    families: Families | None
+    activations: Activations | None
+    others: Others | None
+    examples: tuple[ExampleParts, ...] | None
+
+
+def of_page(page: FeaturePage, asked: frozenset[str]) -> FeatureParts:
+    """The parts of a feature's page that are `asked`."""
+    dfa = "dfa" in asked
+    shown = dfa or "examples" in asked
+    return FeatureParts(
+        sae=page.sae.name,
+        index=page.index,
+        harvest=page.sae.harvest.id if page.sae.harvest else 0,
+        label=page.label,
+        n_fired=page.n_fired,
+        density=page.density,
+        max_act=page.max_act,
+        mean_act=page.mean_act,
+        distance=page.distance,
+        family=page.family,
+        family_score=page.family_score,
+        verdict=page.verdict,
+        kept=(len(page.examples) if page.kept is None else page.kept) if shown else None,
+        heads=Heads(page.heads, page.agreement) if "heads" in asked else None,
+        logits=Logits(page.promoted, page.suppressed, page.logit_edges, page.logit_counts) if "logits" in asked else None,
+        families=Families(page.families, page.evidence, page.sample) if "families" in asked else None,
+        activations=Activations(page.histogram_edges, page.histogram_counts, page.bands, page.positions)
+        if "activations" in asked
+        else None,
+        others=Others(page.neighbours, page.coactive, page.coactive_tokens) if "others" in asked else None,
+        examples=tuple(_example(one, dfa) for one in page.examples) if shown else None,
+    )
+
+
+def _example(one: FeatureExample, dfa: bool) -> ExampleParts:
+    return ExampleParts(
+        band=one.band,
+        rank=one.rank,
+        row=one.row,
+        start=one.start,
+        dest=one.dest,
+        texts=one.texts,
+        acts=one.acts,
+        act=one.act,
+        preact=one.preact,
+        bias=one.bias,
+        gap=one.gap,
+        dfa=ExampleDfa(one.dfa, one.dropped, one.before, one.dfa_sum, one.abs_dfa) if dfa else None,
+    )
+
+
+EXAMPLE = {
+    "sae": "smollm2-l17", "index": 3, "harvest": 1, "label": "quotes after a date", "n_fired": 412, "density": 0.00634,
+    "max_act": 4.21, "mean_act": 1.13, "distance": 6.4, "family": "induction", "family_score": 0.83,
+    "verdict": "' board' is next by induction", "kept": None, "heads": None,
+    "logits": {
+        "promoted": [{"id": 2184, "text": " board", "value": 2.31}], "suppressed": [{"id": 17, "text": ".", "value": -1.07}],
+        "edges": [-1.1, 0.6, 2.4], "counts": [49000, 152],
+    },
+    "families": None, "activations": None, "others": None, "examples": None,
+}  # fmt: skip

@@ -1,0 +1,79 @@
+"""The API is what its document says: schemathesis asks every route for what the document allows, and for what it does not."""
+
+from collections.abc import Iterator
+
+import pytest
+import requests
+from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, settings
+from schemathesis import BaseSchema, Case, Config
+from schemathesis.openapi import from_dict
+
+from server.api.common import PREFIX
+from server.api.v1 import DOCUMENT
+from server.app import create_app
+from tests.web.conftest import at, listened, put, queued
+from tests.web.factory import Shape
+
+THERE = {
+    "path.sae": "smollm2-l17", "path.index": 3, "path.head": 4, "path.model": "smollm2-135m", "path.harvest": 1,
+    "path.job": "train-smollm2-l17-1", "path.list_id": 1, "path.entry_id": 1, "path.label_id": 1, "path.note_id": 1,
+    "header.X-Author": "Maren",
+}  # fmt: skip
+"""Names and numbers of what is there, so that routes are not only asked for what is not."""
+REFUSALS = ["2xx", "3xx", "400", "403", "404", "409", "415", "422", "5xx"]
+"""A question of the right form may still be about what cannot be: a head that the SAE lacks, a filter that needs a head, a
+config whose parts do not fit. 422 says so, and names the field."""
+AWAY = {"include-path-regex": f"^{PREFIX}/live/", "checks": {"not_a_server_error": {"expected-statuses": ["2xx", "4xx", "503"]}}}
+"""No engine runs here, and live questions say so."""
+
+
+def loaded(parameters: dict[str, object]) -> BaseSchema:
+    """What the document says, to be asked for with some parameters given."""
+    acceptance = {"positive_data_acceptance": {"expected-statuses": REFUSALS}}
+    return from_dict(
+        DOCUMENT.openapi, config=Config.from_dict({"checks": acceptance, "operations": [AWAY], "parameters": parameters})
+    )
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The web process, really listening, on a filled database with a list, a label, a note and a queue."""
+    settings = queued(put(at(tmp_path_factory.mktemp("schema")), Shape(n_features=24, n_dead=2, running_job=False)))
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", headers={"X-Author": "Maren"}) as client:
+        of = f"{PREFIX}/saes/smollm2-l17/features/3"
+        for path, body in (
+            (f"{PREFIX}/lists", {"name": "Tides"}),
+            (f"{PREFIX}/lists/1/entries", {"sae": "smollm2-l17", "index": 3}),
+            (f"{of}/labels", {"text": "tides"}),
+            (f"{of}/notes", {"text": "Comes back."}),
+        ):
+            assert client.post(path, json=body).status_code == 201
+    yield from listened(settings)
+
+
+@pytest.fixture(scope="module")
+def session() -> Iterator[requests.Session]:
+    """Keeps the connection."""
+    with requests.Session() as session:
+        yield session
+
+
+def test_the_document_is_the_one_that_is_served(client: TestClient) -> None:
+    assert client.get(f"{PREFIX}/openapi.json").json() == DOCUMENT.openapi
+    assert DOCUMENT.openapi["openapi"].startswith("3.1")
+
+
+FEW = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+
+
+@loaded(dict(THERE)).parametrize()
+@FEW
+def test_what_is_there_answers_as_the_document_says(case: Case, site: str, session: requests.Session) -> None:
+    case.call_and_validate(base_url=site, session=session)
+
+
+@loaded({}).parametrize()
+@FEW
+def test_whatever_is_asked_is_answered_as_the_document_says(case: Case, site: str, session: requests.Session) -> None:
+    case.call_and_validate(base_url=site, session=session)
