@@ -13,7 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Scope
 
 from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
-from server.api import v1
+from server.api import neuronpedia, v1
 from server.db import Database
 from server.pages import (
     compare,
@@ -76,6 +76,7 @@ def create_app(settings: Settings) -> FastAPI:
     pages = (home, search, *about_saes, compare, start, jobs, sweep, study)
     for page in (health, writing, *pages):
         app.include_router(page.router)
+    app.include_router(neuronpedia.router)
     v1.mount(app)
     return app
 

@@ -1,4 +1,6 @@
-"""Errors as people and scripts meet them: one sentence on a page, or one shape of JSON."""
+"""Errors as people and scripts meet them: one sentence on a page, or one shape of JSON; and as Neuronpedia's scripts do."""
+
+import re
 
 from fastapi import Request, Response
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
@@ -40,12 +42,21 @@ def error_response(request: Request, error: HeadscopeError) -> Response:
     headers = {"Vary": VARY, "Cache-Control": "no-store"}
     if isinstance(error, Renamed) and (address := renamed(request, error)):
         return RedirectResponse(address, 307, headers)
+    if speaks_neuronpedia(request):
+        status = 400 if error.status == 422 else error.status
+        return JSONResponse({"error": str(error), "message": str(error)}, status, headers)
     if wants_json(request) or "application/json" in request.headers.get("accept", ""):
         body = {"error": {"code": error.code, "message": str(error), "field": error.field}}
         return JSONResponse(body, error.status, headers)
     template = "_error.html" if wants_part(request) else "error.html"
     html = render(template, title=TITLES.get(error.status, "Not done"), message=str(error), status=error.status)
     return HTMLResponse(html, error.status, headers)
+
+
+def speaks_neuronpedia(request: Request) -> bool:
+    """Is this one of the addresses that answer as Neuronpedia's do? Our own API has its version in each of its."""
+    path = request.url.path
+    return path.startswith("/api/") and re.match(r"/api/v\d+(/|$)", path) is None
 
 
 def renamed(request: Request, error: Renamed) -> str | None:

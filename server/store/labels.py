@@ -297,13 +297,14 @@ def delete_note(session: Session, sae_id: int, index: int, note_id: int, author:
         touch(session, [sae_id])
 
 
-def star(session: Session, sae_id: int, index: int, author: str, on: bool) -> None:
-    """Star a feature, or take the star away; doing it again changes nothing."""
+def star(session: Session, sae_id: int, index: int, author: str, on: bool) -> bool:
+    """Star a feature, or take the star away; doing it again changes nothing. Whether anything changed."""
     there = session.get(Star, (sae_id, index, author))
     if on and there is None:
         session.add(Star(sae_id=sae_id, idx=index, author=author))
     elif not on and there is not None:
         session.delete(there)
+    return on == (there is None)
 
 
 def _label_text(text: str) -> str:

@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Literal
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, aliased
 
 from sae_core.errors import NotFound, UsageError
 from server.store.features import FeatureCard, feature_cards
@@ -76,6 +76,7 @@ _COUNT = (
     .scalar_subquery()
 )  # fmt: skip
 _LINES = sa.select(FeatureList, _COUNT.label("entries"))
+_MEMBER = aliased(ListEntry)  # `_LINES` counts entries; this is another look at them
 
 
 def lists_page(session: Session) -> ListsPage:
@@ -123,6 +124,58 @@ def _line(row: FeatureList, n: int) -> ListLine:
 
 def _unknown(list_id: int) -> NotFound:
     return NotFound(f"There is no list {list_id}; /lists shows those there are.", field="list")
+
+
+@dataclass(frozen=True)
+class Membership:
+    """A feature's place in a list that is not deleted."""
+
+    list: ListLine
+    entry: int
+    sae_id: int
+    index: int
+    note: str
+    author: str
+    created_at: datetime
+
+
+def list_line(session: Session, list_id: int) -> ListLine:
+    """The list of that id alone, a deleted one too."""
+    found = session.execute(_LINES.where(FeatureList.id == list_id)).one_or_none()
+    if found is None:
+        raise _unknown(list_id)
+    return _line(*found)
+
+
+def members(session: Session, list_id: int) -> tuple[Membership, ...]:
+    """The features of a list, in its order."""
+    return _memberships(session, _MEMBER.list_id == list_id)
+
+
+def lists_with(session: Session, sae_id: int, index: int) -> tuple[Membership, ...]:
+    """The lists that a feature is in."""
+    return _memberships(session, _MEMBER.sae_id == sae_id, _MEMBER.idx == index)
+
+
+def membership(session: Session, list_id: int, sae_id: int, index: int) -> Membership:
+    """Where a feature stands in a list; NotFound when it is not in it."""
+    found = _memberships(session, _MEMBER.list_id == list_id, _MEMBER.sae_id == sae_id, _MEMBER.idx == index)
+    if not found:
+        raise NotFound(f"Feature {index} is not in list {list_id}.", field="index")
+    return found[0]
+
+
+def _memberships(session: Session, *conditions: sa.ColumnElement[bool]) -> tuple[Membership, ...]:
+    rows = session.execute(
+        _LINES.add_columns(_MEMBER)
+        .join(_MEMBER, _MEMBER.list_id == FeatureList.id)
+        .where(*conditions, _MEMBER.removed_at.is_(None), FeatureList.deleted_at.is_(None))
+        .order_by(FeatureList.id, _MEMBER.place, _MEMBER.id)
+    )
+    return tuple(
+        Membership(_line(row, n), entry.id, entry.sae_id, entry.idx, entry.note, entry.author, entry.created_at)
+        for row, n, entry in rows
+    )
 
 
 # ---- writing ----
