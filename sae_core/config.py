@@ -562,6 +562,38 @@ def study_job(stored: dict[str, Any]) -> AnyStudy:
     return _study_job.validate_python(stored)
 
 
+class Imported(Config):
+    """Where an SAE that was not trained here came from."""
+
+    format: str
+    """The format of its files; names the module in `sae_core/formats/`."""
+    source: str
+    """The path or hub name that it was read from."""
+    model: str | None = None
+    """The model's name, as its files say it."""
+    notes: tuple[str, ...] = ()
+    """What is worth knowing about how it was converted."""
+
+
+class ImportJob(Config):
+    """An SAE of a peer to be made one of ours."""
+
+    location: str
+    """A file, a folder, or <owner>/<repository>/<folder> on the hub."""
+    model: str
+    """A registered model's name."""
+    format: str | None = None
+    """The format of its files; None looks at what is there."""
+    layer: Annotated[int, Field(ge=0)] | None = None
+    """Layer whose z it reads, where its files do not say."""
+    folded: bool | None = None
+    """Whether it was trained on weights with the value biases folded away; None takes what its format says."""
+    scale: Annotated[float, Field(gt=0)] | None = None
+    """Factor that z is multiplied by first, where its files say that there is one but not which."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; None takes the default branch."""
+
+
 class SAEConfig(Config):
     """What is saved beside an SAE's weights: all that is needed to use it rightly. The map is on raw z."""
 
@@ -572,7 +604,8 @@ class SAEConfig(Config):
     d_sae: int
     """Number of features."""
     k: int
-    """Active features per token that training held or aimed at; `topk` keeps just so many at inference too."""
+    """Active features per token that training held or aimed at; `topk` keeps just so many at inference too. 0 where the files of
+    an imported SAE do not say."""
     n_heads: int
     """Query heads concatenated in z, head-major."""
     d_head: int
@@ -598,3 +631,5 @@ class SAEConfig(Config):
     """Tokens in a training row."""
     train: TrainConfig | None = None
     """The run that made it; None for an imported SAE."""
+    imported: Imported | None = None
+    """Where it came from, if it was not trained here."""

@@ -10,6 +10,7 @@ HeadscopeError
 │   ├── EmptyCorpus
 │   ├── UnreadableCorpus
 │   ├── UnreadableSAE
+│   ├── UnsupportedSAE
 │   ├── SAEMismatch
 │   ├── CacheMismatch
 │   └── WrongChecksum
@@ -94,6 +95,10 @@ class UnreadableCorpus(UsageError):
 
 class UnreadableSAE(UsageError):
     """The SAE's files are damaged, incomplete or unsafe."""
+
+
+class UnsupportedSAE(UsageError):
+    """The SAE computes what Headscope's form cannot carry exactly, or reads another site than z."""
 
 
 class SAEMismatch(UsageError):

@@ -29,6 +29,7 @@ from sae_core.config import (
     HarvestConfig,
     HarvestJob,
     HeadsStudy,
+    ImportJob,
     InductionStudy,
     ModelSource,
     RowsConfig,
@@ -79,6 +80,10 @@ study_app = typer.Typer(
 app.add_typer(db_app, name="db")
 app.add_typer(model_app, name="model")
 app.add_typer(corpus_app, name="corpus")
+import_app = typer.Typer(help="SAEs and dashboards that others made.", no_args_is_help=True)
+export_app = typer.Typer(help="SAEs and harvests, in the forms that others read.", no_args_is_help=True)
+app.add_typer(import_app, name="import")
+app.add_typer(export_app, name="export")
 harvests_app = typer.Typer(help="Harvests that are stored.", no_args_is_help=True)
 app.add_typer(harvests_app, name="harvests")
 saes_app = typer.Typer(help="SAEs that are there.", no_args_is_help=True)
@@ -625,6 +630,70 @@ def _show_study(made: studies.StudyRecord | None, as_json: bool) -> None:
         return
     _table(("measure", "value"), terminal.study(made.result), "")
     _say(f"Its plots are at /studies/{made.id}.")
+
+
+# ------------------------------------------------------------------------------------------------------ in from others, out
+
+
+@import_app.command(
+    "sae",
+    epilog="Examples: [bold]headscope import sae ./my-saelens-folder --model gpt2[/bold]; "
+    "[bold]headscope import sae google/gemma-scope-2b-pt-att/layer_12/width_16k/average_l0_41 --model google/gemma-2-2b[/bold]",
+)
+@takes(options(ImportJob, skip=("location", "model")))
+def import_sae(
+    location: Annotated[str, typer.Argument(help="A file, a folder, or <owner>/<repository>/<folder> on the hub.")],
+    model: LanguageModel,
+    name: Annotated[str | None, typer.Option("--name", help="Name of the SAE here.", show_default="made of the location")] = None,
+    watch: Watch = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Make a peer's SAE one of ours: SAELens, Gemma Scope, Kissane et al., dictionary_learning, sparsify."""
+    path = Path(location).expanduser()
+    raw = {"location": str(path.resolve()) if path.exists() else location} | given(values, ImportJob)
+    built(ImportJob, raw | {"model": "checked-later"})
+    with _opened(_settings(data=data, device=device)) as (settings, db):
+        _give_token(settings)
+        found = _find_model(db, model, None)
+        cfg = built(ImportJob, raw | {"model": found.name})
+        queue = Jobs(settings, db)
+        alive = queue.worker_alive()
+        if not alive:
+            doctors.need_worker_extra()
+        with db.write() as session:
+            registry.add_model(session, found.name, found.source)
+        job_id = queue.enqueue_import(cfg, name=name)
+        _say(f"Queued {job_id}.")
+        if not alive:
+            _work_here(settings, db, job_id)
+        elif watch:
+            _end(db, _watch_here(db, job_id))
+
+
+@export_app.command("sae", epilog="Example: [bold]headscope export sae gpt2-l5-1a2b3c ./for-saelens[/bold]")
+def export_sae(
+    sae: Annotated[str, typer.Argument(help="Name of the SAE.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it must be new or empty.")],
+    data: Data = None,
+) -> None:
+    """Write an SAE as a folder that SAELens 6 loads."""
+    doctors.need_worker_extra()
+    with _opened(_settings(data=data)) as (settings, db):
+        with db.read() as session:
+            record = registry.sae(session, sae)
+        _need_empty(folder)
+        from sae_core.formats import write_saelens
+        from sae_core.saes import load_sae
+
+        write_saelens(load_sae(settings.data / record.folder), folder)
+    _say(f"{sae} is in {folder}; SAE.load_from_disk({str(folder)!r}) reads it.")
+
+
+def _need_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already and not empty; name a new folder.", field="folder")
 
 
 # -------------------------------------------------------------------------------------------------------------- harvests

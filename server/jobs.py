@@ -7,7 +7,7 @@ crash between the two loses nothing. Enqueueing an id that exists changes nothin
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from sae_core.config import (
     CompareJob,
     EvaluateJob,
     HarvestJob,
+    ImportJob,
     InductionStudy,
     SpecificityStudy,
     SweepConfig,
@@ -43,6 +44,7 @@ PRIORITY = {
     "evaluate": 1,
     "study": 1,
     "harvest": 1,
+    "import": 1,
     "train": 2,
     "sweep": 3,
 }  # what a person waits for comes before new work
@@ -65,13 +67,23 @@ class Jobs:
             registry.corpus(session, cfg.corpus)
             check_shape(model.name, model, (cfg,))
             base = slug(name) if name else default_name(cfg)
-            taken, names = store.ids_like(session, f"train-{base}-"), names_taken(session)
-            n = next(
-                n for n in range(1, 10**6) if f"train-{base}-{n}" not in taken and sae_name(f"train-{base}-{n}") not in names
-            )
-            job_id = f"train-{base}-{n}"
+            job_id = free_id("train", base, store.ids_like(session, f"train-{base}-"), names_taken(session))
             title = f"Train {sae_name(job_id)} on {cfg.model}, layer {cfg.site.layer}"
             store.create(session, job_id, "train", title, cfg.model_dump(mode="json"))
+        self.release()
+        return job_id
+
+    def enqueue_import(self, cfg: ImportJob, *, name: str | None = None) -> str:
+        """Queue the conversion of a peer's SAE and give the job's id. `name` is what it is called here; left out, it tells where
+        it is from."""
+        with self._db.write() as session:
+            model = registry.model(session, cfg.model)
+            if cfg.layer is not None:
+                check_layer(model.name, model, cfg.layer)
+            base = slug(name or cfg.location.rstrip("/").removesuffix(".pt").removesuffix("/params.npz"))
+            job_id = free_id("import", base, store.ids_like(session, f"import-{base}-"), names_taken(session))
+            title = f"Import {sae_name(job_id)} for {cfg.model}"
+            store.create(session, job_id, "import", title, cfg.model_dump(mode="json"))
         self.release()
         return job_id
 
@@ -270,9 +282,15 @@ def default_sweep_name(cfg: SweepConfig) -> str:
     return f"{slug(cfg.base.model)[:24].rstrip('-._')}-{cfg.hash()[:6]}"
 
 
-def sae_name(train_id: str) -> str:
-    """The name of the SAE that a training job makes: `train-x-1` makes `x`, `train-x-2` makes `x-2`."""
-    base, n = train_id.removeprefix("train-").rsplit("-", 1)
+def free_id(kind: str, base: str, taken: Collection[str], names: Collection[str]) -> str:
+    """The first id of a job that makes an SAE whose name is free too."""
+    ids = (f"{kind}-{base}-{n}" for n in range(1, 10**6))
+    return next(job_id for job_id in ids if job_id not in taken and sae_name(job_id) not in names)
+
+
+def sae_name(job_id: str) -> str:
+    """The name of the SAE that a training or an import makes: `train-x-1` makes `x`, `train-x-2` makes `x-2`."""
+    base, n = job_id.split("-", 1)[1].rsplit("-", 1)
     return base if n == "1" else f"{base}-{n}"
 
 
@@ -280,7 +298,7 @@ def names_taken(session: Session) -> set[str]:
     """Names of the SAEs that are there, and of those that open jobs will make."""
     names = registry.sae_names(session)
     for job in store.of_status(session, store.OPEN):
-        if job.kind == "train":
+        if job.kind in ("train", "import"):
             names.add(sae_name(job.id))
         elif job.kind == "sweep":
             cfg = SweepConfig.model_validate(job.config)

@@ -46,6 +46,7 @@ from sae_core.config import (
     EvaluateJob,
     HarvestJob,
     HeadsStudy,
+    ImportJob,
     InductionStudy,
     SpecificityStudy,
     SweepConfig,
@@ -55,12 +56,13 @@ from sae_core.config import (
 from sae_core.corpus import Rows, prepare_rows
 from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SlotTaken
 from sae_core.evaluate import evaluate
+from sae_core.formats import convert, fetched, open_peer
 from sae_core.lens import Lens, load_lens
 from sae_core.matching import match
 from sae_core.parallel import check_processes, train_parallel
 from sae_core.probes import read_texts
 from sae_core.progress import Progress, relayed
-from sae_core.saes import SAE, check_fits, load_sae
+from sae_core.saes import SAE, check_fits, load_sae, save_sae
 from sae_core.stability import check_same_site
 from sae_core.studies import heads as head_study
 from sae_core.studies import induction
@@ -84,6 +86,7 @@ BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # after which a slot counts as dead
 REPORT_SECONDS = 2.0  # between two writes of progress
 AGAIN_SECONDS = 10.0  # between two tries to write to a database that refuses
+TYPICAL_L0 = 50  # of an imported SAE whose files do not say it
 RETAKE = 50  # times that a job is taken up before it counts as one that takes its worker down
 NO_ROOM = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
 SAID = {
@@ -98,6 +101,7 @@ SAID = {
     "text": "Looking for induction in real text.",
     "cut": "Cutting repeated prefixes down to one token.",
     "match": "Matching decoder directions.",
+    "convert": "Reading the files and fitting them to the model.",
     "choose": "Choosing examples.",
     "visit": "Visiting the chosen rows with attention patterns.",
     "features": "Describing the features.",
@@ -266,7 +270,7 @@ def train_job(run: Run) -> None:
 
     run.step("train", lambda: _train(run, cfg))
     metrics = run.step("evaluate", lambda: _evaluate(run, cfg))
-    run.step("publish", lambda: _publish_sae(run, cfg, name, metrics))
+    run.step("publish", lambda: _publish_sae(run, cfg.model, name, metrics))
     run.step("follow", lambda: _follow(run, [(cfg, name)]))
 
 
@@ -295,7 +299,7 @@ def _evaluate(run: Run, cfg: TrainConfig, index: int = 0, nth: int = 0, of: int 
     return run.follow(relayed(reports, one_of_many)).model_dump(mode="json")
 
 
-def _publish_sae(run: Run, cfg: TrainConfig, name: str, metrics: dict[str, Any], index: int = 0) -> None:
+def _publish_sae(run: Run, model: str, name: str, metrics: dict[str, Any], index: int = 0) -> None:
     home, made = run.worker.settings.data / "saes" / name, made_by(run.folder, index)
     home.parent.mkdir(parents=True, exist_ok=True)
     if made.exists():  # else it was moved before a crash
@@ -308,7 +312,7 @@ def _publish_sae(run: Run, cfg: TrainConfig, name: str, metrics: dict[str, Any],
             job_id=run.id,
             run=index,
             name=name,
-            model_id=registry.model(session, cfg.model).id,
+            model_id=registry.model(session, model).id,
             config=sae.cfg,
             metrics=metrics,
             folder=str(home.relative_to(run.worker.settings.data)),
@@ -351,7 +355,7 @@ def sweep_job(run: Run) -> None:
     ]
     for nth, (index, one, name) in enumerate(made):
         metrics = run.step(f"evaluate {index}", partial(_evaluate, run, one, index, nth, len(made)))
-        run.step(f"publish {index}", partial(_publish_sae, run, one, name, metrics, index))
+        run.step(f"publish {index}", partial(_publish_sae, run, one.model, name, metrics, index))
     run.step("follow", lambda: _follow(run, [(one, name) for _, one, name in made]))
     shutil.rmtree(run.folder / "runs", ignore_errors=True)
 
@@ -371,6 +375,29 @@ def _train_sweep(run: Run, cfg: SweepConfig) -> dict[str, Any]:
     _train_all(run, runs, lens, rows)
     lost = [index for index in range(len(runs)) if diverged(run.folder, index)]
     return {"n_layers": lens.info.n_layers, "diverged": lost}
+
+
+# ------------------------------------------------------------------------------------------------------------ import job
+
+
+def import_job(run: Run) -> None:
+    """A peer's SAE, made one of ours."""
+    cfg = ImportJob.model_validate(run.job.config)
+    run.step("convert", lambda: _convert(run, cfg))
+    run.step("publish", lambda: _publish_sae(run, cfg.model, jobs.sae_name(run.id), {}))
+
+
+def _convert(run: Run, cfg: ImportJob) -> None:
+    run.report(Progress("convert", 0, 2, "parts"))
+    # What can be wrong with the files is said before the model is loaded.
+    peer = open_peer(fetched(cfg.location, cfg.revision), cfg.format, cfg.scale)
+    run.report(Progress("convert", 1, 2, "parts"))
+    sae = convert(peer, _lens(run, cfg.model), cfg.location, layer=cfg.layer, folded=cfg.folded)
+    save_sae(sae, made_by(run.folder, 0))
+    run.say(f"{peer.path} is {peer.format}'s: {sae.cfg.d_sae:,} features on layer {sae.cfg.site.layer}, {sae.cfg.arch}.")
+    for note in sae.cfg.imported.notes if sae.cfg.imported else ():
+        run.say(note)
+    run.report(Progress("convert", 2, 2, "parts"))
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation job
@@ -623,7 +650,7 @@ class _Hands:
         self.rows = _rows(run, self.lens, cfg.corpus, cfg)
         self.activations = self._cached()
         layers = {sae.cfg.site.layer for sae in self.saes}
-        swept = [estimates.Swept(sae.cfg.site.layer, sae.cfg.d_sae, sae.cfg.k) for sae in self.saes]
+        swept = [estimates.Swept(sae.cfg.site.layer, sae.cfg.d_sae, sae.cfg.k or TYPICAL_L0) for sae in self.saes]
         cached = layers <= set(self.activations)
         shape = Shape.of(self.lens.info)
         run.clock = estimates.Clock(estimates.harvest_seconds(cfg.harvest, swept, cfg.rows, shape, worker.speed, cached=cached))
@@ -1009,6 +1036,13 @@ def train_workflow(job_id: str) -> str:
     """DBOS's entry to `train_job`."""
     assert _worker is not None
     return _worker.work(job_id, train_job)
+
+
+@DBOS.workflow(name="import", max_recovery_attempts=None)
+def import_workflow(job_id: str) -> str:
+    """DBOS's entry to `import_job`."""
+    assert _worker is not None
+    return _worker.work(job_id, import_job)
 
 
 @DBOS.workflow(name="sweep", max_recovery_attempts=None)

@@ -5,7 +5,7 @@ scale s is folded in at save):
 
     preact = (z - b_dec) W_enc + b_enc          [..., d_sae]
     f      = preact where preact > threshold, else 0        (topk: where it is among the token's k largest as well)
-    z_hat  = f W_dec + b_dec                    [..., d_in], rows of W_dec have unit norm
+    z_hat  = f W_dec + b_dec                    [..., d_in], rows of W_dec have unit norm (imported ones may have others)
 
 Every architecture comes down to these five tensors: they differ in how they are trained and in what their thresholds are.
 For one feature, preact_f = w_f . z + c_f with w_f = W_enc[:, f] and c_f = b_enc[f] - w_f . b_dec. That affine map is
@@ -59,7 +59,7 @@ class SAE(nn.Module):
     b_enc: Tensor
     """[d_sae]"""
     W_dec: Tensor
-    """[d_sae, d_in], unit-norm rows"""
+    """[d_sae, d_in], unit-norm rows where it was trained here; an imported SAE keeps its own, so that activations stay its own"""
     b_dec: Tensor
     """[d_in]"""
     threshold: Tensor
