@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from bench import _smollm2
 from sae_core.config import RowsConfig, Site, TrainConfig
+from sae_core.machine import resolve_dtype
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,7 +146,6 @@ def _memory_steps(cfg: TrainConfig, x: "Tensor", n: int, device: object) -> Iter
     """The same steps on ready batches."""
     import torch
 
-    from sae_core.lens import resolve_dtype
     from sae_core.trainer import Trainer
 
     place = torch.device(str(device))

@@ -34,7 +34,8 @@ import sae_core.harvest as sweep
 from bench import _smollm2, store
 from sae_core.config import HarvestConfig
 from sae_core.corpus import Rows
-from sae_core.lens import Lens, resolve_dtype
+from sae_core.lens import Lens
+from sae_core.machine import resolve_dtype
 from sae_core.rates import made_sae
 from sae_core.saes.base import SAE
 from sae_core.streams import Streams

@@ -31,6 +31,7 @@ from sae_core.choice import OVERSAMPLE, Selection, choose, shards, swept_rows
 from sae_core.config import HarvestConfig
 from sae_core.describe import features
 from sae_core.feature_table import FeatureTable, examples, row_records
+from sae_core.machine import resolve_dtype
 from sae_core.progress import Clock, Progress
 from sae_core.records import ExampleRecord
 from sae_core.saes import row_starts
@@ -165,8 +166,6 @@ def _read_z(
     lens: "Lens", layers: Sequence[int], rows: "Rows", cfg: HarvestConfig, at_once: int, low: int, high: int
 ) -> dict[int, Tensor]:
     """z of rows low .. high by layer, from a pass of `at_once` rows: the last row is repeated where there are fewer."""
-    from sae_core.lens import resolve_dtype  # TransformerLens takes seconds to import; a cached sweep needs none of it
-
     dtype = resolve_dtype(cfg.model_dtype, lens.device)
     tokens = _pass_tokens(lens, rows, at_once, low, high)
     return {layer: z[: high - low] for layer, z in lens.read_z(tokens, layers, dtype).items()}

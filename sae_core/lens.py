@@ -2,7 +2,7 @@
 
 The only file that imports TransformerLens. Loading, in order:
 
-1. find the weights: a `.gguf` file (converted once into the cache), a local folder, or a name on the hub;
+1. find the weights: a `.gguf` file (converted once into the cache), a local folder, or a name on the hub (`weights.py`);
 2. make the fast handle: a second module tree over the *same* parameters, with PyTorch's fused attention (SDPA);
 3. wrap the first tree in a `TransformerBridge`, which computes attention step by step (eager) and shows every step;
 4. check on a random batch that pattern x v is z and z W_O + b_O is the attention output, at every layer, for all that
@@ -13,45 +13,29 @@ Weights are used as they are stored (nothing folded, nothing centred), so v hold
 Tensors come back detached, on the lens's device. One pass at a time: a lock makes a lens safe to share between threads.
 """
 
-import codecs
 import contextlib
 import copy
 import functools
-import hashlib
 import importlib.metadata
-import io
-import logging
-import re
-import shutil
-import tempfile
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import huggingface_hub.constants
 import torch
-import transformers
 from torch import Tensor, nn
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformer_lens.model_bridge.sources.transformers import determine_architecture_from_hf_config
 
-from sae_core.config import ModelSource, PassDtype
-from sae_core.errors import DiskFull, LayerOutOfRange, UnknownModel, UnreadableModel, UnsupportedModel, UsageError
+from sae_core import vocabulary, weights
+from sae_core.config import ModelSource
+from sae_core.errors import LayerOutOfRange, UnsupportedModel, UsageError
+from sae_core.machine import pick_device
+from sae_core.norms import norm_parts, norm_scale, through_frozen_norm, through_norm
 from sae_core.products import onednn_is_faster, through_onednn
+from sae_core.weights import short
 
-hf: Any = transformers  # its annotations do not describe what its Auto classes return
-
-# The libraries draw progress bars and report usage by default; a server's log wants neither.
-huggingface_hub.constants.HF_HUB_DISABLE_TELEMETRY = True
-huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS = True
-hf.utils.logging.disable_progress_bar()
-hf.utils.logging.set_verbosity_error()
-logging.getLogger("gguf").setLevel(logging.ERROR)
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 CHECK_TOKENS = 24  # length of the load-time batch, unless a sliding window asks for more ...
 CHECK_WINDOW = 512  # ... up to this; beyond a longer window the fast handle is not trusted
 ATTENTION_HOOKS: tuple[str, ...] = ("hook_z", "hook_v", "hook_pattern")
@@ -59,7 +43,6 @@ CHECK_HOOKS: tuple[str, ...] = (*ATTENTION_HOOKS, "hook_out")
 ALONE_AT_ONCE = 4096  # rows of one token in a pass
 LOGITS_AT_ONCE = 2**26  # elements of one logits tensor (256 MiB in fp32)
 PARTS_GAP = 1e-4  # how far the parts of a residual stream may miss it, as a share of their sizes
-STALE_SECONDS = 3600  # a conversion that was left unfinished for so long has died
 
 
 @dataclass(frozen=True)
@@ -173,7 +156,7 @@ class _Stop(Exception):
 class Lens:
     """A loaded model. Make one with `load_lens`.
 
-    `row_start` is the token put at position 0 of every row; see `_row_start` for the rule.
+    `row_start` is the token put at position 0 of every row; see `vocabulary.row_start` for the rule.
     `fast` says whether `read_z` uses the fast handle.
     """
 
@@ -183,8 +166,8 @@ class Lens:
         Raises UnsupportedModel where TransformerLens cannot wrap it or its attention is not pattern x v.
         """
         self.device = device
-        self.tokenizer_fingerprint = _tokenizer_fingerprint(tokenizer)
-        self.row_start = _row_start(tokenizer, name)
+        self.tokenizer_fingerprint = vocabulary.tokenizer_fingerprint(tokenizer)
+        self.row_start = vocabulary.row_start(tokenizer, name)
         self._tokenizer = tokenizer
         self._lock = threading.RLock()
         self._text_config = model.config.get_text_config()
@@ -238,7 +221,7 @@ class Lens:
 
     @functools.cached_property
     def _vocabulary(self) -> list[str]:
-        return _vocabulary_texts(self._tokenizer)
+        return vocabulary.vocabulary_texts(self._tokenizer)
 
     # Passes
 
@@ -411,7 +394,7 @@ class Lens:
         read = StreamRead(
             tuple(names),
             torch.stack(parts),
-            _norm_scale(stream, self._first_norm(layer)),
+            norm_scale(stream, self._first_norm(layer)),
             AttentionRead(z.flatten(2), v, pattern),
         )
         self._check_parts(read, stream, layer)
@@ -510,7 +493,7 @@ class Lens:
     def value_map(self, layer: int) -> ValueMap:
         """How the stream before the layer becomes its v. Raises as `v_bias` does."""
         matrix, bias = self._value_projection(layer)
-        gain, norm_bias, centres = _norm_parts(self._first_norm(layer), matrix.shape[0], self.device)
+        gain, norm_bias, centres = norm_parts(self._first_norm(layer), matrix.shape[0], self.device)
         folded = gain[:, None] * matrix
         # Centring takes the mean off the stream; off the matrix's columns it does the same to the product.
         folded = folded - folded.mean(0) if centres else folded
@@ -520,7 +503,7 @@ class Lens:
     def values(self, streams: Tensor, layer: int) -> Tensor:
         """v of streams [n, d_model] that stand before the layer, through its norm with the norm's own scale, less what is the
         same for every token (both biases): [n, n_kv_heads, d_head]. Raises as `v_bias` does."""
-        scale = _norm_scale(streams, self._first_norm(layer))
+        scale = norm_scale(streams, self._first_norm(layer))
         return torch.einsum("nd,kde->nke", streams / scale[:, None], self.value_map(layer).matrix)
 
     def logit_weights(self, vectors: Tensor, layer: int) -> Tensor:
@@ -534,8 +517,8 @@ class Lens:
         block = self._bridge.blocks[layer]
         written = vectors.to(self.device, torch.float32) @ self.W_O(layer).flatten(0, 1)
         if "ln1_post" in block._modules:
-            written = _through_norm(written, block.ln1_post.original_component)
-        normed = _through_norm(written, self._bridge.ln_final.original_component)
+            written = through_norm(written, block.ln1_post.original_component)
+        normed = through_norm(written, self._bridge.ln_final.original_component)
         logits: Tensor = normed @ self._unembed.weight.T
         return logits - logits.mean(-1, keepdim=True)
 
@@ -553,8 +536,8 @@ class Lens:
         if "ln1_post" in block._modules:
             b_O = self.b_O(layer)
             whole = written.sum(1) if b_O is None else written.sum(1) + b_O
-            written = _through_frozen_norm(written, block.ln1_post.original_component, whole)
-        normed = _through_frozen_norm(written, self._bridge.ln_final.original_component, final)
+            written = through_frozen_norm(written, block.ln1_post.original_component, whole)
+        normed = through_frozen_norm(written, self._bridge.ln_final.original_component, final)
         return torch.einsum("nhm,nm->nh", normed, self._unembed.weight.detach()[tokens] - self._mean_unembedding)
 
     @functools.cached_property
@@ -757,7 +740,7 @@ class Lens:
             with self._bridge_taps(hooks, stop=False) as found:
                 logits = _run(self._model, batch)
         except Exception as error:
-            raise UnsupportedModel(f"{name} cannot be used: its attention cannot be read ({_short(error)}).") from error
+            raise UnsupportedModel(f"{name} cannot be used: its attention cannot be read ({short(error)}).") from error
         return found, logits
 
     def _checked_info(self, found: dict[int, dict[str, Tensor]], name: str, fingerprint: str) -> LensInfo:
@@ -853,179 +836,10 @@ def load_lens(source: ModelSource, *, name: str, device: str = "cpu", cache: Pat
 
     Raises UnknownModel, UnreadableModel, UnsupportedModel, DiskFull.
     """
-    place = torch.device(_best_device() if device == "auto" else device)
-    path = Path(source.location).expanduser()
-    if source.location.endswith(".gguf"):
-        if not path.is_file():
-            raise UnknownModel(f"There is no file {source.location}.", field="location")
-        digest = _sha256(path)
-        folder = _converted(path, digest, cache / "models")
-        return _load(str(folder), name=name, device=place, fingerprint=f"gguf:{digest}", shown=source.location)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UnreadableModel(
-                f"{source.location} holds no config.json, so it is no model in Hugging Face format.", field="location"
-            )
-        return _load(str(path), name=name, device=place, fingerprint=_folder_fingerprint(path), shown=source.location)
-    if not HUB_NAME.fullmatch(source.location):
-        raise UnknownModel(f"There is no folder or file {source.location}, and the hub has no such names.", field="location")
-    return _load(source.location, name=name, device=place, revision=source.revision, shown=source.location)
-
-
-@functools.cache
-def _bf16_gain(device: torch.device) -> float:
-    """How many times faster a bfloat16 product is here: best of five, taken in turns so that neighbours disturb both alike."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return 0.0
-    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
-    matrices = {dtype: torch.ones(1024, 1024, device=device, dtype=dtype) for dtype in best}
-    for _ in range(6):  # the first round warms up; a minimum forgets it
-        for dtype, matrix in matrices.items():
-            start = time.perf_counter()
-            float((matrix @ matrix)[0, 0])  # reading a number waits for the device
-            best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return best[torch.float32] / best[torch.bfloat16]
-
-
-def resolve_dtype(choice: PassDtype, device: torch.device) -> torch.dtype:
-    """The dtype that a choice means on a device. `auto` takes bfloat16 only where a short product, measured once per
-    process, is at least 1.5 times as fast as in float32 (AMX, AVX-512 BF16, GPUs)."""
-    if choice == "auto":
-        return torch.bfloat16 if _bf16_gain(device) >= 1.5 else torch.float32
-    return torch.bfloat16 if choice == "bfloat16" else torch.float32
-
-
-# Finding and reading weights
-
-
-def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UnreadableModel(f"{path} cannot be read ({error.strerror}).", field="location") from error
-
-
-def _folder_fingerprint(folder: Path) -> str:
-    """Hash of a folder's weights and config; moving or renaming the folder does not change it."""
-    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not weights:
-        raise UnreadableModel(f"{folder} holds no weights (*.safetensors).", field="location")
-    lines = [f"{file.name} {_sha256(file)}" for file in (*weights, folder / "config.json")]
-    return f"weights:{hashlib.sha256(chr(10).join(lines).encode()).hexdigest()}"
-
-
-def _converted(gguf: Path, digest: str, models: Path) -> Path:
-    """The folder that holds a gguf's weights in Hugging Face format: made aside, renamed when complete."""
-    target = models / digest
-    if target.is_dir():
-        return target
-    try:
-        models.mkdir(parents=True, exist_ok=True)
-        for stale in models.glob(f"aside-{digest[:12]}-*"):
-            if time.time() - stale.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(stale, ignore_errors=True)
-        aside = Path(tempfile.mkdtemp(prefix=f"aside-{digest[:12]}-", dir=models))
-    except OSError as error:
-        raise UnreadableModel(f"{models} cannot be written ({error.strerror}), so {gguf.name} cannot be converted.") from error
-    try:
-        _convert(gguf, aside)
-        aside.chmod(0o755)
-        with contextlib.suppress(OSError):  # another process was faster: its folder holds the same
-            aside.rename(target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return target
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    # The bytes decide, not the name: transformers' own complaint about a wrong file is a page long.
-    with gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UnreadableModel(f"{gguf} is not a GGUF file: its first bytes are not GGUF.", field="location")
-    where: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-            model = hf.AutoModelForCausalLM.from_pretrained(
-                str(gguf.parent),
-                dtype=torch.float32,
-                # Without it weights stay packed and save_pretrained refuses.
-                quantization_config=hf.GgufConfig(dequantize=True),
-                **where,
-            )
-            tokenizer = hf.AutoTokenizer.from_pretrained(str(gguf.parent), **where)
-    except Exception as error:
-        raise UnreadableModel(
-            f"{gguf} cannot be read: it is damaged, or of a kind that transformers cannot convert ({_short(error)}).",
-            field="location",
-        ) from error
-    try:
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
-    except Exception as error:
-        if getattr(error, "errno", None) == 28 or "os error 28" in str(error):
-            raise DiskFull(f"No room is left in {folder.parent}; {gguf.name} needs 4 bytes per parameter there.") from error
-        raise
-
-
-def _load(
-    location: str, *, name: str, device: torch.device, shown: str, fingerprint: str | None = None, revision: str | None = None
-) -> Lens:
-    """Read weights and tokenizer and make the lens; a fingerprint is given for local models, which stay offline."""
-    where: dict[str, Any] = {"local_files_only": fingerprint is not None, "revision": revision, "trust_remote_code": False}
-    try:
-        config = hf.AutoConfig.from_pretrained(location, **where)
-        model, loading = hf.AutoModelForCausalLM.from_pretrained(
-            location, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **where
-        )
-        if missing := sorted(loading["missing_keys"]) or sorted(map(str, loading["mismatched_keys"])):
-            # transformers would draw these at random and go on.
-            raise UnreadableModel(f"{shown} lacks weights that its config asks for, such as {missing[0]}.", field="location")
-        tokenizer = hf.AutoTokenizer.from_pretrained(location, **where)
-        return Lens(
-            model.to(device),
-            tokenizer,
-            name=name,
-            fingerprint=fingerprint or f"commit:{config._commit_hash}",
-            device=device,
-        )
-    except (UnreadableModel, UnsupportedModel):
-        raise
-    except torch.OutOfMemoryError as error:
-        raise UnsupportedModel(f"{shown} does not fit into the memory of {device}; choose a smaller model or the CPU.") from error
-    except Exception as error:
-        _refuse(shown, error, local=fingerprint is not None)
-
-
-def _refuse(shown: str, error: Exception, *, local: bool) -> NoReturn:
-    """Turn what transformers raises, which shares a few broad classes, into one of ours by what it says."""
-    text = str(error)
-    if "trust_remote_code" in text or "custom code" in text:
-        raise UnsupportedModel(f"{shown} brings code of its own, which Headscope does not run.", field="location") from error
-    if "does not recognize this architecture" in text or "Unrecognized configuration class" in text:
-        raise UnsupportedModel(f"{shown} is of a kind that transformers cannot load as a language model.") from error
-    if local:
-        raise UnreadableModel(f"{shown} cannot be read: {_short(error)}.", field="location") from error
-    if "gated" in text or "401" in text or "403" in text:
-        raise UnknownModel(
-            f"The hub does not give {shown} to this account; accept its terms there and set HF_TOKEN.", field="location"
-        ) from error
-    raise UnknownModel(
-        f"{shown} could not be had from the hub: no such model, or the hub cannot be reached ({_short(error)}).",
-        field="location",
-    ) from error
-
-
-def _short(error: Exception) -> str:
-    """The first line of an error, without its full stop."""
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__).rstrip(".")[:200]
+    place, found = torch.device(pick_device(device)), weights.find(source, cache)
+    with weights.refusals(found, place):
+        model, tokenizer, fingerprint = weights.read(found)
+        return Lens(model.to(place), tokenizer, name=name, fingerprint=fingerprint, device=place)
 
 
 # Handles
@@ -1036,7 +850,7 @@ def _bridge(model: Any, name: str) -> Any:
         architecture = determine_architecture_from_hf_config(model.config)  # type: ignore[no-untyped-call]
         bridge = build_bridge_from_module(model, architecture, hf_config=copy.deepcopy(model.config), model_name=name)
     except Exception as error:
-        raise UnsupportedModel(f"{name} cannot be used: TransformerLens does not wrap it ({_short(error)}).") from error
+        raise UnsupportedModel(f"{name} cannot be used: TransformerLens does not wrap it ({short(error)}).") from error
     return bridge.eval()
 
 
@@ -1114,119 +928,3 @@ def _taken_up(blocks: Sequence[nn.Module], stream: Tensor) -> Iterator[None]:
 def _gap(found: Tensor, expected: Tensor) -> float:
     """Largest difference, as a share of the largest entry; nan stays nan, and compares as unequal."""
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-
-
-class _Norm(NamedTuple):
-    """What of a norm is the same for every token."""
-
-    gain: Tensor
-    """[d]"""
-    bias: Tensor
-    """[d]"""
-    centres: bool
-
-
-def _norm_parts(norm: nn.Module | None, d: int, device: torch.device) -> _Norm:
-    """The norm itself is asked, since models store gains as w or as 1 + w. A vector of +s and -s has mean 0 and rms s, so
-    the norm gives back gain x sign + bias; a constant vector gives just the bias if, and only if, the norm centres."""
-    sign = torch.ones(d, device=device)
-    if norm is None:
-        return _Norm(sign, torch.zeros_like(sign), centres=False)
-    sign[1::2] = -1
-    with torch.no_grad():
-        bias = norm(torch.zeros(1, 1, d, device=device))[0, 0]
-        gain = (norm(1e3 * sign[None, None])[0, 0] - bias) * sign  # 1e3 makes the norm's epsilon vanish
-        constant = norm(torch.ones(1, 1, d, device=device))[0, 0] - bias
-    return _Norm(gain, bias, centres=bool(constant.norm() < 0.5 * gain.norm()))  # in fact either 0 or the gain
-
-
-def _through_norm(x: Tensor, norm: nn.Module) -> Tensor:
-    """x as the norm's centring, if it is a LayerNorm, and gain make it; not its 1/rms, not its bias."""
-    gain, _, centres = _norm_parts(norm, x.shape[-1], x.device)
-    through: Tensor = (x - x.mean(-1, keepdim=True) if centres else x) * gain
-    return through
-
-
-def _norm_scale(x: Tensor, norm: nn.Module | None) -> Tensor:
-    """What the norm divides x [..., d] by, [...], from what goes in and what comes out, so that its epsilon is in it."""
-    if norm is None:
-        return torch.ones_like(x[..., 0])
-    _, bias, _ = _norm_parts(norm, x.shape[-1], x.device)
-    before = _through_norm(x, norm)
-    with torch.no_grad():
-        after = norm(x) - bias
-    scale = before.square().sum(-1) / (before * after).sum(-1)
-    return torch.where(scale.isfinite(), scale, 1.0)  # zeros stay zeros whatever divides them
-
-
-def _through_frozen_norm(x: Tensor, norm: nn.Module, whole: Tensor) -> Tensor:
-    """`_through_norm` of x [n, parts, d], divided by what the norm divides `whole` [n, d] by; not its bias."""
-    return _through_norm(x, norm) / _norm_scale(whole, norm)[:, None, None]
-
-
-# Tokenizers
-
-
-def _row_start(tokenizer: Any, name: str) -> int:
-    """The token that opens every row: what documents began with, or were parted by, when the model was trained.
-
-    The tokenizer's bos token, unless that opens a chat turn (`<|im_start|>`: put there by tuning, rare in pre-training);
-    then `<|endoftext|>`, if the vocabulary has it; then the eos token. SmolLM2: 0, GPT-2: 50256, Llama 3: 128000.
-    """
-    vocabulary = tokenizer.get_vocab()
-    candidates = [tokenizer.bos_token, "<|endoftext|>", tokenizer.eos_token]
-    if candidates[0] and "im_start" in candidates[0]:
-        candidates = candidates[1:]
-    for token in candidates:
-        if token is not None and token in vocabulary:
-            return int(vocabulary[token])
-    raise UnsupportedModel(f"{name} cannot be used: its tokenizer has no token to begin a row with (bos or eos).")
-
-
-def _tokenizer_fingerprint(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _vocabulary_texts(tokenizer: Any) -> list[str]:
-    """The text of every id. Vocabularies write bytes in one of two ways, which the tokenizer's decoder tells apart:
-    GPT-2's byte-level alphabet, or SentencePiece's U+2581 for a space with `<0x0A>` for a byte."""
-    vocabulary = tokenizer.get_vocab()
-    added = set(tokenizer.get_added_vocab())
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    show = _byte_level_text if backend is not None and "ByteLevel" in repr(backend.decoder) else _sentencepiece_text
-    texts = [f"<id {i}>" for i in range(max(vocabulary.values(), default=-1) + 1)]
-    for token, i in vocabulary.items():
-        texts[i] = token if token in added else show(token)
-    return texts
-
-
-@functools.cache
-def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's characters for the 256 bytes: printable ones stand for themselves, the others follow from U+0100."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
-
-
-def _byte_level_text(token: str) -> str:
-    alphabet = _byte_alphabet()
-    if not all(c in alphabet for c in token):
-        return token
-    return bytes(alphabet[c] for c in token).decode("utf-8", errors="show_bytes")
-
-
-def _sentencepiece_text(token: str) -> str:
-    if (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)) and int(byte[1], 16) < 0x80:
-        return chr(int(byte[1], 16))
-    return token.replace("▁", " ")
-
-
-def _show_bytes(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeDecodeError):
-        raise error
-    return "".join(f"<0x{byte:02X}>" for byte in error.object[error.start : error.end]), error.end
-
-
-codecs.register_error("show_bytes", _show_bytes)

@@ -1,5 +1,6 @@
 """What this machine has: devices, memory, and how fast it multiplies matrices."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from sae_core.config import PassDtype
 from sae_core.errors import UsageError
 
 
@@ -113,3 +115,26 @@ def _cpu_label() -> str:
     except (OSError, StopIteration):
         label = platform.processor() or platform.machine()
     return f"{label}, {os.cpu_count()} cores"
+
+
+@functools.cache
+def _bf16_gain(device: torch.device) -> float:
+    """How many times faster a bfloat16 product is here: best of five, taken in turns so that neighbours disturb both alike."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return 0.0
+    best = {torch.float32: float("inf"), torch.bfloat16: float("inf")}
+    matrices = {dtype: torch.ones(1024, 1024, device=device, dtype=dtype) for dtype in best}
+    for _ in range(6):  # the first round warms up; a minimum forgets it
+        for dtype, matrix in matrices.items():
+            start = time.perf_counter()
+            float((matrix @ matrix)[0, 0])  # reading a number waits for the device
+            best[dtype] = min(best[dtype], time.perf_counter() - start)
+    return best[torch.float32] / best[torch.bfloat16]
+
+
+def resolve_dtype(choice: PassDtype, device: torch.device) -> torch.dtype:
+    """The dtype that a choice means on a device. `auto` takes bfloat16 only where a short product, measured once per
+    process, is at least 1.5 times as fast as in float32 (AMX, AVX-512 BF16, GPUs)."""
+    if choice == "auto":
+        return torch.bfloat16 if _bf16_gain(device) >= 1.5 else torch.float32
+    return torch.bfloat16 if choice == "bfloat16" else torch.float32

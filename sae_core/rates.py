@@ -17,7 +17,8 @@ import torch
 from sae_core.config import HarvestConfig, SAEConfig, Site
 from sae_core.corpus import Rows
 from sae_core.harvest import Files, Scanner, choose, features, scan_shard, swept_rows, visit, visit_parts
-from sae_core.lens import Lens, resolve_dtype
+from sae_core.lens import Lens
+from sae_core.machine import resolve_dtype
 from sae_core.saes.base import SAE, row_starts
 from sae_core.saes.batchtopk import BatchTopKSAE
 from sae_core.tally import PENDING, Bars

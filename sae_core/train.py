@@ -34,6 +34,7 @@ from sae_core.activations import Store, about
 from sae_core.config import STREAM, SAEConfig, TrainConfig
 from sae_core.corpus import Rows
 from sae_core.errors import Diverged, EmptyCorpus, UsageError
+from sae_core.machine import resolve_dtype
 from sae_core.progress import Progress
 from sae_core.ranks import ALONE, Ranks, Stopped
 from sae_core.saes import ARCHITECTURES, SAE, load_sae, row_starts, save_sae
@@ -186,7 +187,6 @@ class _Stream:
 def _dtypes(cfgs: Sequence[TrainConfig], lens: "Lens", path: Path, stream: _Stream) -> list[torch.dtype]:
     """Precision of the model pass, then of each run's step. A resumed run keeps those it began with, whatever a new probe
     would say, and a run that reads a cache takes the cache's."""
-    from sae_core.lens import resolve_dtype
 
     if not path.exists():
         chosen = [resolve_dtype(cfgs[0].model_dtype, lens.device), *(resolve_dtype(c.step_dtype, lens.device) for c in cfgs)]

@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sae_core import lens as lens_module
+from sae_core import machine, vocabulary, weights
 from sae_core.config import ModelSource
 from sae_core.errors import LayerOutOfRange, UnknownModel, UnreadableModel, UnsupportedModel, UsageError
-from sae_core.lens import Lens, Out, load_lens, resolve_dtype
+from sae_core.lens import Lens, Out, load_lens
+from sae_core.machine import resolve_dtype
 from tests.core.tiny_models import D_VOCAB, END, KINDS, SOFT_CAP, WINDOW, save_gguf, save_tiny, tiny_model, tiny_tokenizer
 
 TinyLens = Callable[[str], Lens]
@@ -664,7 +666,7 @@ def test_gguf_is_converted_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     def again(*_: Any) -> None:
         raise AssertionError("converted again")
 
-    monkeypatch.setattr(lens_module, "_convert", again)
+    monkeypatch.setattr(weights, "_convert", again)
     moved = path.rename(tmp_path / "moved.gguf")
     second = load(moved)
     assert second.info == first.info
@@ -710,9 +712,9 @@ def test_processing_says_what_an_sae_must_match(tiny_lens: TinyLens) -> None:
 
 @given(st.text(st.characters(codec="utf-8", exclude_characters="<>"), max_size=40))
 def test_token_texts_join_to_the_text_unless_characters_are_cut(text: str) -> None:
-    vocabulary, tokenizer = lens_module._vocabulary_texts(TOKENIZER), TOKENIZER
+    texts, tokenizer = vocabulary.vocabulary_texts(TOKENIZER), TOKENIZER
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    pieces = "".join(vocabulary[i] for i in ids)
+    pieces = "".join(texts[i] for i in ids)
     # Bytes of cut characters are spelled out: put them back and nothing is lost.
     spelled = "".join(c if c.isascii() else "".join(f"<0x{byte:02X}>" for byte in c.encode()) for c in text)
     assert pieces == spelled
@@ -729,7 +731,7 @@ def test_token_texts_show_spaces_newlines_bytes_and_holes(tiny_lens: TinyLens) -
 
 
 def test_sentencepiece_tokens_show_spaces_and_bytes() -> None:
-    assert [lens_module._sentencepiece_text(t) for t in ("▁the", "<0x0A>", "<0xE2>", "▁▁", "a")] == [
+    assert [vocabulary._sentencepiece_text(t) for t in ("▁the", "<0x0A>", "<0xE2>", "▁▁", "a")] == [
         " the",
         "\n",
         "<0xE2>",
@@ -739,8 +741,8 @@ def test_sentencepiece_tokens_show_spaces_and_bytes() -> None:
 
 
 def test_whole_characters_of_several_bytes_are_shown() -> None:
-    assert lens_module._byte_level_text("Ġna\u00c3\u00afve") == " naïve"
-    assert lens_module._byte_level_text("\u00e4\u00bd") == "<0xE4><0xBD>"
+    assert vocabulary._byte_level_text("Ġna\u00c3\u00afve") == " naïve"
+    assert vocabulary._byte_level_text("\u00e4\u00bd") == "<0xE4><0xBD>"
 
 
 def test_encode_adds_no_special_tokens(tiny_lens: TinyLens) -> None:
@@ -776,12 +778,12 @@ class _Words:
 def test_row_start_is_the_token_that_documents_began_with(
     bos: str | None, eos: str | None, others: tuple[str, ...], start: int
 ) -> None:
-    assert lens_module._row_start(_Words(bos, eos, *others), "x") == start
+    assert vocabulary.row_start(_Words(bos, eos, *others), "x") == start
 
 
 def test_tokenizer_without_a_token_to_begin_with_is_refused() -> None:
     with pytest.raises(UnsupportedModel, match="no token to begin a row with"):
-        lens_module._row_start(_Words(None, None, "a"), "x")
+        vocabulary.row_start(_Words(None, None, "a"), "x")
 
 
 def test_dtype_is_resolved_once_and_by_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -790,7 +792,7 @@ def test_dtype_is_resolved_once_and_by_measurement(monkeypatch: pytest.MonkeyPat
     assert resolve_dtype("bfloat16", cpu) == torch.bfloat16
     assert resolve_dtype("auto", cpu) == resolve_dtype("auto", cpu)
     for gain, expected in ((1.49, torch.float32), (1.5, torch.bfloat16)):
-        monkeypatch.setattr(lens_module, "_bf16_gain", lambda _, gain=gain: gain)
+        monkeypatch.setattr(machine, "_bf16_gain", lambda _, gain=gain: gain)
         assert resolve_dtype("auto", cpu) == expected
 
 
