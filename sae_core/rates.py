@@ -77,7 +77,9 @@ def harvest_rates(lens: Lens, layer: int, d_sae: int, k: int, context: int, cfg:
         many.examples / many.rows - few.examples / few.rows, 1e-9
     )
     visit_row = max(few.visit - few.examples * example, 0.0) / few.rows
-    feature = max(many.features - few.features, 0.0) / max(many.live - few.live, 1)
+    feature = (many.features - few.features) / max(many.live - few.live, 1)
+    if feature <= 0:  # a neighbour of this process was busy meanwhile
+        feature = many.features / max(many.live, 1)
     return HarvestRates(read, scan, visit_row, example, feature)
 
 
