@@ -105,7 +105,8 @@ def bar_chart(
             parts.append(f'<a href="{escape(bar.link)}">{rects}</a>' if bar.link else f"<g>{rects}</g>")
     else:
         # One path: the numbers stand once, in the table, from which a script says the bar that is pointed at.
-        wide, drawn = max(0.5, step - 1.5), {}
+        wide = max(0.5, step - 1.5)
+        drawn: dict[str, str] = {}
         for i, (bar, size) in enumerate(zip(bars, scaled, strict=True)):
             if size > 0:
                 drawn[bar.kind] = f"{drawn.get(bar.kind, '')}M{i * step + 0.75:.1f} {base}v-{size:.1f}h{wide:.1f}v{size:.1f}"

@@ -306,7 +306,7 @@ def read_examples(examples: Sequence[Packed]) -> Unpacked:
     numbers = decode(_read_bits(data, at, n_codes, np.full(2 * size, _BITS)), np.repeat(top, n_codes))
 
     n_dfa, n_acts = n[:size], n[size:]
-    of_dest, start = _per(examples, "dest"), _per(examples, "start")
+    of_dest, start = (np.array([getattr(e, name) for e in examples], np.int64) for name in ("dest", "start"))
     whose = np.repeat(np.arange(size), n_dfa)
     among = _within(n_codes[:size])
     is_rest = among < np.repeat(n_rests, n_codes[:size])
@@ -323,7 +323,7 @@ def read_examples(examples: Sequence[Packed]) -> Unpacked:
     head, src = np.divmod(place[: len(whose)], (of_dest - start + 1)[whose])
     order = np.lexsort((-np.abs(value), whose))
     preact, bias, abs_dfa = (of_dfa[name].astype(np.float64) for name in ("preact", "bias", "abs_dfa"))
-    total = np.bincount(whose, value, size) + np.bincount(of_head, dropped + before, size)
+    total: Floats = np.bincount(whose, value, size) + np.bincount(of_head, dropped + before, size)
     scale = abs_dfa + np.abs(bias)
     return Unpacked(
         acts_pos=place[len(whose) :] + np.repeat(start, n_acts),

@@ -8,7 +8,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
@@ -164,12 +164,12 @@ def example_item(example: FeatureExample, paint: Paint, sources: str, components
     text, marked = _painted(example, paint)
     anchor = f' id="example-{example.band}-{example.rank}"' if anchored else ""
     numbers = "" if sources else f' data-numbers="{escape(json.dumps(_numbers(example), separators=(",", ":")))}"'
-    whole = " whole" if paint.context is None else ""
+    whole, places = " whole" if paint.context is None else "", " ".join(map(str, marked))
     links = f'<a class="split" href="{escape(sources)}">sources</a> ' if sources else ""
     sign = "−" if example.bias < 0 else "+"
     return Markup(  # noqa: S704 - numbers, and what is escaped here and in `_painted`
         f'<li class="example"{anchor}><b class="act">{num(example.act)}</b>'
-        f'<p class="text{whole}" tabindex="0" data-dest="{example.dest}" data-at="{" ".join(map(str, marked))}"{numbers}>{text}</p>'
+        f'<p class="text{whole}" tabindex="0" data-dest="{example.dest}" data-at="{places}"{numbers}>{text}</p>'
         f'<div class="sums"><div class="tops">{links}<a class="split" href="{escape(components)}">components</a>'
         f'{head_strip(example.by_head)}</div><span class="identity">{fixed(example.dfa_sum)} {sign} {fixed(abs(example.bias))} = '
         f"<b>{fixed(example.preact)}</b> <small>gap {num(example.gap, 1)}</small></span></div></li>\n"
@@ -179,7 +179,11 @@ def example_item(example: FeatureExample, paint: Paint, sources: str, components
 def _numbers(example: FeatureExample) -> dict[str, Any]:
     """What the address of a stored example answers, as far as the panel shows it."""
     dfa = [{"src": src, "head": head, "value": float(f"{value:.5g}")} for src, head, value in example.dfa[:KEPT_LIVE]]
-    return {"acts": {at: float(f"{act:.5g}") for at, act in example.acts.items()}, "dfa": dfa, "dropped": [0] * len(example.dropped)}
+    return {
+        "acts": {at: float(f"{act:.5g}") for at, act in example.acts.items()},
+        "dfa": dfa,
+        "dropped": [0] * len(example.dropped),
+    }
 
 
 def _painted(example: FeatureExample, paint: Paint) -> tuple[str, list[int]]:
@@ -230,7 +234,7 @@ def _painted(example: FeatureExample, paint: Paint) -> tuple[str, list[int]]:
     return "".join(parts), marked
 
 
-@lru_cache(maxsize=None)
+@cache
 def _opened(warmth: int, given: int, found: bool) -> str:
     """The attributes of a marked token: 0 to 15 of activation, -15 to 15 of DFA."""
     classes = [f"a{warmth}"] if warmth else []
@@ -283,7 +287,9 @@ def head_strip(sums: Sequence[float]) -> str:
     top = max(map(abs, sums), default=0.0) or 1.0
     drawn = {"pos": "", "neg": ""}
     for head, value in enumerate(sums):
-        drawn["pos" if value > 0 else "neg"] += f"M{12 * head + 6} 22V{22 - (round(20 * value / top) or (1 if value > 0 else -1))}"
+        drawn["pos" if value > 0 else "neg"] += (
+            f"M{12 * head + 6} 22V{22 - (round(20 * value / top) or (1 if value > 0 else -1))}"
+        )
     bars = "".join(f'<path class="{sign}" d="{path}"/>' for sign, path in drawn.items() if path)
     most = max(range(len(sums)), key=lambda head: abs(sums[head]), default=0)
     said = f"Most by head {most}: {signed(sums[most])}" if sums else "No heads"

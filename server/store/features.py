@@ -8,7 +8,6 @@ from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 from urllib.parse import parse_qsl, urlencode
 
-import numpy as np
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from sqlalchemy.orm import Session
