@@ -3,12 +3,11 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 from urllib.parse import parse_qsl, urlencode
 
-import numpy as np
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from sqlalchemy.orm import Session
@@ -667,10 +666,12 @@ def _examples(
     strongest, of_each = (_ALL, _ALL) if every else first_of_bands(config)
     asked = {"features": feature_ids, "strongest": strongest, "of_each": of_each}
     window = int(config.get("window", 256))
+    rows = connection.execute(_EXAMPLES, asked).all()
+    examples = iter(taken_apart(rows, window))
     found: dict[int, tuple[tuple[FeatureExample, ...], int]] = {}
-    for feature_id, rows in groupby(connection.execute(_EXAMPLES, asked), attrgetter("feature_id")):
-        many = list(rows)
-        found[feature_id] = (taken_apart(many, window), many[0].kept)
+    for feature_id, mine in groupby(rows, attrgetter("feature_id")):
+        many = list(mine)
+        found[feature_id] = (tuple(islice(examples, len(many))), many[0].kept)
     return found
 
 
