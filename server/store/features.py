@@ -422,6 +422,10 @@ def _as_json(entries: tuple[DfaEntry, ...]) -> list[DfaJson]:
     return [DfaJson(*entry) for entry in entries]
 
 
+DfaEntries = Annotated[tuple[DfaEntry, ...], PlainSerializer(_as_json)]
+"""Objects in JSON, and quick to make here."""
+
+
 @dataclass(frozen=True)
 class FeatureExample:
     """A row where the feature fired, taken apart at one destination. Positions count from the row's start."""
@@ -436,7 +440,7 @@ class FeatureExample:
     texts: tuple[str, ...]
     acts: dict[int, float]
     """Position -> activation, where it is not zero."""
-    dfa: Annotated[tuple[DfaEntry, ...], PlainSerializer(_as_json)]
+    dfa: DfaEntries
     """The largest entries."""
     dropped: tuple[float, ...]
     """Per head, the sum of the entries that are not listed."""
