@@ -13,6 +13,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Scope
 
 from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
+from server.api import page as api_page
 from server.api import v1
 from server.db import Database
 from server.pages import (
@@ -77,6 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
     for page in (health, writing, *pages):
         app.include_router(page.router)
     v1.mount(app)
+    app.include_router(api_page.router)
     return app
 
 
