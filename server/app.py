@@ -14,6 +14,7 @@ from starlette.types import Scope
 
 from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
 from server.api import neuronpedia, v1
+from server.api import page as api_page
 from server.db import Database
 from server.pages import (
     compare,
@@ -78,6 +79,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(page.router)
     app.include_router(neuronpedia.router)
     v1.mount(app)
+    app.include_router(api_page.router)
     return app
 
 

@@ -6,6 +6,7 @@ import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Self
+from urllib.parse import urlsplit
 
 import sqlalchemy as sa
 from pydantic import Field, SecretStr, model_validator
@@ -53,12 +54,18 @@ class Settings(BaseSettings):
     wandb: str | None = None
     """Project of Weights & Biases to which workers send the curves of trainings; unset sends nothing anywhere."""
 
+    webhook: str | None = None
+    """Address (http or https) to which a worker POSTs JSON when a job has ended; unset calls nobody."""
+
     @model_validator(mode="after")
     def _safe(self) -> Self:
         if self.host not in ("127.0.0.1", "localhost", "::1"):
             raise UsageError(
                 f"Headscope has no login yet, so it will not listen on {self.host}; use 127.0.0.1 and a tunnel.", field="host"
             )
+        called = urlsplit(self.webhook or "http://nowhere")
+        if called.scheme not in ("http", "https") or not called.hostname:
+            raise UsageError("The webhook must be an address that begins with http:// or https://.", field="webhook")
         return self
 
     @property

@@ -68,7 +68,7 @@ from sae_core.studies import heads as head_study
 from sae_core.studies import induction
 from sae_core.studies.specificity import specificity
 from sae_core.train import activations_of, curve_of, diverged, made_by, train_many
-from server import doctor, estimates, jobs
+from server import doctor, estimates, jobs, webhook
 from server.db import Database
 from server.downloads import sha256_of
 from server.estimates import Shape
@@ -970,7 +970,14 @@ class Worker:
                     run.tracker.close()
                 if not self.stopping.is_set():
                     self.jobs.release()  # what waited for this job may start
+                    self._announce(job_id, attempt)
             return "done"
+
+    def _announce(self, job_id: str, attempt: int) -> None:
+        """Call the webhook if this attempt was the job's last; another worker tells of its own."""
+        job = self.jobs.get(job_id)
+        if job.ended and job.attempt == attempt:
+            webhook.announce(self.settings, job)
 
     def lens(self, name: str) -> Lens:
         """The model of that name, loaded; the one used last stays warm."""

@@ -9,9 +9,9 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter
 from starlette.responses import StreamingResponse
@@ -48,7 +48,8 @@ class Selection(FeatureFilter, Include):
     """Form of the file."""
 
 
-class Source(NamedTuple):
+@dataclass(frozen=True)
+class Source:
     """Where an export is read."""
 
     db: "Database"

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.api.common import listed
 from server.store.features import (
     Band,
-    DfaEntry,
+    DfaEntries,
     FamilyVerdict,
     FeatureExample,
     FeaturePage,
@@ -97,7 +97,7 @@ class Others:
 class ExampleDfa:
     """What made a feature fire. sum + bias of the example = its preact."""
 
-    entries: tuple[DfaEntry, ...]
+    entries: DfaEntries
     """The largest, by (source, head)."""
     dropped: tuple[float, ...]
     """Per head, the sum of the entries that are not listed."""

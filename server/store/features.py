@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, islice
 from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 from urllib.parse import parse_qsl, urlencode
@@ -422,6 +422,10 @@ def _as_json(entries: tuple[DfaEntry, ...]) -> list[DfaJson]:
     return [DfaJson(*entry) for entry in entries]
 
 
+DfaEntries = Annotated[tuple[DfaEntry, ...], PlainSerializer(_as_json)]
+"""Objects in JSON, and quick to make here."""
+
+
 @dataclass(frozen=True)
 class FeatureExample:
     """A row where the feature fired, taken apart at one destination. Positions count from the row's start."""
@@ -436,7 +440,7 @@ class FeatureExample:
     texts: tuple[str, ...]
     acts: dict[int, float]
     """Position -> activation, where it is not zero."""
-    dfa: Annotated[tuple[DfaEntry, ...], PlainSerializer(_as_json)]
+    dfa: DfaEntries
     """The largest entries."""
     dropped: tuple[float, ...]
     """Per head, the sum of the entries that are not listed."""
@@ -666,10 +670,12 @@ def _examples(
     strongest, of_each = (_ALL, _ALL) if every else first_of_bands(config)
     asked = {"features": feature_ids, "strongest": strongest, "of_each": of_each}
     window = int(config.get("window", 256))
+    rows = connection.execute(_EXAMPLES, asked).all()
+    examples = iter(taken_apart(rows, window))
     found: dict[int, tuple[tuple[FeatureExample, ...], int]] = {}
-    for feature_id, rows in groupby(connection.execute(_EXAMPLES, asked), attrgetter("feature_id")):
-        many = list(rows)
-        found[feature_id] = (taken_apart(many, window), many[0].kept)
+    for feature_id, mine in groupby(rows, attrgetter("feature_id")):
+        many = list(mine)
+        found[feature_id] = (tuple(islice(examples, len(many))), many[0].kept)
     return found
 
 

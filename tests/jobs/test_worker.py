@@ -16,9 +16,10 @@ from server.jobs import Jobs, harvest_id, sae_name
 from server.settings import Settings
 from server.store import jobs as store
 from server.store import registry
-from server.tables import SAE
+from server.tables import SAE, Job
 from server.worker import Run, Worker
 from tests.jobs.conftest import Home, start, tiny_config, wait_for
+from tests.test_webhook import listening
 
 QUICK = tiny_config(harvests=())
 LONG = tiny_config(tokens=32_768, passes=50, harvests=())
@@ -314,3 +315,23 @@ def test_the_heart_beats_while_a_worker_lives(home: Home, monkeypatch: pytest.Mo
         assert Jobs(home.settings, home.db).worker_alive()
     assert not Jobs(home.settings, home.db).worker_alive()
     assert threading.active_count() < 50
+
+
+# ---- the webhook ----
+
+
+def test_the_worker_tells_the_webhook_how_a_job_ended_and_an_address_that_is_not_there_spoils_none(home: Home) -> None:
+    done, failed = (home.jobs.enqueue_train(QUICK, name=name) for name in ("told", "untold"))
+    with home.db.write() as session:
+        row = session.get_one(Job, failed)
+        row.config = {**row.config, "corpus": "gone"}
+    with listening(200, 200) as (address, heard):
+        home.settings = home.settings.model_copy(update={"webhook": address})
+        with working(home):
+            assert home.wait(done) == "done", home.error(done)
+            assert home.wait(failed) == "failed"
+    assert {said["id"]: said["status"] for _, said in heard} == {done: "done", failed: "failed"}
+    home.settings = home.settings.model_copy(update={"webhook": "http://127.0.0.1:9/"})
+    alone = home.jobs.enqueue_train(QUICK, name="alone")
+    with working(home):
+        assert home.wait(alone) == "done", home.error(alone)
