@@ -323,7 +323,7 @@ def read_examples(examples: Sequence[Packed]) -> Unpacked:
     head, src = np.divmod(place[: len(whose)], (of_dest - start + 1)[whose])
     order = np.lexsort((-np.abs(value), whose))
     preact, bias, abs_dfa = (of_dfa[name].astype(np.float64) for name in ("preact", "bias", "abs_dfa"))
-    total: Floats = np.bincount(whose, value, size) + np.bincount(of_head, dropped + before, size)
+    total = (np.bincount(whose, value, size) + np.bincount(of_head, dropped + before, size)).astype(np.float64)
     scale = abs_dfa + np.abs(bias)
     return Unpacked(
         acts_pos=place[len(whose) :] + np.repeat(start, n_acts),

@@ -218,7 +218,8 @@ class Reading:
             elif one["in"] == "query" and (examples or one["required"]):
                 query[one["name"]] = examples[0] if examples else "1"
         signed = any(one["name"] == "X-Author" for one in operation.get("parameters", ()))
-        address = f"{self._origin}{path}{f'?{urlencode(query, safe=",")}' if query else ''}"
+        asked = f"?{urlencode(query, safe=',')}" if query else ""
+        address = f"{self._origin}{path}{asked}"
         curl = [f"curl {'' if method == 'GET' else f'-X {method} '}'{address}'"]
         curl += [" -H 'X-Author: Maren'"] if signed else []
         curl += [f" -H 'Content-Type: application/json' -d '{json.dumps(body)}'"] if body is not None else []
