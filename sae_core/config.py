@@ -594,6 +594,19 @@ class ImportJob(Config):
     """Branch, tag or commit on the hub; None takes the default branch."""
 
 
+class DashboardsJob(Config):
+    """Dashboards of another tool to be made a harvest of an SAE that is here."""
+
+    location: str
+    """The folder of SAEDashboard's `batch-*.json`, or of one source of Neuronpedia's bulk files."""
+    sae: str
+    """The name of the SAE whose features they show."""
+    corpus: str | None = None
+    """What their text is called here; None takes the name that the files say."""
+    partial: bool = False
+    """Take what there is, though features are in no file."""
+
+
 class SAEConfig(Config):
     """What is saved beside an SAE's weights: all that is needed to use it rightly. The map is on raw z."""
 

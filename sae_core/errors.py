@@ -11,6 +11,7 @@ HeadscopeError
 │   ├── UnreadableCorpus
 │   ├── UnreadableSAE
 │   ├── UnsupportedSAE
+│   ├── UnreadableDashboards
 │   ├── SAEMismatch
 │   ├── CacheMismatch
 │   └── WrongChecksum
@@ -99,6 +100,10 @@ class UnreadableSAE(UsageError):
 
 class UnsupportedSAE(UsageError):
     """The SAE computes what Headscope's form cannot carry exactly, or reads another site than z."""
+
+
+class UnreadableDashboards(UsageError):
+    """Dashboards of another tool are damaged or incomplete."""
 
 
 class SAEMismatch(UsageError):

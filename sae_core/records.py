@@ -12,10 +12,10 @@ def head_agreement(head_norm: Sequence[float], head_dfa: Sequence[float]) -> flo
     """How far two views of a feature's heads agree: shares by decoder norm, and by size of the mean DFA.
 
     1 less the total variation distance, sum of |difference of shares| / 2: 1 where the shares are equal, 0 where no head has a
-    part in both. None where there is no DFA, as of a dead feature.
+    part in both. None where there is no DFA, as of a dead feature, or none is known.
     """
     norm, data = np.asarray(head_norm, dtype=np.float64), np.abs(np.asarray(head_dfa, dtype=np.float64))
-    if not norm.sum() or not data.sum():
+    if not norm.sum() or not data.sum() or not np.isfinite(data).all():
         return None
     return float(1 - np.abs(norm / norm.sum() - data / data.sum()).sum() / 2)
 

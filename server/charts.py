@@ -45,7 +45,7 @@ def _empty(title: str) -> Markup:
 
 def share_bar(value: float, top: float, width: int = 90) -> Markup:
     """A bar from the left: `value` of `top`. The number stands beside it, so this says nothing to a screen reader."""
-    length = 0.0 if top <= 0 else width * min(1.0, max(0.0, value / top))
+    length = width * min(1.0, max(0.0, value / top)) if top > 0 and math.isfinite(value) else 0.0
     return Markup(  # noqa: S704 - numbers only
         f'<svg class="bar" aria-hidden="true" viewBox="0 0 {width} 10" width="{width}" height="10">'
         f'<rect class="track" width="{width}" height="10"/><rect class="share" width="{length:.1f}" height="10"/></svg>'
@@ -54,6 +54,8 @@ def share_bar(value: float, top: float, width: int = 90) -> Markup:
 
 def signed_bar(value: float, spread: float, top: float, width: int = 90) -> Markup:
     """A bar from the middle, right for positive, left for negative, with a line for the spread on both sides of its end."""
+    if not math.isfinite(value):  # not known: nothing is drawn, and the number beside it is a dash
+        value, spread = 0.0, 0.0
     middle = width / 2
     per = 0.0 if top <= 0 else middle / top
     end = middle + per * value

@@ -24,6 +24,7 @@ from sae_core.config import (
     AnyStudy,
     Arch,
     CorpusSource,
+    DashboardsJob,
     EvaluateConfig,
     EvaluateJob,
     HarvestConfig,
@@ -665,6 +666,48 @@ def import_sae(
         with db.write() as session:
             registry.add_model(session, found.name, found.source)
         job_id = queue.enqueue_import(cfg, name=name)
+        _say(f"Queued {job_id}.")
+        if not alive:
+            _work_here(settings, db, job_id)
+        elif watch:
+            _end(db, _watch_here(db, job_id))
+
+
+@import_app.command(
+    "dashboards",
+    epilog="Examples: [bold]headscope import dashboards ./saedashboard-output --sae gpt2-l5[/bold]; "
+    "[bold]headscope import dashboards ./v1/gpt2-small/5-att-kk --sae gpt2-l5[/bold]",
+)
+@takes(options(DashboardsJob, skip=("location", "sae")))
+def import_dashboards(
+    location: Annotated[
+        Path, typer.Argument(help="Folder of SAEDashboard's batch-*.json, or of one source of Neuronpedia's files.")
+    ],
+    sae: Annotated[str, typer.Option("--sae", help="Name of the SAE whose features they show.")],
+    watch: Watch = False,
+    data: Data = None,
+    **values: Any,
+) -> None:
+    """Make dashboards of SAEDashboard or Neuronpedia a harvest that can be browsed; explanations become labels."""
+    from server.exchange import dashboards
+
+    folder = location.expanduser().resolve()
+    cfg = built(DashboardsJob, {"location": str(folder), "sae": sae} | given(values, DashboardsJob))
+    with _opened(_settings(data=data)) as (settings, db):
+        dashboards.look(folder)  # what is wrong with the folder is said before anything is queued
+        queue = Jobs(settings, db)
+        alive = queue.worker_alive()
+        if not alive:
+            doctors.need_worker_extra()
+        job_id = queue.enqueue_dashboards(cfg)
+        with db.read() as session:
+            there = stored_harvests.n_made_by(session, job_id) > 0
+        job = queue.get(job_id)
+        if job.status == "done" and there:
+            _say(f"{job_id} is done already; `headscope harvests list` shows what it made.")
+            return
+        if job.ended:
+            queue.retry(job_id, even_done=True)
         _say(f"Queued {job_id}.")
         if not alive:
             _work_here(settings, db, job_id)

@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from sae_core.config import (
     AnyStudy,
     CompareJob,
+    DashboardsJob,
     EvaluateJob,
     HarvestJob,
     ImportJob,
@@ -83,6 +84,16 @@ class Jobs:
             base = slug(name or cfg.location.rstrip("/").removesuffix(".pt").removesuffix("/params.npz"))
             job_id = free_id("import", base, store.ids_like(session, f"import-{base}-"), names_taken(session))
             title = f"Import {sae_name(job_id)} for {cfg.model}"
+            store.create(session, job_id, "import", title, cfg.model_dump(mode="json"))
+        self.release()
+        return job_id
+
+    def enqueue_dashboards(self, cfg: DashboardsJob) -> str:
+        """Queue dashboards to be made a harvest and give the job's id: asked twice, it runs once."""
+        job_id = f"dashboards-{cfg.sae}-{cfg.hash()}"
+        with self._db.write() as session:
+            registry.sae(session, cfg.sae)
+            title = f"Import dashboards of {cfg.sae}"
             store.create(session, job_id, "import", title, cfg.model_dump(mode="json"))
         self.release()
         return job_id
@@ -298,7 +309,7 @@ def names_taken(session: Session) -> set[str]:
     """Names of the SAEs that are there, and of those that open jobs will make."""
     names = registry.sae_names(session)
     for job in store.of_status(session, store.OPEN):
-        if job.kind in ("train", "import"):
+        if job.id.startswith(("train-", "import-")):
             names.add(sae_name(job.id))
         elif job.kind == "sweep":
             cfg = SweepConfig.model_validate(job.config)

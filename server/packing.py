@@ -150,6 +150,7 @@ def fold(histogram: dict[str, Any]) -> dict[str, Any]:
 def unfold(histogram: dict[str, Any], *, log: bool) -> tuple[tuple[float, ...], tuple[int, ...]]:
     """(edges, counts) of what `fold` left, or of a histogram in full; bins are equal, or equal in `log`."""
     edges, counts = histogram.get("edges", ()), histogram.get("counts", ())
+    log = log and histogram.get("spacing") != "equal"
     if len(edges) == 2 and len(counts) > 1:
         low, high = np.log(edges) if log else np.array(edges)
         between = np.linspace(low, high, len(counts) + 1)

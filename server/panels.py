@@ -1,5 +1,6 @@
 """What the panels of a page draw and say, made from what is stored: bars, curves, and numbers with their sentences."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -17,7 +18,7 @@ def whole(scale: float) -> Paint:
 
 def heads_top(heads: Sequence[HeadShare]) -> float:
     """The largest |mean DFA| with its spread, so that every head's bar is drawn to one scale."""
-    return max((abs(head.dfa) + head.dfa_std for head in heads), default=0.0)
+    return max((abs(head.dfa) + head.dfa_std for head in heads if math.isfinite(head.dfa)), default=0.0)
 
 
 EVIDENCE = {

@@ -1,5 +1,6 @@
 """A feature as a picture of the size that chats show: drawn as SVG, made a PNG by resvg, with a font that comes along."""
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.resources import files
@@ -78,9 +79,11 @@ def _text(x: float, y: float, text: str, size: int, colour: str, weight: str = "
 def _heads(page: FeaturePage, c: dict[str, str]) -> Iterator[str]:
     """A bar per head, by data: above the line for what speaks for the feature, below for what speaks against it."""
     yield _text(SIDE, 254, "heads, by mean DFA", 20, c["soft"])
-    top = max((abs(head.dfa) for head in page.heads), default=0.0) or 1.0
+    top = max((abs(head.dfa) for head in page.heads if math.isfinite(head.dfa)), default=0.0) or 1.0
     wide = min(46.0, 500 / max(1, len(page.heads)))
     for place, head in enumerate(page.heads):
+        if not math.isfinite(head.dfa):  # an imported harvest may not say it
+            continue
         size = 52 * abs(head.dfa) / top
         x, y = SIDE + wide * place, 318 - size if head.dfa > 0 else 318
         colour = c["pos"] if head.dfa > 0 else c["neg"]

@@ -166,13 +166,25 @@ def example_item(example: FeatureExample, paint: Paint, sources: str, components
     numbers = "" if sources else f' data-numbers="{escape(json.dumps(_numbers(example), separators=(",", ":")))}"'
     whole, places = " whole" if paint.context is None else "", " ".join(map(str, marked))
     links = f'<a class="split" href="{escape(sources)}">sources</a> ' if sources else ""
-    sign = "−" if example.bias < 0 else "+"
     return Markup(  # noqa: S704 - numbers, and what is escaped here and in `_painted`
         f'<li class="example"{anchor}><b class="act">{num(example.act)}</b>'
         f'<p class="text{whole}" tabindex="0" data-dest="{example.dest}" data-at="{places}"{numbers}>{text}</p>'
-        f'<div class="sums"><div class="tops">{links}<a class="split" href="{escape(components)}">components</a>'
-        f'{head_strip(example.by_head)}</div><span class="identity">{fixed(example.dfa_sum)} {sign} {fixed(abs(example.bias))} = '
-        f"<b>{fixed(example.preact)}</b> <small>gap {num(example.gap, 1)}</small></span></div></li>\n"
+        f'<div class="sums">{_sums(example, links, components)}</div></li>\n'
+    )
+
+
+def _sums(example: FeatureExample, links: str, components: str) -> str:
+    """The sum that the example's DFA makes, and ways to split it; of an imported one, what there is instead."""
+    if example.attributed == "none":
+        return '<span class="identity">no DFA was imported</span>'
+    if example.attributed == "heads summed":
+        rest = f"{fixed(example.bias)} of {fixed(example.act)} is not in it"
+        return f'<span class="identity">DFA of all heads together; {rest}</span>'
+    sign = "−" if example.bias < 0 else "+"
+    return (
+        f'<div class="tops">{links}<a class="split" href="{escape(components)}">components</a>{head_strip(example.by_head)}</div>'
+        f'<span class="identity">{fixed(example.dfa_sum)} {sign} {fixed(abs(example.bias))} = '
+        f"<b>{fixed(example.preact)}</b> <small>gap {num(example.gap, 1)}</small></span>"
     )
 
 

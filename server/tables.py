@@ -150,6 +150,8 @@ class Harvest(Base):
     corpus_id: Mapped[int] = mapped_column(sa.ForeignKey("corpus.id"))
     job_id: Mapped[str] = mapped_column(sa.String(100))
     config: Mapped[dict[str, Any]]  # HarvestConfig
+    # of a harvest that was not made here: {"format", "path", "dfa": "heads summed" or "none", "lacks": [words]}
+    source: Mapped[dict[str, Any] | None]
     status: Mapped[str] = mapped_column(sa.String(20), default="running")  # running, published, replaced
     n_tokens: Mapped[int] = mapped_column(default=0)  # swept, excluded positions not counted
     n_rows: Mapped[int] = mapped_column(default=0)
@@ -309,7 +311,7 @@ class Context(Base):
     id: Mapped[int] = mapped_column(BigId, primary_key=True)
     harvest_id: Mapped[int] = mapped_column(sa.ForeignKey("harvest.id", ondelete="CASCADE"))
     row: Mapped[int]  # index in the rows on disk
-    tokens: Mapped[bytes]  # i4[context], token ids
+    tokens: Mapped[bytes]  # i4[context], token ids; empty in an imported harvest, which has texts alone
     texts: Mapped[list[Any]]  # token strings as shown; the web needs no tokenizer
     __table_args__ = (sa.UniqueConstraint("harvest_id", "row"),)
 
@@ -327,7 +329,9 @@ class Example(Base):
     start: Mapped[int]  # first position of the shown window
     act: Mapped[float]  # fp32 visit
     acts: Mapped[bytes]  # packing.pack_acts: the feature's nonzero activations in the window
-    dfa: Mapped[bytes]  # packing.pack_dfa: kept (source, head, value), per head what is beside them, pre-activation and bias
+    dfa: Mapped[
+        bytes
+    ]  # packing.pack_dfa: kept (source, head, value), per head what is beside them, pre-activation, bias; or empty
     __table_args__ = (sa.UniqueConstraint("feature_id", "band", "rank"),)
 
 
@@ -336,7 +340,7 @@ class Job(Base):
 
     __tablename__ = "job"
     id: Mapped[str] = mapped_column(sa.String(100), primary_key=True)  # also the DBOS workflow id
-    kind: Mapped[str] = mapped_column(sa.String(20))  # train, sweep, evaluate, harvest, study
+    kind: Mapped[str] = mapped_column(sa.String(20))  # train, sweep, evaluate, harvest, study, compare, import
     title: Mapped[str] = mapped_column(sa.String(300))
     config: Mapped[dict[str, Any]]  # TrainConfig, SweepConfig or HarvestJob
     parent_id: Mapped[str | None] = mapped_column(sa.ForeignKey("job.id"))

@@ -37,13 +37,15 @@ import torch
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowError
 from sqlalchemy.orm import Session
 
+from sae_core import attribution, heads, machine
 from sae_core import harvest as sweep
-from sae_core import heads, machine
 from sae_core.activations import Activations, about
 from sae_core.config import (
     AnyStudy,
     CompareJob,
+    DashboardsJob,
     EvaluateJob,
+    HarvestConfig,
     HarvestJob,
     HeadsStudy,
     ImportJob,
@@ -54,7 +56,7 @@ from sae_core.config import (
     study_job,
 )
 from sae_core.corpus import Rows, prepare_rows
-from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SlotTaken
+from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SAEMismatch, SlotTaken, UnreadableDashboards
 from sae_core.evaluate import evaluate
 from sae_core.formats import convert, fetched, open_peer
 from sae_core.lens import Lens, load_lens
@@ -62,6 +64,7 @@ from sae_core.matching import match
 from sae_core.parallel import check_processes, train_parallel
 from sae_core.probes import read_texts
 from sae_core.progress import Progress, relayed
+from sae_core.records import HarvestTotals
 from sae_core.saes import SAE, check_fits, load_sae, save_sae
 from sae_core.stability import check_same_site
 from sae_core.studies import heads as head_study
@@ -72,8 +75,9 @@ from server import doctor, estimates, jobs, webhook
 from server.db import Database
 from server.downloads import sha256_of
 from server.estimates import Shape
+from server.exchange import dashboards
 from server.settings import Settings
-from server.store import harvests, registry, search, studies
+from server.store import harvests, imports, registry, search, studies
 from server.store import jobs as store
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
@@ -86,6 +90,7 @@ BEAT_SECONDS = 5.0
 SILENT_SECONDS = 60.0  # after which a slot counts as dead
 REPORT_SECONDS = 2.0  # between two writes of progress
 AGAIN_SECONDS = 10.0  # between two tries to write to a database that refuses
+NEIGHBOURS = 10  # nearest features kept of an imported harvest
 TYPICAL_L0 = 50  # of an imported SAE whose files do not say it
 RETAKE = 50  # times that a job is taken up before it counts as one that takes its worker down
 NO_ROOM = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
@@ -101,6 +106,7 @@ SAID = {
     "text": "Looking for induction in real text.",
     "cut": "Cutting repeated prefixes down to one token.",
     "match": "Matching decoder directions.",
+    "read": "Reading the files into the database.",
     "convert": "Reading the files and fitting them to the model.",
     "choose": "Choosing examples.",
     "visit": "Visiting the chosen rows with attention patterns.",
@@ -381,7 +387,9 @@ def _train_sweep(run: Run, cfg: SweepConfig) -> dict[str, Any]:
 
 
 def import_job(run: Run) -> None:
-    """A peer's SAE, made one of ours."""
+    """A peer's SAE, made one of ours; or dashboards of one that is here, made a harvest."""
+    if "sae" in run.job.config:
+        return import_dashboards(run, DashboardsJob.model_validate(run.job.config))
     cfg = ImportJob.model_validate(run.job.config)
     run.step("convert", lambda: _convert(run, cfg))
     run.step("publish", lambda: _publish_sae(run, cfg.model, jobs.sae_name(run.id), {}))
@@ -398,6 +406,82 @@ def _convert(run: Run, cfg: ImportJob) -> None:
     for note in sae.cfg.imported.notes if sae.cfg.imported else ():
         run.say(note)
     run.report(Progress("convert", 2, 2, "parts"))
+
+
+def import_dashboards(run: Run, cfg: DashboardsJob) -> None:
+    """File by file, each a durable step; published when every feature is there."""
+    layout = dashboards.look(Path(cfg.location))
+    worker = run.worker
+    with worker.db.read() as session:
+        record = registry.sae(session, cfg.sae)
+    if record.config.d_sae <= max(layout.skipped, default=-1):
+        raise SAEMismatch(
+            f"{layout.folder} is of an SAE with more than the {record.config.d_sae:,} features of {cfg.sae}.", field="sae"
+        )
+    sae = load_sae(worker.settings.data / record.folder)
+    shares = attribution.head_norm_shares(sae.W_dec, sae.cfg.n_heads)
+    near = attribution.decoder_neighbours(sae.W_dec, NEIGHBOURS)
+    pairs = [
+        [[idx, round(cosine, 4)] for idx, cosine in zip(*one, strict=True)]
+        for one in zip(near.indices.tolist(), near.cosines.tolist(), strict=True)
+    ]
+    about = dashboards.About(shares.numpy(), pairs)
+    harvest_id: int = run.step("begin", lambda: _begin_dashboards(run, cfg, record, layout))
+    texts = imports.Texts.of(worker.db, harvest_id)
+    covered: set[int] = set()
+    for done, number in enumerate(layout.parts):
+        run.report(Progress("read", done, len(layout.parts), "files"))
+        covered.update(
+            run.step(f"read {number}", partial(_read_dashboards, run, record, layout, number, about, harvest_id, texts))
+        )
+    run.step("check", lambda: _check_covered(run, cfg, covered, layout, record))
+    dead = (dashboards.feature_record(index, about) for index in sorted(layout.skipped - covered))
+    run.step("dead", lambda: imports.write_dead(worker.db, harvest_id, dead, run.fence))
+    run.step("count", lambda: imports.count_up(worker.db, harvest_id, run.fence))
+    run.step("search", lambda: search.write(worker.db, harvest_id, run.fence))
+    run.step("publish", lambda: harvests.publish(worker.db, harvest_id, 0, run.fence))
+    run.say(f"Published: http://{worker.settings.host}:{worker.settings.port}/saes/{record.name}.")
+
+
+def _begin_dashboards(run: Run, cfg: DashboardsJob, record: registry.SAERecord, layout: dashboards.Layout) -> int:
+    with run.write() as session:
+        corpus = registry.foreign_corpus(session, cfg.corpus, layout.dataset)
+    kept = HarvestConfig(tokens=layout.n_tokens or 1, bands=5, per_band=5, window=max(layout.context, 8))
+    totals = HarvestTotals(layout.n_tokens, 0, 0, layout.context)
+    harvest_id = harvests.begin(
+        run.worker.db, sae_id=record.id, corpus_id=corpus.id, job_id=run.id, config=kept.model_dump(mode="json"), totals=totals,
+        fence=run.fence,
+    )  # fmt: skip
+    imports.note_source(run.worker.db, harvest_id, layout.source, run.fence)
+    run.say(f"{layout.folder} holds {len(layout.parts)} files of {layout.format}.")
+    return harvest_id
+
+
+def _read_dashboards(
+    run: Run, record: registry.SAERecord, layout: dashboards.Layout, number: int, about: dashboards.About, harvest_id: int,
+    texts: imports.Texts,
+) -> list[int]:  # fmt: skip
+    """The features of one file, stored."""
+    covered: list[int] = []
+
+    def seen() -> Iterator[imports.ForeignFeature]:
+        for feature in dashboards.read(layout, number, about):
+            covered.append(feature.record.idx)
+            yield feature
+
+    imports.write_file(run.worker.db, harvest_id, record.id, number, seen(), texts, run.fence)
+    if not covered:  # written before, by an attempt that was killed before it could say so
+        covered = [feature.record.idx for feature in dashboards.read(layout, number, about)]
+    return covered
+
+
+def _check_covered(
+    run: Run, cfg: DashboardsJob, covered: set[int], layout: dashboards.Layout, record: registry.SAERecord
+) -> None:
+    if lacking := dashboards.missing_features(covered, layout, record.config.d_sae):
+        if not cfg.partial:
+            raise UnreadableDashboards(lacking)
+        run.say(lacking)
 
 
 # -------------------------------------------------------------------------------------------------------- evaluation job

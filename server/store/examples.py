@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from sae_core.errors import NotFound
+from sae_core.errors import NotFound, UsageError
 from server.packing import I4, unpack
 from server.store.features import EXAMPLE_COLUMNS, FeatureExample, taken_apart
 from server.store.saes import Door, SaeRef
@@ -87,8 +87,11 @@ def sources_of(example: FeatureExample) -> tuple[Source, ...]:
 
 
 def example_row(session: Session, door: Door, index: int, band: int, rank: int) -> ExampleRow:
-    """The row of an example of feature `index` in the published harvest; NotFound where none has that place."""
+    """The row of an example of feature `index` in the published harvest; NotFound where none has that place,
+    UsageError where it was imported as text."""
     found = _at(session, door, index, band, rank, Context.tokens, Example.dest)
+    if not found.tokens:
+        raise UsageError("This example was imported as text, so the model cannot read it again as it was.", field="rank")
     return ExampleRow(tuple(unpack(found.tokens, I4).tolist()), found.dest)
 
 

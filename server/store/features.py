@@ -1,5 +1,6 @@
 """The feature table and the feature page."""
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -321,7 +322,7 @@ class HeadShare:
     norm_share: float
     """Norm of the decoder's slice at this head, over the sum of all heads' norms."""
     dfa: float
-    """Mean signed DFA over every firing."""
+    """Mean signed DFA over every firing; not a number, here and below, where an imported harvest does not say it."""
     dfa_std: float
     """Its spread over firings."""
     dfa_share: float
@@ -456,6 +457,9 @@ class FeatureExample:
     act: float
     gap: float
     """|dfa_sum + bias - preact| / (abs_dfa + |bias|), from the numbers as stored."""
+    attributed: Literal["heads", "heads summed", "none"] = "heads"
+    """How much is known of its DFA. Summed, as imported ones may be: `dfa` has one head that stands for all, and `bias` is what is
+    left of the activation. None: the numbers from `dfa` on say nothing."""
 
     @property
     def by_head(self) -> list[float]:
@@ -636,7 +640,8 @@ def _published(door: Door) -> int:
 
 
 def _head_shares(detail: FeatureDetail | sa.Row[Any]) -> tuple[HeadShare, ...]:
-    norm, dfa, std = (unpack(blob, F4).tolist() for blob in (detail.head_norm, detail.head_dfa, detail.head_dfa_std))
+    norm = unpack(detail.head_norm, F4).tolist()
+    dfa, std = (unpack(blob, F4).tolist() or [math.nan] * len(norm) for blob in (detail.head_dfa, detail.head_dfa_std))
     total = sum(abs(value) for value in dfa)
     return tuple(
         HeadShare(head, share, mean, spread, abs(mean) / total if total else 0.0)
@@ -715,6 +720,7 @@ def taken_apart(rows: Sequence[Stored], window: int) -> tuple[FeatureExample, ..
                 preact=preact,
                 act=row.act,
                 gap=gap,
+                attributed="heads" if h_end - h > 1 else "heads summed" if h_end > h else "none",
             )
         )
         a, e, h = a_end, e_end, h_end

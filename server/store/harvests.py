@@ -6,7 +6,7 @@ ours. Chunks are small: on SQLite a writer keeps all others waiting, for at most
 """
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -60,7 +60,7 @@ def begin(
 def write_features(db: Database, harvest_id: int, features: Iterable["FeatureRecord"], fence: Fence) -> None:
     """Store every feature of the SAE, and the heads of live ones."""
     chunks = cut(features, lambda _: 1, FEATURES_AT_ONCE)
-    write_chunks(db, harvest_id, "features", chunks, _insert_features, fence)
+    write_chunks(db, harvest_id, "features", chunks, insert_features, fence)
 
 
 def write_part(db: Database, harvest_id: int, part: int, rows: Iterable["RowRecord"], fence: Fence) -> None:
@@ -167,7 +167,8 @@ def write_chunks(
 # ---- rows of tables ----
 
 
-def _insert_features(session: Session, harvest_id: int, chunk: list["FeatureRecord"]) -> None:
+def insert_features(session: Session, harvest_id: int, chunk: Sequence["FeatureRecord"]) -> None:
+    """Rows of features, with their details and heads."""
     rows = [_feature(harvest_id, feature) for feature in chunk]
     ids = {idx: id for id, idx in session.execute(sa.insert(Feature).returning(Feature.id, Feature.idx), rows)}
     session.execute(sa.insert(FeatureDetail), [_detail(ids[feature.idx], feature) for feature in chunk])
@@ -218,14 +219,15 @@ def _detail(feature_id: int, feature: "FeatureRecord") -> dict[str, Any]:
 
 def _heads(harvest_id: int, feature: "FeatureRecord") -> Iterator[dict[str, Any]]:
     size = float(np.abs(feature.head_dfa).sum())
-    for head, (norm, dfa) in enumerate(zip(feature.head_norm.tolist(), feature.head_dfa.tolist(), strict=True)):
+    known = feature.head_dfa.tolist() or [None] * len(feature.head_norm)
+    for head, (norm, dfa) in enumerate(zip(feature.head_norm.tolist(), known, strict=True)):
         yield {
             "harvest_id": harvest_id,
             "head": head,
             "idx": feature.idx,
             "norm_share": norm,
             "dfa": dfa,
-            "dfa_share": abs(dfa) / size if size > 0 else None,
+            "dfa_share": abs(dfa) / size if size > 0 and dfa is not None else None,
         }
 
 
@@ -234,7 +236,7 @@ def _insert_rows(session: Session, harvest_id: int, chunk: list["RowRecord"], fe
     ids = {row: id for id, row in session.execute(sa.insert(Context).returning(Context.id, Context.row), contexts)}
     examples = [e for r in chunk for e in r.examples]
     if examples:
-        _insert_examples(session, _examples(examples, feature_ids, ids))
+        insert_examples(session, _examples(examples, feature_ids, ids))
 
 
 EXAMPLE = {
@@ -259,7 +261,7 @@ def _examples(
         yield (*where, e.act, acts, dfa)
 
 
-def _insert_examples(session: Session, rows: Iterable[tuple[object, ...]]) -> None:
+def insert_examples(session: Session, rows: Iterable[tuple[object, ...]]) -> None:
     """Straight through the driver, and on PostgreSQL by COPY: a harvest has dozens of examples per feature, and SQLAlchemy's
     part of inserting one costs more than the database's."""
     connection, columns = session.connection(), ", ".join(EXAMPLE)

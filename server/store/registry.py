@@ -175,6 +175,18 @@ def corpora(session: Session) -> list[CorpusRecord]:
     return [_corpus(row) for row in session.scalars(sa.select(Corpus).order_by(Corpus.name))]
 
 
+def foreign_corpus(session: Session, name: str | None, dataset: str) -> CorpusRecord:
+    """The corpus that imported dashboards are of, registered if it is not: `name`, else by what the files call it."""
+    source = CorpusSource(location=f"hf:{dataset}" if dataset else "unknown")
+    if name is not None:
+        known = session.scalar(sa.select(Corpus).where(Corpus.name == name))
+        return _corpus(known) if known is not None else add_corpus(session, name, source)
+    base = dataset.rstrip("/").rsplit("/", 1)[-1] or "unknown text"
+    taken = set(session.scalars(sa.select(Corpus.name)))
+    free = next(other for n in range(1, 10**6) if (other := base if n == 1 else f"{base}-{n}") not in taken)
+    return corpus_at(session, source) or add_corpus(session, free, source)
+
+
 # ---- SAEs ----
 
 

@@ -33,6 +33,8 @@ class HarvestRef:
     worst_gap: float | None
     config: dict[str, Any]
     published_at: datetime | None
+    source: dict[str, Any] | None = None
+    """Of a harvest that was not made here: its format, its path, what it has of DFA, and what it lacks."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def sae_ref(row: SAE, model: str, harvest: Harvest | None, corpus: str | None) -
     """A row of the database as pages name it."""
     ref = None if harvest is None else HarvestRef(
         harvest.id, corpus or "", harvest.n_tokens, harvest.n_rows, harvest.n_live, harvest.n_examples,
-        harvest.context, harvest.worst_gap, harvest.config, harvest.published_at,
+        harvest.context, harvest.worst_gap, harvest.config, harvest.published_at, harvest.source,
     )  # fmt: skip
     return SaeRef(
         row.name, model, row.layer, row.hook, row.arch, row.d_in, row.d_sae, row.k, row.n_heads, row.sha256, ref

@@ -189,7 +189,7 @@ def _token_rows(db: Database, harvest_id: int) -> tuple[list[str], Iterator[tupl
         with db.read() as session:
             details = session.execute(
                 sa.select(FeatureDetail.feature_id, FeatureDetail.promoted, FeatureDetail.suppressed).where(
-                    FeatureDetail.feature_id.between(part[0], part[-1])
+                    FeatureDetail.feature_id.in_(part)
                 )
             ).all()
         for feature_id, promoted, suppressed in details:

@@ -1,0 +1,1 @@
+"""Dashboards of other tools: read into harvests, and written from them. No torch."""

@@ -1,0 +1,239 @@
+"""Dashboards of others become a harvest: SAEDashboard's own files, and Neuronpedia's bulk layout."""
+
+import gzip
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fastapi.testclient import TestClient
+
+from sae_core.config import DashboardsJob
+from sae_core.errors import UnreadableDashboards
+from sae_core.formats import convert, open_peer
+from sae_core.saes import save_sae
+from server.app import create_app
+from server.exchange import dashboards
+from server.store import registry
+from server.store.features import FeaturePage, feature_page
+from server.store.labels import feature_labels
+from server.store.saes import find_sae
+from tests.core.test_formats import CASES, lens
+from tests.jobs.conftest import Home
+from tests.jobs.test_worker import working
+
+THEIRS = CASES.parent / "dashboards"
+D_SAE = 40
+
+
+@pytest.fixture
+def sae(home: Home) -> str:
+    """The SAE whose features the dashboards show, imported."""
+    made = convert(open_peer(CASES / "saelens-jumprelu"), lens(), "x")
+    sha256 = save_sae(made, home.settings.data / "saes" / "mine")
+    with home.db.write() as session:
+        model = registry.model(session, "tiny").id
+        registry.upsert_sae(
+            session, job_id="import-mine-1", name="mine", model_id=model, config=made.cfg, metrics={}, folder="saes/mine",
+            sha256=sha256,
+        )  # fmt: skip
+    return "mine"
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(THEIRS, tmp_path / "theirs"))
+
+
+def neuronpedia(source: Path, folder: Path) -> Path:
+    """The same features in Neuronpedia's bulk layout, with explanations."""
+
+    def write(kind: str, number: int, lines: list[dict[str, Any]]) -> None:
+        path = folder / kind / f"batch-{number}.jsonl.gz"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+
+    for number in (0, 1):
+        batch = json.loads((source / f"batch-{number}.json").read_text())
+        features, activations, explanations = [], [], []
+        for feature in batch["features"]:
+            key = {"modelId": "tiny", "layer": "1-att-tiny", "index": str(feature["feature_index"])}
+            rest = {name: value for name, value in feature.items() if name not in ("activations", "feature_index", "vector")}
+            features.append(key | rest | {"maxActApprox": max(max(a["values"]) for a in feature["activations"])})
+            for one in feature["activations"]:
+                names = {"binMin": "bin_min", "binMax": "bin_max", "binContains": "bin_contains"}
+                names |= {"dfaValues": "dfa_values", "dfaTargetIndex": "dfa_targetIndex"}
+                activations.append(key | {to: one[of] for to, of in names.items()} | {n: one[n] for n in ("tokens", "values")})
+            said = {"description": f"fires on words {feature['feature_index']}", "typeName": "oai_attention-head"}
+            explanations.append(key | said | {"explanationModelName": "gpt-5"})
+        write("features", number, features)
+        write("activations", number, activations)
+        write("explanations", number, explanations)
+    return folder
+
+
+def imported(home: Home, folder: Path, sae: str, **changes: Any) -> str:
+    job = home.jobs.enqueue_dashboards(DashboardsJob(location=str(folder), sae=sae, **changes))
+    if home.jobs.get(job).ended:
+        home.jobs.retry(job, even_done=True)
+    home.wait(job)
+    return job
+
+
+def page(home: Home, sae: str, index: int) -> FeaturePage:
+    with home.db.read() as session:
+        return feature_page(session, find_sae(session, sae), index, every=True)
+
+
+@pytest.fixture
+def web(home: Home) -> Iterator[TestClient]:
+    with TestClient(create_app(home.settings), base_url="http://127.0.0.1:8000") as client:
+        yield client
+
+
+def assert_examples_are_what_the_sae_does(home: Home, sae: str) -> None:
+    """Against the activations that the maker kept: every example's text, where it fires, how strongly."""
+    expected = np.load(THEIRS / "expected.npz")
+    words = np.array(["<s>", *(f" w{i}" for i in range(1, 30))])
+    prompts = {tuple(words[row[1:]]): number for number, row in enumerate(expected["tokens"])}
+    n, with_dfa = 0, 0
+    for index in range(D_SAE):
+        for example in page(home, sae, index).examples:
+            acts = expected["acts"][prompts[example.texts], 1:, index]
+            assert set(example.acts) == set(np.flatnonzero(acts > 5e-4).tolist())
+            for position, act in example.acts.items():
+                assert act == pytest.approx(acts[position], rel=0.01, abs=1e-3)
+            assert example.act == pytest.approx(acts[example.dest], abs=1e-3)
+            n += 1
+            with_dfa += example.attributed == "heads summed"
+            if example.attributed == "none":
+                assert example.dfa == ()
+    assert n > 200
+    assert with_dfa > 50
+
+
+def test_what_saedashboard_wrote_can_be_browsed(home: Home, sae: str, theirs: Path, web: TestClient) -> None:
+    with working(home):
+        job = imported(home, theirs, sae)
+        assert home.status(job) == "done", home.error(job)
+        again = home.jobs.enqueue_dashboards(DashboardsJob(location=str(theirs), sae=sae))
+        assert again == job
+    assert_examples_are_what_the_sae_does(home, sae)
+    feature = page(home, sae, 0)
+    raw = json.loads((theirs / "batch-0.json").read_text())["features"][0]
+    assert [t.text for t in feature.promoted] == raw["pos_str"]
+    assert sum(feature.histogram_counts) == feature.n_fired == sum(raw["freq_hist_data_bar_heights"])
+    assert feature.density == pytest.approx(raw["frac_nonzero"])
+    assert [head.norm_share for head in feature.heads] == pytest.approx(raw["decoder_weights_dist"], abs=1e-5)
+    assert feature.families == ()
+    assert feature.agreement is None
+    assert feature.sae.harvest is not None
+    assert feature.sae.harvest.n_live == D_SAE
+    assert feature.sae.harvest.source is not None
+    assert feature.sae.harvest.source["dfa"] == "heads summed"
+
+    for path in (
+        "/",
+        "/saes/mine",
+        "/saes/mine/features/0",
+        "/saes/mine/heads/1",
+        "/saes/mine/features/0/labels",
+        "/embed/saes/mine/features/0",
+    ):
+        assert web.get(path).status_code == 200, path
+    text = web.get("/saes/mine/features/0").text
+    assert "Imported from SAEDashboard files, which have no DFA by head" in text
+    assert "DFA of all heads together" in text
+    assert "nan" not in text
+    assert "by data, mean DFA" in text
+    twin = web.get("/saes/mine/features/0.json").json()
+    assert twin["heads"][0]["dfa"] is None
+    assert web.get("/saes/mine/features/0/preview.png").status_code == 200
+    found = web.get("/saes/mine/search", params={"q": "w7", "kind": "text"})
+    assert found.status_code == 200
+    assert "feature" in found.text
+    refused = web.get("/saes/mine/features/0/components", params={"band": 0, "rank": 0})
+    assert refused.status_code in (200, 422)
+    assert "imported as text" in refused.text
+
+
+def test_neuronpedias_bulk_files_can_be_browsed_with_their_explanations(
+    home: Home, sae: str, theirs: Path, tmp_path: Path
+) -> None:
+    bulk = neuronpedia(theirs, tmp_path / "v1" / "tiny" / "1-att-tiny")
+    with working(home):
+        job = imported(home, bulk, sae)
+        assert home.status(job) == "done", home.error(job)
+        assert_examples_are_what_the_sae_does(home, sae)
+        twice = imported(home, bulk, sae, corpus="their words")
+        assert home.status(twice) == "done", home.error(twice)
+    with home.db.read() as session:
+        door = find_sae(session, sae)
+        (label,) = feature_labels(session, door.sae, door.id, 7).labels
+    assert door.sae.harvest is not None
+    assert door.sae.harvest.corpus == "their words"
+    assert (label.text, label.author, label.method) == ("fires on words 7", "gpt-5", "oai_attention-head")
+
+
+def test_missing_batches_are_named_and_taken_when_they_are_there(home: Home, sae: str, theirs: Path, tmp_path: Path) -> None:
+    (theirs / "batch-1.json").rename(tmp_path / "kept.json")
+    with working(home):
+        job = imported(home, theirs, sae)
+        assert home.status(job) == "failed"
+        assert "20 of 40 features are in no file" in str(home.error(job))
+        with home.db.read() as session:
+            assert find_sae(session, sae).sae.harvest is None
+        partial = imported(home, theirs, sae, partial=True)
+        assert home.status(partial) == "done", home.error(partial)
+        with home.db.read() as session:
+            harvest = find_sae(session, sae).sae.harvest
+        assert harvest is not None
+        assert harvest.n_live == 20
+        (tmp_path / "kept.json").rename(theirs / "batch-1.json")
+        assert imported(home, theirs, sae) == job
+        assert home.status(job) == "done", home.error(job)
+    assert_examples_are_what_the_sae_does(home, sae)
+
+
+def test_what_is_wrong_with_a_folder_is_said_before_anything_is_queued(theirs: Path, tmp_path: Path) -> None:
+    def refused(folder: Path) -> str:
+        with pytest.raises(UnreadableDashboards) as found:
+            dashboards.look(folder)
+        return str(found.value)
+
+    assert "no folder" in refused(tmp_path / "none")
+    assert "neither SAEDashboard's" in refused(tmp_path)
+    bulk = neuronpedia(theirs, tmp_path / "v1" / "tiny" / "1-att-tiny")
+    assert "1-att-tiny" in refused(tmp_path / "v1")
+    (bulk / "activations" / "batch-1.jsonl.gz").unlink()
+    assert "activations/batch-1.jsonl.gz" in refused(bulk)
+    (theirs / "batch-0.json").unlink()
+    assert "lacks batch-0.json" in refused(theirs)
+
+
+def broken_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def without(field: str) -> Callable[[Path], None]:
+    def change(path: Path) -> None:
+        batch = json.loads(path.read_text())
+        del batch["features"][3][field]
+        path.write_text(json.dumps(batch))
+
+    return change
+
+
+@pytest.mark.parametrize("change", [broken_off, without("activations"), without("frac_nonzero")])
+def test_a_damaged_batch_is_named(theirs: Path, change: Callable[[Path], None]) -> None:
+    change(theirs / "batch-1.json")
+    layout = dashboards.look(theirs)
+    about = dashboards.About(np.full((D_SAE, 4), 0.25, np.float32), [[]] * D_SAE)
+    assert len(list(dashboards.read(layout, 0, about))) == 20
+    with pytest.raises(UnreadableDashboards, match=r"batch-1\.json"):
+        list(dashboards.read(layout, 1, about))
+    with pytest.raises(UnreadableDashboards, match="the SAE has 10"):
+        list(dashboards.read(layout, 0, dashboards.About(about.head_norm[:10], about.neighbours)))
