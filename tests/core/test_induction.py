@@ -342,7 +342,7 @@ def test_following_gives_what_reading_each_layer_gives(tiny_lens: TinyLens, kind
     assert sorted(found) == [1, 3]
     for layer, read in found.items():
         for ours, theirs in zip(read, lens.read_attention(tokens, layer), strict=True):
-            assert torch.allclose(ours, theirs, atol=1e-5)
+            assert (ours - theirs).abs().max() <= 3e-5 * theirs.abs().max()  # two ways through the blocks before, in fp32
     with pytest.raises(LayerOutOfRange):
         lens.follow_attention(tokens, [9], found.__setitem__)
     assert lens.follow_attention(tokens, [], found.__setitem__) is None
