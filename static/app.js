@@ -27,7 +27,8 @@ const numbersOf = (text) => {
 const MARKED = ".text > u, .text > b";
 const positionOf = (token) => {
   const text = token.closest(".text");
-  return Number((text.dataset.at ?? "").split(" ")[[...text.querySelectorAll(MARKED)].indexOf(token)]);
+  const steps = (text.dataset.at ?? "").split(" ").map(Number); // each from the mark before
+  return steps.slice(0, [...text.querySelectorAll(MARKED)].indexOf(token) + 1).reduce((a, b) => a + b, 0);
 };
 
 // As the server shows a token: nothing of it invisible.
