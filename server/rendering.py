@@ -5,11 +5,12 @@ Colours come from classes: `a1`..`a15` activation, `p1`..`p15` positive and `n1`
 
 import json
 import math
+import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from operator import sub
 from typing import Any, NamedTuple
 
@@ -218,6 +219,7 @@ def _painted(example: FeatureExample, paint: Paint) -> tuple[str, list[int]]:
     marked: list[int] = []
     parts: list[str] = []
     warm = LEVELS / paint.scale if paint.scale > 0 else 0.0
+    plain: Callable[[Sequence[str]], Iterable[str]] = _joined if "<0x" in "".join(texts) else partial(map, _plain)
     last = start
     for low, high in _in_view(example, levels, paint.context):
         if low > last:
@@ -225,7 +227,7 @@ def _painted(example: FeatureExample, paint: Paint) -> tuple[str, list[int]]:
         at = low
         for position in order[bisect_left(order, low) : bisect_left(order, high)]:
             if at < position:
-                parts += map(_plain, texts[at - start : position - start])
+                parts += plain(texts[at - start : position - start])
             raw = texts[position - start]
             space, word, tail = _split(raw)
             warmth = min(LEVELS, math.ceil(acts[position] * warm - 1e-9)) if position in acts else 0
@@ -234,7 +236,7 @@ def _painted(example: FeatureExample, paint: Paint) -> tuple[str, list[int]]:
             parts.append(f"{space}<{tag}{opened}>{word}</{tag}>{tail}")
             marked.append(position)
             at = position + 1
-        parts += map(_plain, texts[at - start : high - start])
+        parts += plain(texts[at - start : high - start])
         last = high
     if start + len(texts) > last:
         parts.append(f'<i class="gap" title="{start + len(texts) - last} more">⋯</i>')
@@ -279,6 +281,33 @@ def _in_view(example: FeatureExample, levels: Mapping[int, int], context: int | 
 def _plain(raw: str) -> str:
     # The sign of a line end stays inside the token; the line itself ends after it.
     return f"{token_text(raw)}<wbr>" if "\n" in raw else str(token_text(raw))
+
+
+_BYTES = re.compile("(?:<0x([0-9A-F]{2})>)+")
+
+
+def _joined(texts: Sequence[str]) -> Iterator[str]:
+    """Plain tokens, those joined that hold a character only together; the bytes of a part of one are shown as bytes."""
+    at = 0
+    while at < len(texts):
+        data, end, character = b"", at, ""
+        while not character and end < len(texts) and len(data) < 4 and _BYTES.fullmatch(texts[end]):
+            data += bytes.fromhex(re.sub("<0x|>", "", texts[end]))
+            end += 1
+            character = data.decode(errors="ignore") if _is_whole(data) else ""
+        if character and end - at > 1:
+            yield f'<i class="joined" title="{end - at} tokens: {escape("".join(texts[at:end]))}">{_visible(character)}</i>'
+            at = end
+        else:
+            yield _plain(texts[at])
+            at += 1
+
+
+def _is_whole(data: bytes) -> bool:
+    try:
+        return bool(data.decode())
+    except UnicodeDecodeError:
+        return False
 
 
 @lru_cache(maxsize=65536)

@@ -44,7 +44,11 @@ const positionAt = (text, node, offset, numbers) => {
   let [end, begin, position, found] = [0, 0, numbers.start, null];
   for (const part of text.childNodes) {
     end += part.textContent.length;
-    if (part.className === "gap") {
+    if (part.className === "joined") { // one character of several tokens: all are said to be the first
+      if (begin > before) return found;
+      [found, begin] = [position, end];
+      position += parseInt(part.title, 10);
+    } else if (part.className === "gap") {
       position += parseInt(part.title, 10);
       begin = end;
     }
