@@ -9,6 +9,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Scope
 
@@ -43,6 +44,8 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
+GZIP_LEVEL = 5
+"""Of a page, within a hundredth of the smallest, at three fifths of its time."""
 LARGEST_BODY = 1_000_000
 """Bytes of a request; forms and questions are far smaller."""
 
@@ -70,6 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.live = None
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=TRUSTED_HOSTS)
     app.add_middleware(SecurityHeaders)
+    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=GZIP_LEVEL)
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))

@@ -6,14 +6,49 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple, Protocol
 
-from server.charts import Bar, Curve, Line, Point, Series
-from server.rendering import Paint, num, percent
+from markupsafe import Markup, escape
+
+from server.charts import Bar, Curve, Line, Point, Series, share_bar, signed_bar
+from server.rendering import Paint, num, percent, signed, token_chip
 from server.store.features import HeadShare
+
+
+class HasWeight(Protocol):
+    """A token and how strongly it is moved."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def value(self) -> float: ...
 
 
 def whole(scale: float) -> Paint:
     """An example shown whole, with the activation `scale` painted fully."""
     return Paint(scale, context=None)
+
+
+def head_rows(heads: Sequence[HeadShare], chosen: int | None, paints: str) -> Markup:
+    """The rows of a feature's heads; `paints` is the address that ends in the head to paint by. Made at once: they are many."""
+    norm_top, dfa_top = max(head.norm_share for head in heads), heads_top(heads)
+    return Markup(  # noqa: S704 - numbers, and an address that is escaped
+        "\n".join(
+            f'<tr{_CHOSEN if head.head == chosen else ""}><th scope="row"><a href="{escape(paints)}{head.head}" '
+            f'data-head="{head.head}">{head.head}</a><td>{share_bar(head.norm_share, norm_top)}<td class="n">'
+            f'{percent(head.norm_share, 2)}<td>{signed_bar(head.dfa, head.dfa_std, dfa_top)}<td class="n" '
+            f'title="± {num(head.dfa_std)}; {percent(head.dfa_share)} of all heads\' |mean|">{signed(head.dfa)}'
+            for head in heads
+        )
+    )
+
+
+_CHOSEN = ' class="chosen"'
+
+
+def token_rows(tokens: Sequence[HasWeight], kind: str) -> Markup:
+    """The rows of tokens and their logit weights; `kind` is `pos` or `neg`."""
+    return Markup(  # noqa: S704 - tokens are escaped by `token_chip`
+        "\n".join(f'<tr><td>{token_chip(token.text)}<td class="n {kind}">{signed(token.value)}' for token in tokens)
+    )
 
 
 def heads_top(heads: Sequence[HeadShare]) -> float:

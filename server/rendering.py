@@ -5,10 +5,13 @@ Colours come from classes: `a1`..`a15` activation, `p1`..`p15` positive and `n1`
 
 import json
 import math
+import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
+from operator import sub
 from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
@@ -34,6 +37,8 @@ def num(value: float | None, digits: int = 3) -> str:
         return "–"
     if value == 0:
         return "0"
+    if digits > 1 and 1e-4 <= abs(value) < 9.9:  # most numbers of a page: what follows says the same, more slowly
+        return f"{value:#.{digits}g}".replace("-", "−")
     size = math.floor(math.log10(abs(value)))
     if size < -4 or size >= 6:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -158,13 +163,13 @@ def example_tokens(example: FeatureExample, paint: Paint) -> Markup:
 def example_item(example: FeatureExample, paint: Paint, sources: str, components: str, *, anchored: bool = False) -> Markup:
     """An example of the feature page, with the sum of its DFA: a string made at once, since there are twenty and more.
 
-    `data-at` has the positions of its marked tokens. Their numbers come from the address `sources` when they are looked at, or
-    are in `data-numbers` where there is no address: typed text, which is not stored.
+    `data-at` has the positions of its marked tokens, each less the one before it. Their numbers come from the address `sources`
+    when they are looked at, or are in `data-numbers` where there is no address: typed text, which is not stored.
     """
     text, marked = _painted(example, paint)
     anchor = f' id="example-{example.band}-{example.rank}"' if anchored else ""
     numbers = "" if sources else f' data-numbers="{escape(json.dumps(_numbers(example), separators=(",", ":")))}"'
-    whole, places = " whole" if paint.context is None else "", " ".join(map(str, marked))
+    whole, places = " whole" if paint.context is None else "", " ".join(map(str, map(sub, marked, [0, *marked])))
     links = f'<a class="split" href="{escape(sources)}">sources</a> ' if sources else ""
     return Markup(  # noqa: S704 - numbers, and what is escaped here and in `_painted`
         f'<li class="example"{anchor}><b class="act">{num(example.act)}</b>'
@@ -218,28 +223,32 @@ def _painted(example: FeatureExample, paint: Paint) -> tuple[str, list[int]]:
         if abs(value) >= FAINTEST * scale > 0
     }
     start, dest, texts, acts = example.start, example.dest, example.texts, example.acts
-    numbered = {dest, *whole, *acts}
+    numbered, found = {dest, *whole, *acts}, ""
     if paint.mark is not None:
         found = _bare(paint.mark)
         numbered.update(start + at for at, text in enumerate(texts) if _bare(text) == found)
+    order = sorted(numbered)
     marked: list[int] = []
     parts: list[str] = []
+    warm = LEVELS / paint.scale if paint.scale > 0 else 0.0
+    plain: Callable[[Sequence[str]], Iterable[str]] = _joined if "<0x" in "".join(texts) else partial(map, _plain)
     last = start
     for low, high in _in_view(example, levels, paint.context):
         if low > last:
             parts.append(f'<i class="gap" title="{low - last} more">⋯</i>')
         at = low
-        for position in sorted(position for position in numbered if low <= position < high):
-            parts += map(_plain, texts[at - start : position - start])
-            space, word, tail = _split(texts[position - start])
-            act = acts.get(position, 0.0)
-            is_found = paint.mark is not None and _bare(texts[position - start]) == found
-            opened = _opened(level(act, paint.scale) if act > 0 else 0, levels.get(position, 0), is_found)
+        for position in order[bisect_left(order, low) : bisect_left(order, high)]:
+            if at < position:
+                parts += plain(texts[at - start : position - start])
+            raw = texts[position - start]
+            space, word, tail = _split(raw)
+            warmth = min(LEVELS, math.ceil(acts[position] * warm - 1e-9)) if position in acts else 0
+            opened = _opened(warmth, levels.get(position, 0), bool(found) and _bare(raw) == found)
             tag = "b" if position == dest else "u"
             parts.append(f"{space}<{tag}{opened}>{word}</{tag}>{tail}")
             marked.append(position)
             at = position + 1
-        parts += map(_plain, texts[at - start : high - start])
+        parts += plain(texts[at - start : high - start])
         last = high
     if start + len(texts) > last:
         parts.append(f'<i class="gap" title="{start + len(texts) - last} more">⋯</i>')
@@ -286,6 +295,33 @@ def _plain(raw: str) -> str:
     return f"{token_text(raw)}<wbr>" if "\n" in raw else str(token_text(raw))
 
 
+_BYTES = re.compile("(?:<0x([0-9A-F]{2})>)+")
+
+
+def _joined(texts: Sequence[str]) -> Iterator[str]:
+    """Plain tokens, those joined that hold a character only together; the bytes of a part of one are shown as bytes."""
+    at = 0
+    while at < len(texts):
+        data, end, character = b"", at, ""
+        while not character and end < len(texts) and len(data) < 4 and _BYTES.fullmatch(texts[end]):
+            data += bytes.fromhex(re.sub("<0x|>", "", texts[end]))
+            end += 1
+            character = data.decode(errors="ignore") if _is_whole(data) else ""
+        if character and end - at > 1:
+            yield f'<i class="joined" title="{end - at} tokens: {escape("".join(texts[at:end]))}">{_visible(character)}</i>'
+            at = end
+        else:
+            yield _plain(texts[at])
+            at += 1
+
+
+def _is_whole(data: bytes) -> bool:
+    try:
+        return bool(data.decode())
+    except UnicodeDecodeError:
+        return False
+
+
 @lru_cache(maxsize=65536)
 def _split(raw: str) -> tuple[str, str, str]:
     """(leading space, word, line end). The space stands outside, so that a mark hugs its word and lines still break at spaces."""
@@ -299,9 +335,9 @@ def head_strip(sums: Sequence[float]) -> str:
     top = max(map(abs, sums), default=0.0) or 1.0
     drawn = {"pos": "", "neg": ""}
     for head, value in enumerate(sums):
-        drawn["pos" if value > 0 else "neg"] += (
-            f"M{12 * head + 6} 22V{22 - (round(20 * value / top) or (1 if value > 0 else -1))}"
-        )
+        size = round(20 * value / top)
+        if size:
+            drawn["pos" if size > 0 else "neg"] += f"M{12 * head + 6} 22v{-size}"
     bars = "".join(f'<path class="{sign}" d="{path}"/>' for sign, path in drawn.items() if path)
     most = max(range(len(sums)), key=lambda head: abs(sums[head]), default=0)
     said = f"Most by head {most}: {signed(sums[most])}" if sums else "No heads"

@@ -27,7 +27,8 @@ const numbersOf = (text) => {
 const MARKED = ".text > u, .text > b";
 const positionOf = (token) => {
   const text = token.closest(".text");
-  return Number((text.dataset.at ?? "").split(" ")[[...text.querySelectorAll(MARKED)].indexOf(token)]);
+  const steps = (text.dataset.at ?? "").split(" ").map(Number); // each from the mark before
+  return steps.slice(0, [...text.querySelectorAll(MARKED)].indexOf(token) + 1).reduce((a, b) => a + b, 0);
 };
 
 // As the server shows a token: nothing of it invisible.
@@ -43,7 +44,11 @@ const positionAt = (text, node, offset, numbers) => {
   let [end, begin, position, found] = [0, 0, numbers.start, null];
   for (const part of text.childNodes) {
     end += part.textContent.length;
-    if (part.className === "gap") {
+    if (part.className === "joined") { // one character of several tokens: all are said to be the first
+      if (begin > before) return found;
+      [found, begin] = [position, end];
+      position += parseInt(part.title, 10);
+    } else if (part.className === "gap") {
       position += parseInt(part.title, 10);
       begin = end;
     }

@@ -67,16 +67,17 @@ def wants_part(request: Request) -> bool:
 
 
 def etag(request: Request, *facts: object) -> str:
-    """Changes whenever the answer may: with the facts, the version, the templates, and the kind of answer."""
+    """Changes whenever the answer may: with the facts, the version, the templates, and the kind of answer. It is weak: the same
+    answer may be sent compressed or not."""
     variant = "json" if wants_json(request) else "part" if wants_part(request) else "page"
     text = repr((VERSION, build(), variant, facts))
-    return f'"{hashlib.sha256(text.encode()).hexdigest()[:20]}"'
+    return f'W/"{hashlib.sha256(text.encode()).hexdigest()[:20]}"'
 
 
 def unchanged(request: Request, tag: str) -> Response | None:
     """304 when the browser already has `tag`; None when the page must be made."""
     known = [given.strip().removeprefix("W/") for given in request.headers.get("if-none-match", "").split(",")]
-    return Response(status_code=304, headers=_headers(tag)) if tag in known else None
+    return Response(status_code=304, headers=_headers(tag)) if tag.removeprefix("W/") in known else None
 
 
 def reply(

@@ -54,8 +54,8 @@ def texts_of(html: str) -> list[tuple[dict[str, str], list[tuple[str, str]]]]:
         if tag == "p" and "data-at" in attrs:
             found.append((attrs, []))
         elif tag in ("u", "b") and found and len(found[-1][1]) < len(found[-1][0]["data-at"].split()):
-            at = found[-1][0]["data-at"].split()[len(found[-1][1])]
-            found[-1][1].append((at, f"{tag} {attrs.get('class', '')}"))
+            steps = found[-1][0]["data-at"].split()[: len(found[-1][1]) + 1]
+            found[-1][1].append((str(sum(map(int, steps))), f"{tag} {attrs.get('class', '')}"))
     return found
 
 

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from server.app import create_app
 from server.charts import Bar, Curve, HeadCell, bar_chart, head_map, line_chart
 from server.rendering import (
+    Paint,
+    example_tokens,
     level,
     num,
     percent,
@@ -17,6 +19,7 @@ from server.rendering import (
     token_chip,
     token_text,
 )
+from server.store.features import DfaEntry, FeatureExample
 from tests.web.conftest import SAE, at, put
 from tests.web.factory import Shape
 from tests.web.reading import PART, Reader
@@ -149,3 +152,30 @@ def test_halves_of_a_character_are_shown_as_bytes_or_code_points_never_as_replac
         assert "\ufffd" not in read
         read.encode()  # a lone surrogate cannot be sent to a browser
         assert "\u27e8" in read or "<0x" in read
+
+
+def shown(*texts: str, dest: int, entries: tuple[DfaEntry, ...] = ()) -> str:
+    none = (0.0,)
+    example = FeatureExample(0, 0, 0, 0, dest, texts, {dest: 1.0}, entries, none, none, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0)
+    return str(example_tokens(example, Paint(1.0, context=None)))
+
+
+def test_tokens_that_split_a_character_are_joined_and_their_parts_shown_as_bytes() -> None:
+    sun = ("<0xE6>", "<0x97>", "<0xA5>")
+    joined = shown(" a", *sun, " b", dest=4)
+    assert Reader(joined).text == " a日 b"
+    assert next(i for i in Reader(joined).all("i"))["title"] == "3 tokens: <0xE6><0x97><0xA5>"
+    assert Reader(shown(*sun, dest=1)).text == "<0xE6><0x97><0xA5>", "the destination is one of them, so each stands alone"
+    assert Reader(shown("<0xF0><0x9F>", "<0x99>", "<0x82>", "!", dest=3)).text == "🙂!"
+    assert Reader(shown("<0xE6>", "<0x97>", "x", dest=2)).text == "<0xE6><0x97>x", "half a character is no replacement mark"
+    assert Reader(shown("<0xE2>", "<0x80>", "<0xAE>", "x", dest=3)).text == "⟨202E⟩x", "joined, it still cannot turn the text"
+
+
+def test_an_example_is_painted_by_one_head_to_the_scale_of_all() -> None:
+    entries = (DfaEntry(0, 0, 2.0), DfaEntry(1, 1, -1.0), DfaEntry(0, 1, 1.0))
+    example = FeatureExample(
+        0, 0, 0, 0, 2, ("x", "y", "z"), {2: 1.0}, entries, (0.0,) * 2, (0.0,) * 2, 4.0, 2.0, 0.0, 2.0, 1.0, 0.0
+    )
+    assert str(example_tokens(example, Paint(1.0))) == "<u class=p15>x</u><u class=n5>y</u><b class=a15>z</b>"
+    assert str(example_tokens(example, Paint(1.0, head=0))) == "<u class=p10>x</u><u>y</u><b class=a15>z</b>"
+    assert str(example_tokens(example, Paint(1.0, head=1))) == "<u class=p5>x</u><u class=n5>y</u><b class=a15>z</b>"

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from urllib.parse import urljoin
 
 from playwright.sync_api import ConsoleMessage, Page, Request, expect
@@ -49,7 +50,7 @@ def walk(page: Page, site: str) -> None:
     text = page.locator(".examples .text").first
     address = text.locator("xpath=..").get_by_role("link", name="sources").get_attribute("href")
     numbers = page.request.get(urljoin(page.url, f"{address}.json")).json()["example"]
-    positions = [int(at) for at in (text.get_attribute("data-at") or "").split()]
+    positions = list(accumulate(map(int, (text.get_attribute("data-at") or "").split())))
     given = {at: [entry["value"] for entry in numbers["dfa"] if entry["src"] == at] for at in positions}
     shown = next(at for at in positions if any(entry["src"] == at and entry["head"] == 4 for entry in numbers["dfa"]))
     token = text.locator("> u, > b").nth(positions.index(shown))

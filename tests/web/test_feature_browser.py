@@ -1,0 +1,89 @@
+"""The feature page in a real browser: what a pointer and a key find in its examples."""
+
+import re
+from collections.abc import Iterator
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from tests.web.conftest import SAE, at, listened, put
+from tests.web.factory import Shape
+from tests.web.walk import listening
+
+pytestmark = pytest.mark.browser
+
+FEATURE = f"{SAE}/features/3"
+WORDS = (" the", " tide", "<0xE6>", "<0x97>", "<0xA5>", " \u200b", "\n", " came", "<0xF0><0x9F>", "<0x99>", "<0x82>")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The web process on a database of tokens that split characters."""
+    yield from listened(put(at(tmp_path_factory.mktemp("bytes")), Shape(n_features=12, n_dead=1, vocabulary=WORDS)))
+
+
+@pytest.fixture
+def quiet_page(page: Page) -> Iterator[Page]:
+    """A page on which any complaint of the browser fails the test."""
+    yield from listening(page)
+
+
+def test_a_source_is_split_by_head_below_its_example_and_let_go_again(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(site + FEATURE)
+    example = page.locator("#example-0-1")
+    example.locator(".text > u").first.click()
+    parts = example.locator(".parts")
+    expect(parts.get_by_role("heading", name=re.compile("by head"))).to_be_visible()
+    parts.locator("a.split").nth(1).click()
+    expect(parts.locator("tr.chosen")).to_have_count(1)
+    page.keyboard.press("Escape")
+    expect(parts).to_have_count(0)
+    example.get_by_role("link", name="sources").click()
+    parts.get_by_role("link", name="4", exact=True).click()
+    expect(page).to_have_url(re.compile(r"head=4#example-0-1$"))
+    expect(page.get_by_text("Painted by head 4 alone")).to_be_visible()
+
+
+def test_every_token_can_be_pointed_at_also_those_without_a_mark(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(f"{site}{FEATURE}?context=full")
+    numbers = page.request.get(f"{site}{FEATURE}/examples/0/0.json").json()["example"]
+    spots = page.evaluate("""() => {
+      const found = [];
+      const text = document.querySelector("#example-0-0 .text");
+      for (const node of text.childNodes) {
+        const range = document.createRange();
+        if (node.nodeType === 3 && node.textContent.trim().length > 2) {
+          const from = node.textContent.search(/\\S/);
+          range.setStart(node, from);
+          range.setEnd(node, from + 1);
+          const box = range.getBoundingClientRect();
+          found.push([box.x + 1, box.y + box.height / 2, node.textContent.trim().split(" ")[0]]);
+        }
+      }
+      return found;
+    }""")
+    assert len(spots) > 3
+    for x, y, word in spots[:6]:
+        page.mouse.move(x, y)
+        shown = page.locator("#inspector [data-part=word]")
+        expect(shown).to_have_text(re.compile(re.escape(word[:3])))
+    assert "\ufffd" not in page.locator("#examples").inner_text()
+    assert numbers["texts"]
+
+
+def test_characters_that_tokens_split_are_joined_where_no_mark_stands_between(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(f"{site}{FEATURE}?context=full&all=1")
+    text = page.locator("#examples").inner_text()
+    assert "\ufffd" not in text
+    assert "<0xE6>" in text, "a part of a character is shown as its byte"
+
+
+def test_the_bar_that_is_pointed_at_is_said(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(site + FEATURE)
+    figure = page.locator("figure.bars").first
+    figure.locator("svg").hover()
+    expect(figure.locator("figcaption b")).to_have_text(re.compile(r"\S+.*: \S+"))
