@@ -33,8 +33,9 @@ def make_engine(url: sa.URL) -> sa.Engine:
 class _HintingCompiler(SQLiteCompiler):
     """Writes a table's hint behind its name (`INDEXED BY ...`), which SQLAlchemy's own compiler for SQLite leaves out."""
 
-    def get_from_hint_text(self, table: sa.FromClause, text: str | None) -> str | None:  # noqa: ARG002 - SQLAlchemy's
-        """The hint as it was given."""
+    def get_from_hint_text(self, table: sa.FromClause, text: str | None) -> str | None:
+        """The hint as it was given, whatever the table."""
+        del table
         return text
 
 
@@ -47,7 +48,8 @@ _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # and not a backslash that some
 
 
 READ = f"mmap_size={2**31}"
-"""SQLite reads the file's first two GiB in place, more it never does: several times quicker than copying page after page, where many are looked at."""
+"""SQLite reads the file's first two GiB in place, more it never does: several times quicker than copying page after page, where
+many are looked at."""
 
 
 def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:

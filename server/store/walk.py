@@ -51,9 +51,9 @@ class InOrder(sa.Join):
 
 
 @compiles(InOrder, "sqlite")
-def _as_written(join: InOrder, compiler: Any, asfrom: bool = False, **how: Any) -> str:
-    left, right, on = (part._compiler_dispatch(compiler, asfrom=True, **how) for part in (join.left, join.right, join.onclause))
-    return f"{left} CROSS JOIN {right} ON {on}"
+def _as_written(join: InOrder, compiler: Any, **how: Any) -> str:
+    left, right = (compiler.process(table, **how | {"asfrom": True}) for table in (join.left, join.right))
+    return f"{left} CROSS JOIN {right} ON {compiler.process(join.onclause, **how | {'asfrom': False})}"
 
 
 class Place(NamedTuple):
