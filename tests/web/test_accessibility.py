@@ -28,6 +28,10 @@ PAGES = (
     "/jobs/train-smollm2-l17-1",
     "/jobs/new/train",
     "/jobs/new/harvest?sae=smollm2-l17",
+    "/jobs/new/sweep",
+    "/jobs/new/specificity?sae=smollm2-l17&feature=3&proxies=2",
+    "/compare?sae=smollm2-l17",  # which has one harvest, and two are needed
+    "/saes/smollm2-l17/search?q=a&kind=label",
     "/studies",
     "/search?q=the",
     "/saes/smollm2-l17/search?q=the&kind=text",

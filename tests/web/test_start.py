@@ -169,7 +169,9 @@ def test_as_many_conditions_as_are_asked_for_have_inputs(web: TestClient) -> Non
     assert {"proxies.0.kind", "proxies.1.kind", "proxies.1.pattern"} <= set(shown)
     assert "proxies.2.kind" not in shown
     assert (shown["feature"], shown["tokens_swept"]) == ("3", "99")
-    assert 'formmethod="get"' in html
+    buttons = Reader(html[html.index('class="start"') :]).all("button")
+    assert "formmethod" not in buttons[0], "what Enter presses starts the job"
+    assert "formmethod" in buttons[1]
 
 
 @pytest.mark.parametrize(
