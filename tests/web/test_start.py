@@ -294,3 +294,6 @@ def test_a_newcomers_form_says_what_is_lacking(tmp_path: Path) -> None:
         text = Reader(client.get("/jobs/new/train").text).text
         assert "No model and no corpus is registered yet" in text
         assert "No worker has been heard from" in text
+        assert "No model is registered yet" in Reader(client.get("/jobs/new/heads").text).text, "text is left to them"
+        for kind in start.KINDS:
+            assert client.get(f"/jobs/new/{kind}").status_code == 200, kind
