@@ -7,6 +7,7 @@ the tables and indexes large. A question is one page of 50 lines, with its count
 have the same bounds, so no count is known before. `page_*` are the same questions through the web process, as htmx asks them.
 """
 
+import gc
 import itertools
 import random
 import re
@@ -84,6 +85,8 @@ def measure(url: sa.URL, questions: int) -> dict[str, Figure]:
     """Every kind of question, in an order drawn at random."""
     database = Database(url)
     chosen = random.Random(0)
+    gc.collect()
+    gc.freeze()  # as the web process does before it serves
     with database.read() as session:
         doors = [find_sae(session, f"l{layer}") for layer in range(DEEP)]
         asked = list(itertools.islice(_questions(session, doors, chosen), questions))

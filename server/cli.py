@@ -853,10 +853,10 @@ def saes_delete(
             door = find_sae(session, sae)
             page = manage.manage_page(session, door)
         if not yes:
-            what = ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in asdict(page.belongings).items() if n)
+            named = {"harvests": len(page.harvests), **asdict(page.belongings)}
+            what = ", ".join(f"{name.replace('_', ' ')}: {n}" for name, n in named.items() if n)
             raise UsageError(
-                f"{sae} would go with its weights, {len(page.harvests)} harvests{f', {what}' if what else ''}; add --yes.",
-                field="yes",
+                f"{sae} would go with its weights and all there is of it ({what or 'nothing else'}); add --yes.", field="yes"
             )
         manage.delete_sae(db, door, settings.data)
     _say(f"{sae} is deleted.")

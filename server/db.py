@@ -13,6 +13,7 @@ from alembic.config import Config as AlembicConfig
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
+from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.orm import Session, sessionmaker
 
 from sae_core.errors import DatabaseAway, DatabaseTooNew, DatabaseTooOld
@@ -23,9 +24,19 @@ def make_engine(url: sa.URL) -> sa.Engine:
     """An engine on `url`. SQLite gets WAL, foreign keys, a busy timeout, and BEGIN IMMEDIATE in `write()`."""
     engine = sa.create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite", json_serializer=_compact)
     if url.get_backend_name() == "sqlite":
+        engine.dialect.statement_compiler = _HintingCompiler
         sa.event.listen(engine, "connect", _sqlite_connect)
         sa.event.listen(engine, "begin", _sqlite_begin)
     return engine
+
+
+class _HintingCompiler(SQLiteCompiler):
+    """Writes a table's hint behind its name (`INDEXED BY ...`), which SQLAlchemy's own compiler for SQLite leaves out."""
+
+    def get_from_hint_text(self, table: sa.FromClause, text: str | None) -> str | None:
+        """The hint as it was given, whatever the table."""
+        del table
+        return text
 
 
 def _compact(value: object) -> str:
@@ -36,8 +47,9 @@ def _compact(value: object) -> str:
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # and not a backslash that somebody wrote before "u0000"
 
 
-READ = f"mmap_size={2**30}"
-"""SQLite reads the file's first GiB in place: several times quicker than copying page after page, where many are looked at."""
+READ = f"mmap_size={2**31}"
+"""SQLite reads the file's first two GiB in place, more it never does: several times quicker than copying page after page, where
+many are looked at."""
 
 
 def _sqlite_connect(connection: sqlite3.Connection, _record: object) -> None:

@@ -129,7 +129,7 @@ def groups(
     stands there instead of the default."""
     found = _inputs([model], {**usual, **values}, errors, known)
     every = {one.name: one._replace(default=usual.get(one.name, one.default)) for one in found}
-    front = tuple(every.pop(name) for name in first)
+    front = tuple(every.pop(name) for name in first if name in every)
     begin = [Group("", "", front, True)]
     rest: dict[str, list[Input]] = {}
     for one in every.values():

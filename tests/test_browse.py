@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import sqlalchemy as sa
-from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
 from bench import browse
@@ -41,13 +40,28 @@ def filled(url: sa.URL) -> Iterator[Database]:
 
 
 def explained(session: Session, statement: sa.Select[tuple[object, int]]) -> str:
-    if session.get_bind().dialect.name == "sqlite":
-        asked = statement.compile(dialect=sqlite.dialect(), compile_kwargs={"literal_binds": True})
+    dialect = session.get_bind().dialect  # the engine's own, which writes hints
+    asked = statement.compile(dialect=dialect, compile_kwargs={"literal_binds": True})
+    if dialect.name == "sqlite":
         return "\n".join(row[3] for row in session.execute(sa.text(f"explain query plan {asked}")))
-    asked = statement.compile(dialect=postgresql.dialect(), compile_kwargs={"literal_binds": True})
     # Tables this small are read whole whatever indexes there are, unless that is made dear.
     session.execute(sa.text("set local enable_seqscan = off"))
     return "\n".join(row[0] for row in session.execute(sa.text(f"explain {asked}")))
+
+
+def test_a_pass_takes_the_rows_in_their_order_and_looks_a_heads_shares_up_by_them(database: Database) -> None:
+    if database.engine.dialect.name != "sqlite":
+        pytest.skip("PostgreSQL keeps statistics and chooses well by itself")
+    with database.read() as session:
+        door = find_sae(session, "l1")
+        query = FeatureQuery(sort="mean", head=3, leads=True, min_max=1.0, min_density=1e-6)
+        whole = list(walk_of(door, query).statements(False, None, 51, False))[-1]
+        first, second, *_ = explained(session, whole).splitlines()
+        assert first == f"SEARCH feature USING INDEX {walk.IN_ORDER.removeprefix('INDEXED BY ')} (harvest_id=?)"
+        assert second == "SEARCH feature_head USING PRIMARY KEY (harvest_id=? AND head=? AND idx=?)"
+        alone = FeatureQuery(head=3, min_share=0.4)
+        for statement in walk_of(door, alone).statements(False, None, 51, True):
+            assert "SEARCH feature USING" not in explained(session, statement), "a head's own table is enough"
 
 
 @pytest.mark.parametrize("number", range(FILTERS))

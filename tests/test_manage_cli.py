@@ -43,7 +43,7 @@ def test_an_sae_is_renamed_described_archived_and_deleted(filled: Settings) -> N
     assert "is archived" in said(filled, "saes", "archive", "l17")
     assert "archived the very best" in said(filled, "saes", "list")
     assert "is brought back" in said(filled, "saes", "archive", "l17", "--undo")
-    with pytest.raises(UsageError, match=r"would go with its weights, 1 harvests, 1 labels; add --yes"):
+    with pytest.raises(UsageError, match=r"all there is of it \(harvests: 1, labels: 1\); add --yes"):
         said(filled, "saes", "delete", "l17")
     with pytest.raises(Renamed):
         said(filled, "saes", "archive", NAME)

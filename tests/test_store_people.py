@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from sae_core.errors import Outdated
 from server.db import Database
 from server.settings import Settings
-from server.store import labels, lists, manage, ratings
+from server.store import labels, lists, manage, ratings, search
 from server.store.features import FeatureQuery, feature_table
 from server.store.saes import find_sae
 from server.tables import SAE
@@ -57,6 +57,12 @@ def test_everything_is_written_found_and_deleted(db: Database, settings: Setting
         assert feature_table(session, door, FeatureQuery(labelled=True)).rows[0].label == "Years % of_all"
         assert [line.text for line in labels.labels_page(session, labels.LabelQuery(q="YEARS")).lines] == ["Years % of_all"]
         assert [line.text for line in labels.labels_page(session, labels.LabelQuery(starred=True)).lines] == ["Years % of_all"]
+        assert [(one.idx, one.text) for one in labels.labels_containing(session, door.id, "OF_all", None, 9)] == [
+            (3, "Years % of_all")
+        ]
+        assert labels.labels_containing(session, door.id, "years", first, 9) == []
+        assert [hit.label for hit in search.search(session, door, "years", "label").hits] == ["Years % of_all"]
+        assert [line.index for line in search.search_all(session, "years\0").labels] == [3]
         page = lists.list_page(session, list_id)
         assert [(one.index, one.label, len(one.card.examples) if one.card else 0) for one in page.entries] == [
             (3, "Years % of_all", 3), (9, None, 3), (8, None, 3),

@@ -3,15 +3,18 @@
 What no filter narrows follows an index and stops. With filters the next `REACH` features of the order are looked at first,
 which is enough wherever a fair share of them fits. Where too few do, one pass over the harvest's own rows, which lie
 together, finds the rest. So a page costs at most one pass over one harvest, whatever is asked, and no index is needed for
-each pair of a sort and a filter. On SQLite, which keeps no statistics, the pass is told to take the rows in their order.
+each pair of a sort and a filter. On SQLite, which keeps no statistics, the pass is told to take the rows in their order, and
+to look a head's shares up by them: the other way round each row lies elsewhere, and a pass takes eight times as long. What a
+filter asks of one column alone is counted in that column's index, and what it asks of a head alone in the head's.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session
 
 from sae_core.errors import UsageError
@@ -33,8 +36,24 @@ NAMES = {"max": "max_act", "mean": "mean_act", "head_share": "norm_share", "shuf
 """Sort keys that are called otherwise in the database."""
 ALWAYS = ("idx", "density", "max", "mean", "head_share")
 """Columns that have a value for every feature."""
+INDEXED = ("density", "max_act", "norm_share", "dfa_share", "family")
+"""Columns of conditions that stand in an index with the feature, of the table or of a head."""
+OF_HEAD = ("idx", "norm_share", "dfa_share")
+"""Columns that a head's own table has."""
 MAY_MISS = ("dfa_share", "distance", "family")
 """Columns that have no value for some features; those come last, whichever way the order goes."""
+
+
+class InOrder(sa.Join):
+    """A join that is taken as it is written, from left to right; SQLite alone needs to be told."""
+
+    inherit_cache = True
+
+
+@compiles(InOrder, "sqlite")
+def _as_written(join: InOrder, compiler: Any, **how: Any) -> str:
+    left, right = (compiler.process(table, **how | {"asfrom": True}) for table in (join.left, join.right))
+    return f"{left} CROSS JOIN {right} ON {compiler.process(join.onclause, **how | {'asfrom': False})}"
 
 
 class Place(NamedTuple):
@@ -94,8 +113,11 @@ class Walk:
         harvest = self.door.sae.harvest
         assert harvest is not None
         filters = self.query.model_dump(exclude_defaults=True, exclude={"sort", "after", "before", "limit"})
-        conditions = [condition for _, condition in self._conditions(self._columns)]
-        counted = self._in_order(self._rows(sa.select(sa.func.count()).select_from(Feature)).where(*conditions))
+        conditions = self._conditions(self._columns(None))
+        asked = {of for of, _ in conditions}
+        counted = self._rows(sa.select(sa.func.count()), asked).where(*(condition for _, condition in conditions))
+        if len(asked) > 1 or not asked <= set(INDEXED):
+            counted = self._in_order(counted)
         written = self.door.revision if self.query.labelled is not None or self.query.label is not None else None
         name = f"count {sorted(filters.items())} {written}"
         return kept(session, harvest, name, lambda: int(session.execute(counted).scalar_one()))
@@ -122,8 +144,8 @@ class Walk:
         self, missing: bool, start: Place | None, limit: int, descending: bool
     ) -> Iterator[sa.Select[tuple[Any, int]]]:
         """What is asked first, and what is asked where that gives too few."""
-        columns = self._columns
         name = NAMES.get(self.key, self.key)
+        columns = self._columns(name)
         place = columns[name]
         within = [place.is_(None)] if missing else [place.is_not(None)] if self.key in MAY_MISS else []
         if start is not None:
@@ -132,36 +154,44 @@ class Walk:
         aligned = [condition for of, condition in conditions if of == name]
         others = [condition for of, condition in conditions if of != name]
         way = sa.desc if descending else sa.asc
+        asked = {name, *(of for of, _ in conditions)}
         if not others:
-            found = self._rows(sa.select(place, columns["idx"])).where(*within, *aligned)
+            found = self._rows(sa.select(place, columns["idx"]), asked, name).where(*within, *aligned)
             yield found.order_by(*_ordered(way, place, columns["idx"], missing)).limit(limit)
             return
-        walked = self._rows(sa.select(*(column.label(called) for called, column in columns.items()))).where(*within, *aligned)
+        read = [column.label(called) for called, column in columns.items() if called in asked or called == "idx"]
+        walked = self._rows(sa.select(*read), asked, name).where(*within, *aligned)
         near = walked.order_by(*_ordered(way, place, columns["idx"], missing)).limit(REACH).subquery()
         fits = [condition for of, condition in self._conditions(dict(near.c.items())) if of != name]
         seen = near.c[name]
         yield sa.select(seen, near.c.idx).where(*fits).order_by(*_ordered(way, seen, near.c.idx, missing)).limit(limit)
-        whole = self._in_order(self._rows(sa.select(place, columns["idx"]))).where(*within, *aligned, *others)
+        whole = self._in_order(self._rows(sa.select(place, columns["idx"]), asked)).where(*within, *aligned, *others)
         yield whole.order_by(*_ordered(way, place, columns["idx"], missing)).limit(limit)
 
     # ---- what is read ----
 
-    @property
-    def _columns(self) -> dict[str, Any]:
+    def _columns(self, by: str | None) -> dict[str, Any]:
+        """The columns that may be asked of, with `by`, whose index is followed: the index is of that column's own table."""
         head = self.query.head is not None
-        columns = {name: getattr(Feature, name) for name in ("idx", "n_fired", "density", "max_act", "top_head", "family")}
+        columns = {name: getattr(Feature, name) for name in ("n_fired", "density", "max_act", "top_head", "family")}
+        columns["idx"] = FeatureHead.idx if head and (by is None or by in OF_HEAD) else Feature.idx
         columns["top_head_dfa"] = Feature.top_head_dfa
         columns["norm_share"] = FeatureHead.norm_share if head else Feature.top_head_share
         columns["dfa_share"] = FeatureHead.dfa_share if head else Feature.top_head_dfa_share
-        name = NAMES.get(self.key, self.key)
-        return columns if name in columns else {**columns, name: getattr(Feature, name)}
+        return columns if by is None or by in columns else {**columns, by: getattr(Feature, by)}
 
-    def _rows(self, statement: sa.Select[Any]) -> sa.Select[Any]:
+    def _rows(self, statement: sa.Select[Any], asked: Set[str], by: str | None = None) -> sa.Select[Any]:
+        """`statement` over the harvest's features, at the head that is chosen; `asked` are the columns that it needs, `by` is
+        the one whose index it follows."""
         if self.query.head is None:
-            return statement.where(Feature.harvest_id == self.harvest_id)
-        same = sa.and_(FeatureHead.harvest_id == Feature.harvest_id, FeatureHead.idx == Feature.idx)
+            return statement.select_from(Feature).where(Feature.harvest_id == self.harvest_id)
         at_head = (FeatureHead.harvest_id == self.harvest_id, FeatureHead.head == self.query.head)
-        return statement.join(FeatureHead, same).where(Feature.harvest_id == self.harvest_id, *at_head)
+        if asked <= {*OF_HEAD, "label"}:
+            return statement.select_from(FeatureHead).where(*at_head)
+        same = sa.and_(FeatureHead.harvest_id == Feature.harvest_id, FeatureHead.idx == Feature.idx)
+        tables = (Feature.__table__, FeatureHead.__table__)
+        both = InOrder(*(reversed(tables) if by in OF_HEAD else tables), same)
+        return statement.select_from(both).where(Feature.harvest_id == self.harvest_id, *at_head)
 
     def _in_order(self, statement: sa.Select[Any]) -> sa.Select[Any]:
         return statement.with_hint(Feature, IN_ORDER, "sqlite")

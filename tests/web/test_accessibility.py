@@ -6,6 +6,10 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
+from server.db import Database
+from server.pages.writing import COOKIE
+from server.store import labels, lists
+from server.store.saes import find_sae
 from tests.web.conftest import SAE, at, listened, put
 from tests.web.factory import Shape
 
@@ -28,12 +32,18 @@ PAGES = (
     "/jobs/train-smollm2-l17-1",
     "/jobs/new/train",
     "/jobs/new/harvest?sae=smollm2-l17",
+    "/jobs/new/sweep",
+    "/jobs/new/specificity?sae=smollm2-l17&feature=3&proxies=2",
+    "/compare?sae=smollm2-l17",  # which has one harvest, and two are needed
+    "/saes/smollm2-l17/search?q=a&kind=label",
     "/studies",
     "/search?q=the",
     "/saes/smollm2-l17/search?q=the&kind=text",
     "/saes/smollm2-l17/features/3/labels",
     "/labels",
     "/lists",
+    "/lists/1",
+    "/saes/smollm2-l17/features/3/components?band=0&rank=0",
     "/author",
     "/saes/smollm2-l17/reviews",
     "/saes/smollm2-l17/manage",
@@ -44,14 +54,26 @@ PAGES = (
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The web process on a filled database, really listening."""
-    yield from listened(put(at(tmp_path_factory.mktemp("axe")), Shape(n_features=24, n_dead=3)))
+    """The web process on a filled database, really listening; people have written about feature 3."""
+    settings = put(at(tmp_path_factory.mktemp("axe")), Shape(n_features=24, n_dead=3))
+    database = Database(settings.url)
+    with database.write() as session:
+        door = find_sae(session, "smollm2-l17")
+        labels.add_label(session, door.id, 3, "dates after 'on'", "Maren")
+        labels.add_note(session, door.id, 3, "head 4 looks at what followed", "Maren")
+        labels.star(session, door.id, 3, "Maren", True)
+        mine = lists.create(session, "For the talk", "", "Maren")
+        lists.add(session, mine, door.id, 3, "the cleanest", "Maren")
+    database.close()
+    yield from listened(settings)
 
 
 @pytest.fixture(params=["light", "dark"])
-def seen(browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
-    """A page in one scheme. The policy is lifted for axe alone, which must be put into the page to look at it."""
+def seen(browser: Browser, site: str, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A page in one scheme, as somebody who may write sees it. The policy is lifted for axe alone, which must be put into
+    the page to look at it."""
     context = browser.new_context(color_scheme=request.param, bypass_csp=True, reduced_motion="reduce")
+    context.add_cookies([{"name": COOKIE, "value": "Maren", "url": site}])
     yield context.new_page()
     context.close()
 

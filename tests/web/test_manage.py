@@ -114,7 +114,7 @@ def test_a_deleted_sae_takes_everything_with_it_and_its_folder(maren: TestClient
     maren.post(f"{SAE}/reviews", data={"n": "3"})
     maren.post("/reviews/1/rate", data={"place": "1", "answer": "yes"})
     asked = Reader(maren.get(f"{SAE}/delete").text).text
-    assert "2 labels with their history, 1 notes, 1 stars, 1 reviews" in asked
+    assert "2 labels, with their history, 1 note, 1 star, 1 review" in asked
     assert maren.post(f"{SAE}/delete", data={"name": "smollm2"}).status_code == 422
     assert maren.get(SAE).status_code == 200
     gone = maren.post(f"{SAE}/delete", data={"name": "smollm2-l17"})

@@ -169,7 +169,9 @@ def test_as_many_conditions_as_are_asked_for_have_inputs(web: TestClient) -> Non
     assert {"proxies.0.kind", "proxies.1.kind", "proxies.1.pattern"} <= set(shown)
     assert "proxies.2.kind" not in shown
     assert (shown["feature"], shown["tokens_swept"]) == ("3", "99")
-    assert 'formmethod="get"' in html
+    buttons = Reader(html[html.index('class="start"') :]).all("button")
+    assert "formmethod" not in buttons[0], "what Enter presses starts the job"
+    assert "formmethod" in buttons[1]
 
 
 @pytest.mark.parametrize(
@@ -292,3 +294,6 @@ def test_a_newcomers_form_says_what_is_lacking(tmp_path: Path) -> None:
         text = Reader(client.get("/jobs/new/train").text).text
         assert "No model and no corpus is registered yet" in text
         assert "No worker has been heard from" in text
+        assert "No model is registered yet" in Reader(client.get("/jobs/new/heads").text).text, "text is left to them"
+        for kind in start.KINDS:
+            assert client.get(f"/jobs/new/{kind}").status_code == 200, kind
