@@ -43,7 +43,7 @@ class Include(BaseModel):
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadShares:
     """Which heads a feature reads."""
 
     shares: tuple[HeadShare, ...]
@@ -156,7 +156,7 @@ class FeatureParts:
     """The family in words."""
     kept: int | None
     """Examples that there are; null unless examples were asked for."""
-    heads: Heads | None
+    heads: HeadShares | None
     logits: Logits | None
     families: Families | None
     activations: Activations | None
@@ -182,7 +182,7 @@ def of_page(page: FeaturePage, asked: frozenset[str]) -> FeatureParts:
         family_score=page.family_score,
         verdict=page.verdict,
         kept=(len(page.examples) if page.kept is None else page.kept) if shown else None,
-        heads=Heads(page.heads, page.agreement) if "heads" in asked else None,
+        heads=HeadShares(page.heads, page.agreement) if "heads" in asked else None,
         logits=Logits(page.promoted, page.suppressed, page.logit_edges, page.logit_counts) if "logits" in asked else None,
         families=Families(page.families, page.evidence, page.sample) if "families" in asked else None,
         activations=Activations(page.histogram_edges, page.histogram_counts, page.bands, page.positions)
