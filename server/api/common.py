@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
 
 from sae_core.errors import HeadscopeError, UsageError
+from server.api.described import describe
 from server.jobs import Jobs
 from server.pages.reply import VERSION, known_schema, to_json
 from server.pages.writing import author as typed_author
@@ -141,6 +142,7 @@ class Document:
         )
         refusal = TypeAdapter(ErrorReply).json_schema(ref_template=SCHEMA)
         found["components"]["schemas"] |= {**refusal.pop("$defs"), ErrorReply.__name__: refusal}
+        describe(found["components"]["schemas"])
         return found
 
     def methods(self, path: str) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ class FeatureFilter(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    sort: str | None = Field(None, json_schema_extra={"enum": [*SORT_KEYS, *(f"-{key}" for key in SORT_KEYS)]})
+    sort: str | None = Field(None, json_schema_extra={"enum": [*SORT_KEYS, *(f"-{key}" for key in SORT_KEYS), None]})
     """Column to sort by; a leading `-` turns the order round. Without it: `-head_share` when a head is given, else `-max`."""
     head: int | None = Field(None, ge=0)
     """Show and sort shares of this head; without it, of each feature's leading head."""
