@@ -12,6 +12,7 @@ from urllib.parse import parse_qsl, urlencode
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict  # before Python 3.12 pydantic needs this one
 
 from sae_core.errors import NotFound, UsageError
 from sae_core.records import head_agreement
@@ -410,8 +411,7 @@ class DfaEntry(NamedTuple):
     value: float
 
 
-@dataclass(frozen=True)
-class DfaJson:
+class DfaJson(TypedDict):
     """A `DfaEntry` as JSON has it."""
 
     src: int
@@ -420,7 +420,7 @@ class DfaJson:
 
 
 def _as_json(entries: tuple[DfaEntry, ...]) -> list[DfaJson]:
-    return [DfaJson(*entry) for entry in entries]
+    return [{"src": src, "head": head, "value": value} for src, head, value in entries]
 
 
 DfaEntries = Annotated[tuple[DfaEntry, ...], PlainSerializer(_as_json)]
