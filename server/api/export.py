@@ -33,8 +33,8 @@ WALKED = 2000
 """Features whose places are looked up at once."""
 READ = 50
 """Features that are read at once."""
-ROWS_OF_A_GROUP = 500
-"""Features of a Parquet row group without examples; with them a group is what is read at once."""
+ROWS_OF_A_GROUP, WITH_EXAMPLES = 500, 20
+"""Features of a Parquet row group, which is held in memory twice while it is made."""
 
 
 class NoParquet(MachineError):
@@ -175,9 +175,8 @@ def _parquet(source: Source) -> Iterator[bytes]:
     hints = get_type_hints(FeatureParts)
     schema = pa.schema([pa.field(name, _arrow(pa, hints[name])) for name in names])
     sink = _Sink()
-    with_examples = "examples" in names
     with pa.parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression="zstd") as writer:
-        for part in source.read(READ if with_examples else ROWS_OF_A_GROUP):
+        for part in source.read(WITH_EXAMPLES if "examples" in names else ROWS_OF_A_GROUP):
             rows = [_MANY.dump_python(one, mode="python", include=set(names)) for one in part]
             writer.write_table(pa.Table.from_pylist([_for_arrow(row, FeatureParts) for row in rows], schema))
             yield sink.taken()

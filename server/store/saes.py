@@ -132,7 +132,7 @@ class SaeOverview:
 
 def find_sae(session: Session, name: str) -> Door:
     """The SAE called `name` with its published harvest; Renamed when it once was, else NotFound with those there are."""
-    door = _door(session, SAE.name == name)
+    door = _door(session, _BY_NAME, name)
     if door is None:
         if now_called := current_name(session, name):
             raise Renamed(name, now_called)
@@ -142,20 +142,24 @@ def find_sae(session: Session, name: str) -> Door:
 
 def sae_by_id(session: Session, sae_id: int) -> Door:
     """The SAE of that id."""
-    door = _door(session, SAE.id == sae_id)
+    door = _door(session, _BY_ID, sae_id)
     if door is None:
         raise NotFound("That SAE was deleted.", field="sae")
     return door
 
 
-def _door(session: Session, which: sa.ColumnElement[bool]) -> Door | None:
-    found = session.execute(
-        sa.select(SAE, Model.name, Harvest, Corpus.name)
-        .join(Model, Model.id == SAE.model_id)
-        .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
-        .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
-        .where(which)
-    ).one_or_none()
+# Made once: every page asks it, and making it took longer than asking.
+_DOORS = (
+    sa.select(SAE, Model.name, Harvest, Corpus.name)
+    .join(Model, Model.id == SAE.model_id)
+    .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
+    .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
+)
+_BY_NAME, _BY_ID = (_DOORS.where(column == sa.bindparam("which")) for column in (SAE.name, SAE.id))
+
+
+def _door(session: Session, asked: sa.Select[*tuple[Any, ...]], which: str | int) -> Door | None:
+    found = session.execute(asked, {"which": which}).one_or_none()
     if found is None:
         return None
     row, model, harvest, corpus = found
