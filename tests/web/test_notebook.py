@@ -19,9 +19,7 @@ def site(tmp_path: Path) -> Iterator[str]:
     yield from listened(put(at(tmp_path), Shape(n_features=24, n_dead=2)))
 
 
-def test_the_notebook_goes_from_the_api_to_a_frame_and_a_plot(
-    site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_notebook_goes_from_the_api_to_a_frame_and_a_plot(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HEADSCOPE_ADDRESS", site)
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
     monkeypatch.setenv("MPLCONFIGDIR", str(tmp_path))
