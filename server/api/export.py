@@ -188,6 +188,8 @@ def _arrow(pa: Any, kind: Any) -> Any:
     kind = _present(kind)
     if simple := {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}.get(kind):
         return simple
+    if get_origin(kind) is Literal:
+        return pa.string()
     if get_origin(kind) is tuple:
         return pa.list_(_arrow(pa, get_args(kind)[0]))
     if get_origin(kind) is dict:
@@ -206,7 +208,7 @@ def _present(kind: Any) -> Any:
 def _for_arrow(value: Any, kind: Any) -> Any:
     """A dumped value in the form that `_arrow` of its type takes: mappings as pairs, or as JSON."""
     kind = _present(kind)
-    if value is None or kind in (int, float, str, bool):
+    if value is None or kind in (int, float, str, bool) or get_origin(kind) is Literal:
         return value
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]

@@ -1,7 +1,10 @@
 """The API is what its document says: schemathesis asks every route for what the document allows, and for what it does not."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
+import jsonschema_rs
 import pytest
 import requests
 from fastapi.testclient import TestClient
@@ -9,9 +12,10 @@ from hypothesis import HealthCheck, settings
 from schemathesis import BaseSchema, Case, Config
 from schemathesis.openapi import from_dict
 
-from server.api.common import PREFIX
+from server.api.common import EXAMPLES, PREFIX
 from server.api.v1 import DOCUMENT
 from server.app import create_app
+from tests.web.api_examples import recorded
 from tests.web.conftest import at, listened, put, queued
 from tests.web.factory import Shape
 
@@ -65,6 +69,25 @@ def session() -> Iterator[requests.Session]:
 def test_the_document_is_the_one_that_is_served(client: TestClient) -> None:
     assert client.get(f"{PREFIX}/openapi.json").json() == DOCUMENT.openapi
     assert DOCUMENT.openapi["openapi"].startswith("3.1")
+
+
+def test_every_route_has_words_and_an_example_that_its_schema_allows() -> None:
+    components = {"components": DOCUMENT.openapi["components"]}
+    for operations in DOCUMENT.openapi["paths"].values():
+        for one in operations.values():
+            assert one["summary"]
+            assert one["description"]
+            answer = next(reply for status, reply in one["responses"].items() if status.startswith("2"))
+            if "application/json" in answer["content"]:
+                said = answer["content"]["application/json"]
+                jsonschema_rs.validator_for(said["schema"] | components).validate(said["example"])
+
+
+def test_examples_have_the_fields_that_are_answered(tmp_path: Path) -> None:
+    known = json.loads(EXAMPLES.read_text(encoding="utf-8"))
+    assert {name: sorted(answer) for name, answer in recorded(tmp_path).items()} == {
+        name: sorted(answer) for name, answer in known.items()
+    }
 
 
 FEW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
