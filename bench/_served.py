@@ -22,12 +22,19 @@ def free_port() -> int:
         return port
 
 
+class Address(str):
+    """Where a server is, and its process."""
+
+    pid: int
+
+
 @contextmanager
-def served(command: Sequence[str], port: int, ready: str, environment: Mapping[str, str] | None = None) -> Iterator[str]:
+def served(command: Sequence[str], port: int, ready: str, environment: Mapping[str, str] | None = None) -> Iterator[Address]:
     """A server's address while it runs; it is there once `ready` answers."""
     process = subprocess.Popen(command, env={**os.environ, **(environment or {})}, stdout=subprocess.DEVNULL)
     try:
-        address = f"http://127.0.0.1:{port}"
+        address = Address(f"http://127.0.0.1:{port}")
+        address.pid = process.pid
         for _ in range(1200):
             try:
                 httpx.get(f"{address}{ready}")
@@ -43,7 +50,7 @@ def served(command: Sequence[str], port: int, ready: str, environment: Mapping[s
 
 
 @contextmanager
-def headscope(environment: Mapping[str, str] | None = None) -> Iterator[str]:
+def headscope(environment: Mapping[str, str] | None = None) -> Iterator[Address]:
     """One worker of ours."""
     port = free_port()
     command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port)]

@@ -33,7 +33,7 @@ def run(requests: int = 200, seconds: int = 5, browser: int = 10) -> dict[str, F
     """Every kind of page `requests` times; `requests_per_s` over `seconds`; `browser` pages in Chromium, 0 without it."""
     settings = Settings()
     database = Database(settings.url)
-    name, d_sae, full = _published(database)
+    name, d_sae, full = published(database)
     chosen = random.Random(0)
     figures: dict[str, Figure] = {}
     kinds: dict[str, Callable[[], str]] = {
@@ -76,7 +76,7 @@ def run(requests: int = 200, seconds: int = 5, browser: int = 10) -> dict[str, F
     return figures
 
 
-def _published(database: Database) -> tuple[str, int, list[int]]:
+def published(database: Database) -> tuple[str, int, list[int]]:
     """An SAE's name and size, and its features with the most examples, up to as many as a page begins with."""
     with database.read() as session:
         found = session.execute(sa.select(SAE).where(SAE.harvest_id.is_not(None)).order_by(SAE.id)).scalars().first()

@@ -1,18 +1,22 @@
 """What every route of `/api/v1` shares: its router, its errors, its tags, who writes, and the document that describes it all."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import unquote
 
-from fastapi import APIRouter, Depends, Header, Path, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
+from fastapi import Path as InPath
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
 
 from sae_core.errors import HeadscopeError, UsageError
+from server.api.described import describe
 from server.jobs import Jobs
 from server.pages.reply import VERSION, known_schema, to_json
 from server.pages.writing import author as typed_author
@@ -94,13 +98,10 @@ def replies(*statuses: int | str) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": SAID[status], **({} if status == 304 else refused)} for status in statuses}
 
 
-def example(value: Any, status: int = 200) -> dict[int | str, dict[str, Any]]:
-    """A reply's example, as the document shows it."""
-    return {status: {"content": {"application/json": {"example": value}}}}
-
-
-SaeName = Annotated[str, Path(description="Name of the SAE.", max_length=LONGEST_NAME, examples=["smollm2-l17"])]
-Index = Annotated[int, Path(description="Index of the feature, counted from 0.", ge=0, examples=[3])]
+EXAMPLES = Path(__file__).with_name("examples.json")
+"""What each route answered once, shortened; `tests/web/api_examples.py` writes it."""
+SaeName = Annotated[str, InPath(description="Name of the SAE.", max_length=LONGEST_NAME, examples=["smollm2-l17"])]
+Index = Annotated[int, InPath(description="Index of the feature, counted from 0.", ge=0, examples=[3])]
 Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
 """A number that both databases take for a key."""
 
@@ -141,6 +142,12 @@ class Document:
         )
         refusal = TypeAdapter(ErrorReply).json_schema(ref_template=SCHEMA)
         found["components"]["schemas"] |= {**refusal.pop("$defs"), ErrorReply.__name__: refusal}
+        describe(found["components"]["schemas"])
+        known = json.loads(EXAMPLES.read_text(encoding="utf-8"))
+        for operation in (one for operations in found["paths"].values() for one in operations.values()):
+            answer = next(one for status, one in operation["responses"].items() if status.startswith("2"))
+            if operation["operationId"] in known:
+                answer["content"]["application/json"]["example"] = known[operation["operationId"]]
         return found
 
     def methods(self, path: str) -> tuple[str, ...]:

@@ -33,8 +33,8 @@ WALKED = 2000
 """Features whose places are looked up at once."""
 READ = 50
 """Features that are read at once."""
-ROWS_OF_A_GROUP = 500
-"""Features of a Parquet row group without examples; with them a group is what is read at once."""
+ROWS_OF_A_GROUP, WITH_EXAMPLES = 500, 20
+"""Features of a Parquet row group, which is held in memory twice while it is made."""
 
 
 class NoParquet(MachineError):
@@ -175,9 +175,8 @@ def _parquet(source: Source) -> Iterator[bytes]:
     hints = get_type_hints(FeatureParts)
     schema = pa.schema([pa.field(name, _arrow(pa, hints[name])) for name in names])
     sink = _Sink()
-    with_examples = "examples" in names
     with pa.parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression="zstd") as writer:
-        for part in source.read(READ if with_examples else ROWS_OF_A_GROUP):
+        for part in source.read(WITH_EXAMPLES if "examples" in names else ROWS_OF_A_GROUP):
             rows = [_MANY.dump_python(one, mode="python", include=set(names)) for one in part]
             writer.write_table(pa.Table.from_pylist([_for_arrow(row, FeatureParts) for row in rows], schema))
             yield sink.taken()
@@ -189,6 +188,8 @@ def _arrow(pa: Any, kind: Any) -> Any:
     kind = _present(kind)
     if simple := {int: pa.int64(), float: pa.float64(), str: pa.string(), bool: pa.bool_()}.get(kind):
         return simple
+    if get_origin(kind) is Literal:
+        return pa.string()
     if get_origin(kind) is tuple:
         return pa.list_(_arrow(pa, get_args(kind)[0]))
     if get_origin(kind) is dict:
@@ -207,7 +208,7 @@ def _present(kind: Any) -> Any:
 def _for_arrow(value: Any, kind: Any) -> Any:
     """A dumped value in the form that `_arrow` of its type takes: mappings as pairs, or as JSON."""
     kind = _present(kind)
-    if value is None or kind in (int, float, str, bool):
+    if value is None or kind in (int, float, str, bool) or get_origin(kind) is Literal:
         return value
     if get_origin(kind) is tuple:
         inner = get_args(kind)[0]

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import NotFound
 from server.api import parts
-from server.api.common import LONGEST_NAME, Index, SaeName, api_router, example, facts, replies, respond
+from server.api.common import LONGEST_NAME, Index, SaeName, api_router, facts, replies, respond
 from server.api.export import MEDIA, Selection, Source, exported
 from server.api.parts import FeatureParts, Include
 from server.pages.reply import Read, etag, known_schema, unchanged
@@ -63,7 +63,7 @@ def export_features(request: Request, sae: SaeName, query: Annotated[Selection, 
 @router.get(
     "/saes/{sae}/features/{index}",
     response_model=FeatureParts,
-    responses=replies(304, 404) | example(parts.EXAMPLE),
+    responses=replies(304, 404),
     summary="One feature",
 )
 def read_feature(request: Request, sae: SaeName, index: Index, query: Annotated[Include, Query()], read: Read) -> Response:
@@ -110,7 +110,7 @@ class Features:
 @router.post(
     "/features/batch",
     response_model=Features,
-    responses=replies(403, 404, 413, 415) | example({"features": [parts.EXAMPLE]}),
+    responses=replies(403, 404, 413, 415),
     summary="Up to 100 features at once",
     openapi_extra={
         "requestBody": {

@@ -43,7 +43,7 @@ class Include(BaseModel):
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadShares:
     """Which heads a feature reads."""
 
     shares: tuple[HeadShare, ...]
@@ -129,6 +129,9 @@ class ExampleParts:
     bias: float
     gap: float
     """|sum of DFA + bias - preact| / (sum of |DFA| + |bias|), from the numbers as stored."""
+    attributed: Literal["heads", "heads summed", "none"]
+    """How much is known of its DFA. Summed, as imported ones may be: `dfa` has one head that stands for all, and `bias` is what
+    is left of the activation. None: the numbers from `bias` on say nothing, nor does `preact`."""
     dfa: ExampleDfa | None
     """Null unless asked for."""
 
@@ -156,7 +159,7 @@ class FeatureParts:
     """The family in words."""
     kept: int | None
     """Examples that there are; null unless examples were asked for."""
-    heads: Heads | None
+    heads: HeadShares | None
     logits: Logits | None
     families: Families | None
     activations: Activations | None
@@ -182,7 +185,7 @@ def of_page(page: FeaturePage, asked: frozenset[str]) -> FeatureParts:
         family_score=page.family_score,
         verdict=page.verdict,
         kept=(len(page.examples) if page.kept is None else page.kept) if shown else None,
-        heads=Heads(page.heads, page.agreement) if "heads" in asked else None,
+        heads=HeadShares(page.heads, page.agreement) if "heads" in asked else None,
         logits=Logits(page.promoted, page.suppressed, page.logit_edges, page.logit_counts) if "logits" in asked else None,
         families=Families(page.families, page.evidence, page.sample) if "families" in asked else None,
         activations=Activations(page.histogram_edges, page.histogram_counts, page.bands, page.positions)
@@ -206,17 +209,6 @@ def _example(one: FeatureExample, dfa: bool) -> ExampleParts:
         preact=one.preact,
         bias=one.bias,
         gap=one.gap,
+        attributed=one.attributed,
         dfa=ExampleDfa(one.dfa, one.dropped, one.before, one.dfa_sum, one.abs_dfa) if dfa else None,
     )
-
-
-EXAMPLE = {
-    "sae": "smollm2-l17", "index": 3, "harvest": 1, "label": "quotes after a date", "n_fired": 412, "density": 0.00634,
-    "max_act": 4.21, "mean_act": 1.13, "distance": 6.4, "family": "induction", "family_score": 0.83,
-    "verdict": "' board' is next by induction", "kept": None, "heads": None,
-    "logits": {
-        "promoted": [{"id": 2184, "text": " board", "value": 2.31}], "suppressed": [{"id": 17, "text": ".", "value": -1.07}],
-        "edges": [-1.1, 0.6, 2.4], "counts": [49000, 152],
-    },
-    "families": None, "activations": None, "others": None, "examples": None,
-}  # fmt: skip

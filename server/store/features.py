@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl, urlencode
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
 from sqlalchemy.orm import Session
+from typing_extensions import TypedDict  # before Python 3.12 pydantic needs this one
 
 from sae_core.errors import NotFound, UsageError
 from sae_core.records import head_agreement
@@ -31,7 +32,7 @@ class FeatureFilter(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
-    sort: str | None = Field(None, json_schema_extra={"enum": [*SORT_KEYS, *(f"-{key}" for key in SORT_KEYS)]})
+    sort: str | None = Field(None, json_schema_extra={"enum": [*SORT_KEYS, *(f"-{key}" for key in SORT_KEYS), None]})
     """Column to sort by; a leading `-` turns the order round. Without it: `-head_share` when a head is given, else `-max`."""
     head: int | None = Field(None, ge=0)
     """Show and sort shares of this head; without it, of each feature's leading head."""
@@ -411,8 +412,7 @@ class DfaEntry(NamedTuple):
     value: float
 
 
-@dataclass(frozen=True)
-class DfaJson:
+class DfaJson(TypedDict):
     """A `DfaEntry` as JSON has it."""
 
     src: int
@@ -421,7 +421,7 @@ class DfaJson:
 
 
 def _as_json(entries: tuple[DfaEntry, ...]) -> list[DfaJson]:
-    return [DfaJson(*entry) for entry in entries]
+    return [{"src": src, "head": head, "value": value} for src, head, value in entries]
 
 
 DfaEntries = Annotated[tuple[DfaEntry, ...], PlainSerializer(_as_json)]

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -65,6 +66,14 @@ def put(settings: Settings, shape: Shape | None = None) -> Settings:
 def at(folder: Path) -> Settings:
     """Settings of a folder."""
     return Settings(data=folder, cache=folder / "cache").prepare()
+
+
+@contextmanager
+def database_of(settings: Settings) -> Iterator[Database]:
+    """The settings' database."""
+    database = Database(settings.url)
+    yield database
+    database.close()
 
 
 def queued(settings: Settings) -> Settings:

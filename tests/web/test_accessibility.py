@@ -48,6 +48,7 @@ PAGES = (
     "/saes/smollm2-l17/reviews",
     "/saes/smollm2-l17/manage",
     "/archive",
+    "/api",
     "/nothing",
 )
 

@@ -1,7 +1,10 @@
 """The API is what its document says: schemathesis asks every route for what the document allows, and for what it does not."""
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
+import jsonschema_rs
 import pytest
 import requests
 from fastapi.testclient import TestClient
@@ -9,9 +12,10 @@ from hypothesis import HealthCheck, settings
 from schemathesis import BaseSchema, Case, Config
 from schemathesis.openapi import from_dict
 
-from server.api.common import PREFIX
+from server.api.common import EXAMPLES, PREFIX
 from server.api.v1 import DOCUMENT
 from server.app import create_app
+from tests.web.api_examples import recorded
 from tests.web.conftest import at, listened, put, queued
 from tests.web.factory import Shape
 
@@ -27,12 +31,15 @@ config whose parts do not fit. 422 says so, and names the field."""
 AWAY = {"include-path-regex": f"^{PREFIX}/live/", "checks": {"not_a_server_error": {"expected-statuses": ["2xx", "4xx", "503"]}}}
 """No engine runs here, and live questions say so."""
 
+LARGE = {"include-operation-id": "create_job", "generation": {"mode": "positive"}}
+"""To spoil each of a hundred fields of a job's config in turn takes minutes; `test_api_writing.py` spoils some."""
+
 
 def loaded(parameters: dict[str, object]) -> BaseSchema:
     """What the document says, to be asked for with some parameters given."""
     acceptance = {"positive_data_acceptance": {"expected-statuses": REFUSALS}}
     return from_dict(
-        DOCUMENT.openapi, config=Config.from_dict({"checks": acceptance, "operations": [AWAY], "parameters": parameters})
+        DOCUMENT.openapi, config=Config.from_dict({"checks": acceptance, "operations": [AWAY, LARGE], "parameters": parameters})
     )
 
 
@@ -64,7 +71,27 @@ def test_the_document_is_the_one_that_is_served(client: TestClient) -> None:
     assert DOCUMENT.openapi["openapi"].startswith("3.1")
 
 
-FEW = settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+def test_every_route_has_words_and_an_example_that_its_schema_allows() -> None:
+    components = {"components": DOCUMENT.openapi["components"]}
+    for operations in DOCUMENT.openapi["paths"].values():
+        for one in operations.values():
+            assert one["summary"]
+            assert one["description"]
+            answer = next(reply for status, reply in one["responses"].items() if status.startswith("2"))
+            if "application/json" in answer["content"]:
+                said = answer["content"]["application/json"]
+                jsonschema_rs.validator_for(said["schema"] | components).validate(said["example"])
+
+
+def test_examples_have_the_fields_that_are_answered(tmp_path: Path) -> None:
+    known = json.loads(EXAMPLES.read_text(encoding="utf-8"))
+    assert {name: sorted(answer) for name, answer in recorded(tmp_path).items()} == {
+        name: sorted(answer) for name, answer in known.items()
+    }
+
+
+FEW = settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+FEWER = settings(FEW, max_examples=2)
 
 
 @loaded(dict(THERE)).parametrize()
@@ -74,6 +101,6 @@ def test_what_is_there_answers_as_the_document_says(case: Case, site: str, sessi
 
 
 @loaded({}).parametrize()
-@FEW
+@FEWER
 def test_whatever_is_asked_is_answered_as_the_document_says(case: Case, site: str, session: requests.Session) -> None:
     case.call_and_validate(base_url=site, session=session)

@@ -77,7 +77,7 @@ def test_a_bad_view_of_a_feature_is_refused(client: TestClient, query: str) -> N
 def test_a_wrong_method_is_a_sentence(client: TestClient) -> None:
     answer = client.post("/jobs")
     assert answer.status_code == 405
-    assert "Method Not Allowed." in answer.text
+    assert "POST is not possible at /jobs; possible: GET." in answer.text
 
 
 def test_a_huge_body_is_refused(client: TestClient) -> None:

@@ -1,0 +1,107 @@
+"""How quickly scripts read features by the API, and whole selections as files: a web process on HEADSCOPE_DATA, one client.
+
+`api_feature_*` is one feature with its first examples, their DFA and its logits; `batch100_*` a hundred features with heads and
+logits, `batch100_examples_*` with their examples and DFA as well. `export_*` is every feature with all its examples and their
+DFA. Memory is what the web process holds at most of its own while it exports (RssAnon, looked at every 10 ms): the database's
+file, which SQLite maps, is the system's cache and is given back when others need it.
+"""
+
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from bench._served import Address, Figure, headscope, spread, times_of
+from bench.pages import published
+from server.db import Database
+from server.settings import Settings
+
+WHOLE = {"include": "heads,logits,examples,dfa", "all_examples": "true", "sort": "idx"}
+BATCH = 100
+
+
+def run(requests: int = 200, batches: int = 30) -> dict[str, Figure]:
+    """Every kind of read; figures of importing stand beside those of exporting."""
+    return reading(requests, batches) | exporting()
+
+
+def reading(requests: int, batches: int) -> dict[str, Figure]:
+    """One feature, and a hundred."""
+    with _database() as database:
+        name, d_sae, full = published(database)
+    chosen = random.Random(0)
+    figures: dict[str, Figure] = {}
+    with headscope() as address, httpx.Client(base_url=address, timeout=60) as client:
+
+        def feature() -> str:
+            return f"/api/v1/saes/{name}/features/{chosen.choice(full)}?include=examples,dfa,logits"
+
+        times, _ = times_of(client, feature, requests, warm=50)
+        figures |= spread("api_feature_", times, "<= 3")
+        for called, include, target in (("batch100_", "heads,logits", "<= 60"), ("batch100_examples_", "examples,dfa", None)):
+            times = [_batch(client, name, chosen.sample(range(d_sae), min(BATCH, d_sae)), include) for _ in range(batches + 3)]
+            figures[f"{called}ms"] = spread("", times[3:], target)["p50_ms"]
+    return figures
+
+
+def _batch(client: httpx.Client, sae: str, indices: list[int], include: str) -> float:
+    body = {"features": [{"sae": sae, "index": index} for index in indices], "include": include}
+    begun = time.perf_counter()
+    client.post("/api/v1/features/batch", json=body).raise_for_status()
+    return (time.perf_counter() - begun) * 1e3
+
+
+def exporting() -> dict[str, Figure]:
+    """The whole harvest in each form."""
+    with _database() as database:
+        name, _, _ = published(database)
+    figures: dict[str, Figure] = {}
+    for form, target in (("jsonl", ">= 20"), ("csv", None), ("parquet", None)):
+        # A process of its own each, so that one form's memory is not counted to the next.
+        with headscope() as address, httpx.Client(base_url=address, timeout=600) as client:
+            client.get("/healthz")
+            with _peak(address) as peak:
+                begun = time.perf_counter()
+                with client.stream("GET", f"/api/v1/saes/{name}/features/export", params={**WHOLE, "format": form}) as answer:
+                    answer.raise_for_status()
+                    size = sum(map(len, answer.iter_bytes()))
+                seconds = time.perf_counter() - begun
+        called = "export" if form == "jsonl" else f"export_{form}"
+        figures[f"{called}_mb_per_s"] = {"value": round(size / 1e6 / seconds, 1), "unit": "MB/s", "target": target}
+        figures[f"{called}_mb"] = {"value": round(size / 1e6, 1), "unit": "MB", "target": None}
+        figures[f"{called}_memory_mb"] = {"value": round(peak[0] / 1e6, 1), "unit": "MB", "target": "< 200"}
+    return figures
+
+
+@contextmanager
+def _database() -> Iterator[Database]:
+    database = Database(Settings().url)
+    try:
+        yield database
+    finally:
+        database.close()
+
+
+@contextmanager
+def _peak(address: Address) -> Iterator[list[int]]:
+    """Bytes that a process holds of its own at most, meanwhile."""
+    found, over = [0], threading.Event()
+    status = Path(f"/proc/{address.pid}/status")
+
+    def look() -> None:
+        while not over.wait(0.01):
+            held = re.search(r"RssAnon:\s+(\d+) kB", status.read_text())
+            found[0] = max(found[0], 1024 * int(held[1]) if held else 0)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        thread.join()
