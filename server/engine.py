@@ -2,8 +2,8 @@
 
 `POST /attribute` answers with the full DFA matrix [head][source] of one feature at one destination, in fp32, with the
 identity gap of that very answer; `POST /components` with the same DFA by component: what embedding and earlier blocks put
-into each source; `POST /firings` with the features that fire on a text. The web asks it with a shared secret; nobody else
-can. One question at a time.
+into each source; `POST /firings` with the features that fire most on a text, `POST /codes` with all that fire, `POST /sources`
+with what source tokens gave to many features. The web asks it with a shared secret; nobody else can. One question at a time.
 """
 
 import hmac
@@ -25,7 +25,7 @@ from sae_core import attribution, machine
 from sae_core.components import by_component
 from sae_core.errors import HeadscopeError, NotFound, UsageError
 from sae_core.lens import AttentionRead, Lens, load_lens
-from sae_core.saes import SAE, row_starts
+from sae_core.saes import SAE, SparseActs, row_starts
 from server.db import Database
 from server.live import (
     SECRET_HEADER,
@@ -34,9 +34,12 @@ from server.live import (
     Firing,
     FiringQuestion,
     LiveAttribution,
+    LiveCodes,
     LiveComponents,
     LiveFirings,
     LiveQuestion,
+    LiveSources,
+    SourcesQuestion,
     TextQuestion,
 )
 from server.settings import Settings
@@ -86,6 +89,20 @@ class Engine:
             for index in question.features:
                 _check_feature(sae, question.sae, index, "features")
             return answer_firings(lens, sae, tokens, question)
+
+    def codes(self, question: TextQuestion) -> LiveCodes:
+        """Answer a question for all that fires."""
+        with self._turn:
+            return answer_codes(*self._opened(question), question)
+
+    def sources(self, question: SourcesQuestion) -> LiveSources:
+        """Answer a question for the sources of some features."""
+        with self._turn:
+            lens, sae, tokens = self._opened(question)
+            for index, dest in question.at:
+                _check_feature(sae, question.sae, index, "at")
+                _check_dest(dest, len(tokens), "at")
+            return answer_sources(lens, sae, tokens, question)
 
     def _asked_for(self, question: LiveQuestion) -> tuple[Lens, SAE, list[int]]:
         lens, sae, tokens = self._opened(question)
@@ -155,6 +172,11 @@ def _check_feature(sae: SAE, name: str, index: int, field: str) -> None:
         raise NotFound(f"{name} has the features 0 to {sae.cfg.d_sae - 1}; there is no {index}.", field=field)
 
 
+def _check_dest(dest: int, n: int, field: str) -> None:
+    if not 0 <= dest < n:
+        raise UsageError(f"The text has the positions 0 to {n - 1}; there is no {dest}.", field=field)
+
+
 class _Place(NamedTuple):
     """One feature on one row, and the destination that was asked for."""
 
@@ -181,8 +203,8 @@ def _placed(lens: Lens, read: AttentionRead, sae: SAE, tokens: list[int], questi
     dest = question.dest
     if dest is None:
         dest = int(preacts.masked_fill(excluded, -torch.inf).argmax()) if not excluded.all() else len(z) - 1
-    elif not 0 <= dest < len(z):
-        raise UsageError(f"The text has the positions 0 to {len(z) - 1}; there is no {dest}.", field="dest")
+    else:
+        _check_dest(dest, len(z), "dest")
     at_dest = w[0] if scale is None else w[0] * scale[dest]
     return _Place(acts, preacts, excluded, dest, at_dest.view(sae.cfg.n_heads, sae.cfg.d_head), bias)
 
@@ -250,21 +272,55 @@ def answer_components(lens: Lens, sae: SAE, tokens: list[int], question: Compone
     )
 
 
-@torch.no_grad()
-def answer_firings(lens: Lens, sae: SAE, tokens: list[int], question: FiringQuestion) -> LiveFirings:
-    """Every feature on these tokens: the strongest of each position and of all, and those that were asked for."""
+def _codes(lens: Lens, sae: SAE, tokens: list[int]) -> tuple[Tensor, SparseActs]:
+    """Which positions are no destinations, bool [pos], and what fires at the others."""
     row = torch.tensor([tokens], device=lens.device)
     layer = sae.cfg.site.layer
     z = lens.read_z(row, [layer])[layer].view(1, len(tokens), -1)
     excluded = sae.excluded(z, row_starts(row.cpu(), lens.row_start))[0]
     found = sae.encode_sparse(z[0])
     counts = ~excluded[found.token]
+    return excluded, SparseActs(*(part[counts] for part in found))
+
+
+@torch.no_grad()
+def answer_codes(lens: Lens, sae: SAE, tokens: list[int], question: TextQuestion) -> LiveCodes:
+    """Every feature that fires on these tokens, wherever it does."""
+    excluded, found = _codes(lens, sae, tokens)
+    return LiveCodes(
+        sae=question.sae,
+        tokens=tokens,
+        texts=lens.token_texts(tokens),
+        excluded=excluded.tolist(),
+        positions=found.token.tolist(),
+        features=found.feature.tolist(),
+        activations=found.value.tolist(),
+    )
+
+
+@torch.no_grad()
+def answer_sources(lens: Lens, sae: SAE, tokens: list[int], question: SourcesQuestion) -> LiveSources:
+    """What each source gave to each feature at its destination, from v and pattern alone: one pass for all of them."""
+    read = lens.read_attention(torch.tensor([tokens], device=lens.device), sae.cfg.site.layer)
+    index, dest = torch.tensor(question.at, device=read.z.device).T
+    w, _ = sae.affine(index)
+    scale = sae.token_scale(read.z[0])
+    at_dest = w if scale is None else w * scale[dest]
+    pattern = read.pattern[0][:, dest].transpose(0, 1)  # [n, head, src]
+    given = attribution.dfa(read.v[0], pattern, at_dest.view(len(index), sae.cfg.n_heads, sae.cfg.d_head))
+    return LiveSources(sae=question.sae, given=given.sum(1).tolist())
+
+
+@torch.no_grad()
+def answer_firings(lens: Lens, sae: SAE, tokens: list[int], question: FiringQuestion) -> LiveFirings:
+    """Every feature on these tokens: the strongest of each position and of all, and those that were asked for."""
+    excluded, found = _codes(lens, sae, tokens)
     # By size, so that what comes first of a position or of a feature is its strongest.
-    value, order = found.value[counts].sort(descending=True, stable=True)
+    value, order = found.value.sort(descending=True, stable=True)
     fired = [
         Firing(index=index, position=position, activation=activation)
         for index, position, activation in zip(
-            found.feature[counts][order].tolist(), found.token[counts][order].tolist(), value.tolist(), strict=True
+            found.feature[order].tolist(), found.token[order].tolist(), value.tolist(), strict=True
         )
     ]
     by_position: list[list[Firing]] = [[] for _ in tokens]
@@ -339,6 +395,14 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
     @app.post("/firings")
     def firings(question: FiringQuestion) -> LiveFirings:
         return engine.firings(question)
+
+    @app.post("/codes")
+    def codes(question: TextQuestion) -> LiveCodes:
+        return engine.codes(question)
+
+    @app.post("/sources")
+    def sources(question: SourcesQuestion) -> LiveSources:
+        return engine.sources(question)
 
     @app.post("/components")
     def components(question: ComponentsQuestion) -> LiveComponents:

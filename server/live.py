@@ -60,6 +60,42 @@ class FiringQuestion(TextQuestion):
     """How many of the strongest features are wanted, of each position and of the whole text."""
 
 
+class SourcesQuestion(TextQuestion):
+    """What did each source token give to some features, each at a destination of its own?"""
+
+    at: Annotated[list[tuple[int, int]], Field(min_length=1, max_length=100)]
+    """Feature and destination."""
+
+
+class LiveSources(BaseModel):
+    """DFA of some features on one text, heads summed."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    sae: str
+    given: list[list[float]]
+    """[as asked][source]; 0 after the destination."""
+
+
+class LiveCodes(BaseModel):
+    """All that fires on a text. Positions count from the row start, which is position 0."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    sae: str
+    tokens: list[int]
+    texts: list[str]
+    """Tokens as shown, one per position."""
+    excluded: list[bool]
+    """Positions that are no destinations: the row start and attention sinks."""
+    positions: list[int]
+    """One for each firing, ascending."""
+    features: list[int]
+    """Of each firing, ascending within a position."""
+    activations: list[float]
+    """Of each firing, above 0."""
+
+
 class Firing(BaseModel):
     """A feature that fires at a position."""
 
@@ -174,6 +210,14 @@ class Live:
     def firings(self, question: FiringQuestion) -> LiveFirings:
         """Ask what fires; raises as `attribute`."""
         return LiveFirings.model_validate(self._ask("POST", "/firings", question.model_dump()))
+
+    def codes(self, question: TextQuestion) -> LiveCodes:
+        """Ask for all that fires; raises as `attribute`."""
+        return LiveCodes.model_validate(self._ask("POST", "/codes", question.model_dump()))
+
+    def sources(self, question: SourcesQuestion) -> LiveSources:
+        """Ask what source tokens gave; raises as `attribute`."""
+        return LiveSources.model_validate(self._ask("POST", "/sources", question.model_dump()))
 
     def loaded(self) -> str | None:
         """Name of the model that is warm; `EngineAway` when there is no engine."""

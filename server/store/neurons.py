@@ -1,7 +1,7 @@
 """Features whole, many at once: what other programs want of each, its examples as rows of numbers beside their tokens."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound
-from server.packing import F4, read_acts, read_dfa, unfold, unpack
-from server.store.features import Stored, TokenWeight
+from server.packing import F4, read_examples, unfold, unpack
+from server.store.features import TokenWeight
 from server.store.labels import PERSON
 from server.store.saes import Door
 from server.tables import Context, Example, Feature, FeatureDetail, Label, Note
@@ -36,7 +36,7 @@ class Firing:
     values: list[float]
     """The feature's activation on each token."""
     dfa: list[float]
-    """What each source token gave at `dest`: the entries kept, heads summed."""
+    """What each source token gave at `dest`: the entries kept, heads summed. Empty where no DFA is stored."""
     by_head: list[float]
     """What each head gave at `dest`, everything counted."""
     dropped: float
@@ -97,7 +97,7 @@ class Neuron:
     explained: tuple[Explained, ...]
     """A person's first, then the newest."""
     firings: tuple[Firing, ...]
-    """The strongest first, by their largest activation."""
+    """The strongest first, by the activation at the destination."""
 
 
 def published(door: Door) -> int:
@@ -151,6 +151,14 @@ def live_indices(session: Session, door: Door, offset: int, limit: int) -> list[
     )
 
 
+def densities(session: Session, door: Door, wanted: Sequence[int]) -> dict[int, float]:
+    """How often features fire, by index; of none while no harvest is published."""
+    if door.sae.harvest is None:
+        return {}
+    mine = sa.select(Feature.idx, Feature.density).where(Feature.harvest_id == door.sae.harvest.id, Feature.idx.in_(wanted))
+    return dict(session.execute(mine).tuples().all())
+
+
 def notes_of(session: Session, door: Door, index: int) -> list[Noted]:
     """What people wrote about a feature at length, oldest first."""
     rows = session.execute(
@@ -195,47 +203,66 @@ def firings_of(
         kept = kept.where(Example.id.in_(sa.select(placed.c.id).where(placed.c.place <= most)))
     window = int(door.sae.harvest.config.get("window", 256)) if door.sae.harvest else 0
     about = {feature.id: (bands, feature.n_fired) for feature, bands in features}
-    for row in session.execute(kept):
-        found[row.feature_id].append(_firing(row, row.texts[row.start : row.start + window], *about[row.feature_id]))
-    return {
-        feature_id: tuple(sorted(those, key=lambda one: (-max(one.values), one.band, one.rank)))
-        for feature_id, those in found.items()
-    }
+    rows = session.execute(kept.order_by(Example.feature_id, Example.band, Example.rank)).all()
+    for row, firing in zip(rows, _firings(rows, window, about), strict=True):
+        found[row.feature_id].append(firing)
+    return {feature_id: tuple(those) for feature_id, those in found.items()}
 
 
-def _firing(example: Any, tokens: list[str], bands: list[Any], n_fired: int) -> Firing:
-    stored: Stored = example
-    acts, dfa = read_acts(stored), read_dfa(stored)
-    n, start = len(tokens), stored.start
-    values, given = np.zeros(n), np.zeros(n)
-    values[acts.pos - start] = acts.value
-    np.add.at(given, dfa.src - start, dfa.value)
-    by_head = dfa.dropped + dfa.before
-    np.add.at(by_head, dfa.head, dfa.value)
-    band = bands[stored.band - 1] if 0 < stored.band <= len(bands) else None
-    return Firing(
-        id=example.id,
-        row=example.row,
-        band=stored.band,
-        rank=stored.rank,
-        dest=stored.dest - start,
-        tokens=tuple(tokens),
-        values=_written(values),
-        dfa=_written(given),
-        by_head=_written(by_head),
-        dropped=float(dfa.dropped.sum()),
-        before=float(dfa.before.sum()),
-        bias=dfa.bias,
-        preact=dfa.preact,
-        low=band["low"] if band else None,
-        high=band["high"] if band else None,
-        share=min(1.0, band["count"] / n_fired) if band and n_fired else None,
-    )
+def _firings(rows: Sequence[Any], window: int, about: dict[int, tuple[list[Any], int]]) -> Iterator[Firing]:
+    """Rows of `example` as they are read; `about` says each feature's bands, and how often it fired."""
+    if not rows:
+        return
+    found = read_examples(rows)
+    size, start = len(rows), np.array([row.start for row in rows])
+    tokens = [tuple(row.texts[row.start : row.start + window]) for row in rows]
+    width = max(map(len, tokens))
+
+    def beside(of: NDArray[np.int64], pos: NDArray[np.int64], value: NDArray[np.float64]) -> NDArray[np.float64]:
+        # [example, token]: numbers that belong to the same token are summed.
+        found: NDArray[np.float64] = np.bincount(of * width + pos - start[of], value, size * width).astype(np.float64)
+        return found.reshape(size, width)
+
+    every = np.arange(size)
+    values = beside(np.repeat(every, np.diff(found.acts_end, prepend=0)), found.acts_pos, found.acts_value)
+    values[every, np.array([row.dest for row in rows]) - start] = [row.act for row in rows]
+    of_entry, n_heads = np.repeat(every, np.diff(found.end, prepend=0)), np.diff(found.heads_end, prepend=0)
+    given = beside(of_entry, found.src, found.value)
+    by_head = np.zeros((size, int(n_heads.max())))
+    by_head[np.arange(by_head.shape[1]) < n_heads[:, None]] = found.dropped + found.before
+    np.add.at(by_head, (of_entry, found.head), found.value)
+    of_head = np.repeat(every, n_heads)
+    sums = (np.bincount(of_head, part, size).tolist() for part in (found.dropped, found.before))
+    written = (_written(part).tolist() for part in (values, given, by_head))
+    for row, shown, value, dfa, heads, n, dropped, before, bias, preact in zip(
+        rows, tokens, *written, n_heads.tolist(), *sums, found.bias.tolist(), found.preact.tolist(), strict=True
+    ):
+        bands, n_fired = about[row.feature_id]
+        band = bands[row.band - 1] if 0 < row.band <= len(bands) else None
+        yield Firing(
+            id=row.id,
+            row=row.row,
+            band=row.band,
+            rank=row.rank,
+            dest=row.dest - row.start,
+            tokens=shown,
+            values=value[: len(shown)],
+            dfa=dfa[: len(shown)] if n else [],
+            by_head=heads[:n],
+            dropped=dropped,
+            before=before,
+            bias=bias,
+            preact=preact,
+            low=band["low"] if band else None,
+            high=band["high"] if band else None,
+            share=min(1.0, band["count"] / n_fired) if band and n_fired else None,
+        )
 
 
-def _written(row: NDArray[np.float64]) -> list[float]:
-    """The numbers of a row with as many decimal places as give its largest `DIGITS` digits."""
-    top = float(np.abs(row).max(initial=0))
-    places = DIGITS - 1 - int(np.floor(np.log10(top))) if top > 0 else 0
-    found: list[float] = np.round(row, max(0, places)).tolist()
+def _written(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each row's numbers with as many decimal places as give its largest `DIGITS` digits."""
+    top = np.abs(rows).max(1, initial=0, keepdims=True)
+    places = DIGITS - 1 - np.floor(np.log10(np.where(top > 0, top, 1)))
+    scale = 10.0 ** np.clip(places, 0, 15)
+    found: NDArray[np.float64] = np.rint(rows * scale) / scale
     return found

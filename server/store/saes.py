@@ -158,7 +158,7 @@ _BY_NAME, _BY_ID = _DOOR.where(SAE.name == sa.bindparam("which")), _DOOR.where(S
 """Made once: every page begins with one of them, and making it took longer than the database does."""
 
 
-def _door(session: Session, statement: sa.Select[Any], which: str | int) -> Door | None:
+def _door(session: Session, statement: sa.Select[*tuple[Any, ...]], which: str | int) -> Door | None:
     found = session.execute(statement, {"which": which}).one_or_none()
     if found is None:
         return None

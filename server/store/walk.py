@@ -189,8 +189,8 @@ class Walk:
         if asked <= {*OF_HEAD, "label"}:
             return statement.select_from(FeatureHead).where(*at_head)
         same = sa.and_(FeatureHead.harvest_id == Feature.harvest_id, FeatureHead.idx == Feature.idx)
-        tables = (Feature.__table__, FeatureHead.__table__)
-        both = InOrder(*(reversed(tables) if by in OF_HEAD else tables), same)
+        first, second = (FeatureHead, Feature) if by in OF_HEAD else (Feature, FeatureHead)
+        both = InOrder(first.__table__, second.__table__, same)
         return statement.select_from(both).where(Feature.harvest_id == self.harvest_id, *at_head)
 
     def _in_order(self, statement: sa.Select[Any]) -> sa.Select[Any]:

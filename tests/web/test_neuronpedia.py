@@ -122,8 +122,9 @@ def test_dfa_with_what_is_left_over_gives_the_preactivation(client: TestClient) 
 
 def test_examples_come_strongest_first_and_say_their_band(client: TestClient) -> None:
     rows = client.get(f"{FEATURE}/3").json()["activations"]
-    strengths = [row["maxValue"] for row in rows]
+    strengths = [row["values"][row["dfaTargetIndex"]] for row in rows]
     assert strengths == sorted(strengths, reverse=True)
+    assert strengths[0] == max(row["maxValue"] for row in rows)
     assert all(row["maxValue"] == row["values"][row["maxValueTokenIndex"]] == max(row["values"]) for row in rows)
     for row in rows:
         if row["headscope"]["band"] == 0:

@@ -1,18 +1,28 @@
 """Typed text, asked of the engine: `/api/activation/new`, `/api/activation/source`, `/api/search-all`,
 `/api/search-topk-by-token`."""
 
+from collections import defaultdict
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 from fastapi import Request, Response
-from pydantic import Field, model_validator
+from numpy.typing import NDArray
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from sqlalchemy.orm import Session
 
-from server.api.neuronpedia.wire import Addresses, At, Shape, answer, utc
-from server.live import LiveAttribution, LiveQuestion
+from sae_core.errors import UsageError
+from server.api.neuronpedia.features import batch
+from server.api.neuronpedia.shapes import NeuronRow, NeuronWithModel, model_row
+from server.api.neuronpedia.wire import Addresses, At, Name, Shape, answer, utc
+from server.live import Live, LiveAttribution, LiveCodes, LiveQuestion, SourcesQuestion, TextQuestion
 from server.pages.feature import engine
 from server.pages.reply import Read
 from server.store.features import check_index
-from server.store.sources import find_source
+from server.store.neurons import densities
+from server.store.saes import sae_by_id
+from server.store.sources import Source, find_ref, find_set, find_source
 
 router = Addresses()
 
@@ -22,6 +32,25 @@ AT_ONCE = 32
 """Texts of one request."""
 Typed = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 Texts = Typed | Annotated[list[Typed], Field(min_length=1, max_length=AT_ONCE)]
+
+
+def many(texts: str | list[str]) -> list[str]:
+    """The texts of a request for one or for several."""
+    return [texts] if isinstance(texts, str) else texts
+
+
+def share(threshold: float | None) -> float | None:
+    """The largest density that is shown; None for all. Neuronpedia takes -1 and 0 for that."""
+    if threshold is None or threshold in (0, -1):
+        return None
+    if not 0 < threshold < 1:
+        raise UsageError("densityThreshold is a share of tokens between 0 and 1, or -1 for none.", field="densityThreshold")
+    return threshold
+
+
+def default_for_null(cls: type[Shape], given: Any, info: ValidationInfo) -> Any:
+    """What a field is where JSON says null: scripts send it for what they do not set."""
+    return cls.model_fields[str(info.field_name)].default if given is None else given
 
 
 class TextFor(Shape):
@@ -71,11 +100,10 @@ def new_activation(request: Request, given: TextFor, read: Read) -> Response:
     at = given.feature
     source = find_source(read, at.model_id, at.layer)
     check_index(source.door, at.index)
-    texts = [given.custom_text] if isinstance(given.custom_text, str) else given.custom_text
     asked = engine(request)
     rows = [
         tested_row(at, asked.attribute(LiveQuestion(sae=source.door.sae.name, index=at.index, text=text)), given.ignore_bos)
-        for text in texts
+        for text in many(given.custom_text)
     ]
     return answer(rows[0] if isinstance(given.custom_text, str) else rows)
 
@@ -90,3 +118,223 @@ def tested_row(at: At, found: LiveAttribution, ignore_bos: bool) -> TestedRow:
         max_value_token_index=values.index(strongest), model_id=at.model_id, layer=at.layer, index=str(at.index),
         created_at=utc(None), dfa_values=given, dfa_target_index=max(0, found.dest - first), dfa_max_value=max(given),
     )  # fmt: skip
+
+
+# ---- everything that fires ----
+
+
+class TextForSource(Shape):
+    """Text for all features of one SAE."""
+
+    model_id: Name
+    source: Name
+    custom_text: Texts
+
+
+@router.post_at("/activation/source")
+def source_activations(request: Request, given: TextForSource, read: Read) -> Response:
+    """Every feature that fires on each text: `{index: [[position, activation], ...]}`."""
+    source = find_ref(read, given.model_id, given.source)
+    results = []
+    for text in many(given.custom_text):
+        codes = engine(request).codes(TextQuestion(sae=source.name, text=text))
+        active: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        for position, index, activation in sorted(zip(codes.positions, codes.features, codes.activations, strict=True)):
+            active[str(index)].append((position, activation))
+        results.append({"tokens": codes.texts, "activeFeatures": active})
+    return answer({"results": results})
+
+
+class Search(Shape):
+    """Text for all features of the SAEs of a set."""
+
+    model_id: Name
+    source_set: Name
+    text: Texts
+    selected_layers: Annotated[list[Name], Field(max_length=200)] = []
+    """Ids of sources; all of the set where there is none."""
+    sort_indexes: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=100)] = []
+    """Positions whose activations are summed to sort by; the largest of any position where there is none."""
+    ignore_bos: bool = True
+    """The row start is no destination here, so nothing fires on it either way."""
+    density_threshold: float | None = None
+    """Leave out features that fire on a larger share of tokens; -1 or 0 leaves out none."""
+    num_results: Annotated[int, Field(ge=1, le=100)] = 50
+
+    _given = field_validator("num_results", "sort_indexes", "selected_layers", "ignore_bos", mode="before")(default_for_null)
+
+
+class FoundRow(Shape):
+    """A feature that fires on a text."""
+
+    model_id: str
+    layer: str
+    index: str
+    values: list[float]
+    max_value: float
+    max_value_index: int
+    dfa_values: list[float]
+    dfa_target_index: int
+    """The destination: where the feature is strongest."""
+    dfa_max_value: float
+    neuron: NeuronWithModel | None = None
+
+
+class Strong(NamedTuple):
+    """A feature that fires on a text."""
+
+    score: float
+    source: Source
+    feature: int
+    values: NDArray[np.float64]
+    """[position]"""
+
+    @property
+    def dest(self) -> int:
+        """Where it is strongest."""
+        return int(self.values.argmax())
+
+
+@router.post_at("/search-all")
+def search_all(request: Request, search: Search, read: Read) -> Response:
+    """The features that are strongest on a text, over the SAEs of a set."""
+    layers = dict.fromkeys(search.selected_layers)
+    if layers:
+        sources = [find_source(read, search.model_id, layer) for layer in layers]
+    else:
+        sources = [Source(ref, sae_by_id(read, ref.sae_id)) for ref in find_set(read, search.model_id, search.source_set)]
+    single = isinstance(search.text, str)
+    results = [_strongest(request, search, read, sources, text, whole=single) for text in many(search.text)]
+    return answer(results[0] if single else {"results": results})
+
+
+def _strongest(
+    request: Request, search: Search, read: Session, sources: Sequence[Source], text: str, *, whole: bool
+) -> dict[str, Any]:
+    asked, strong, tokens, texts = engine(request), [], [0], [""]
+    for source in sources:
+        codes = asked.codes(TextQuestion(sae=source.door.sae.name, text=text))
+        tokens, texts = codes.tokens, codes.texts
+        if (last := max(search.sort_indexes, default=0)) >= len(texts):
+            raise UsageError(f"The text has the positions 0 to {len(texts) - 1}; there is no {last}.", field="sortIndexes")
+        mine = _scored(source, codes, search.sort_indexes)
+        if (densest := share(search.density_threshold)) is not None:
+            # What is too dense is left out before the best are taken, so that as many come as were asked for.
+            known = densities(read, source.door, [one.feature for one in mine])
+            mine = [one for one in mine if known.get(one.feature, 0) <= densest]
+        strong += mine
+    strong = sorted(strong, key=lambda one: -one.score)[: search.num_results]
+    given = _sources_of(asked, strong, tokens)
+    neurons = batch(read, [(one.source.ref, one.feature) for one in strong], 1) if whole else {}
+    rows = []
+    for one in strong:
+        ref = one.source.ref
+        dfa, neuron = given[ref.sae_id, one.feature], neurons.get((ref.sae_id, one.feature))
+        rows.append(
+            FoundRow(
+                model_id=ref.model_id, layer=ref.id, index=str(one.feature), values=one.values.tolist(),
+                max_value=float(one.values[one.dest]), max_value_index=one.dest, dfa_values=dfa, dfa_target_index=one.dest,
+                dfa_max_value=max(dfa),
+                neuron=None if neuron is None else NeuronWithModel(**dict(neuron), model=model_row(ref)),
+            )
+        )  # fmt: skip
+    return {"tokens": texts, "result": rows, "sortIndexes": search.sort_indexes}
+
+
+def _scored(source: Source, codes: LiveCodes, at: Sequence[int]) -> list[Strong]:
+    """Every feature that fires, by its largest activation, or by the sum of those at some positions."""
+    indices, place = np.unique(np.array(codes.features, np.int64), return_inverse=True)
+    values = np.zeros((len(indices), len(codes.tokens)))
+    values[place, np.array(codes.positions, np.int64)] = codes.activations
+    scores = values[:, list(at)].sum(1) if at else values.max(1, initial=0)
+    fires = np.flatnonzero(scores > 0).tolist()
+    return [Strong(float(scores[i]), source, int(indices[i]), values[i]) for i in fires]
+
+
+def _sources_of(asked: Live, strong: Sequence[Strong], tokens: list[int]) -> dict[tuple[int, int], list[float]]:
+    """What each source token gave to each feature where it is strongest, by the SAE's number and the feature's index: one
+    question for each SAE."""
+    found = {}
+    for source in {one.source.ref.sae_id: one.source for one in strong}.values():
+        sae_id = source.ref.sae_id
+        mine = [one for one in strong if one.source.ref.sae_id == sae_id]
+        at = [(one.feature, one.dest) for one in mine]
+        given = asked.sources(SourcesQuestion(sae=source.door.sae.name, tokens=tokens, at=at)).given
+        found.update({(sae_id, one.feature): row for one, row in zip(mine, given, strict=True)})
+    return found
+
+
+# ---- the strongest at each token ----
+
+
+class SearchByToken(Shape):
+    """Text for all features of one SAE, token by token."""
+
+    model_id: Name
+    source: Name
+    text: Texts
+    num_results: Annotated[int, Field(ge=1, le=20)] = 10
+    """Features of each token."""
+    ignore_bos: bool = True
+    """Leave the row start out of the answer."""
+    density_threshold: float | None = 0.01
+    """Leave out features that fire on a larger share of tokens, and those of which it is not known; -1 or 0 leaves out none."""
+
+    _given = field_validator("num_results", "ignore_bos", mode="before")(default_for_null)
+
+
+class TopFeature(Shape):
+    """A feature at a token."""
+
+    activation_value: float
+    feature_index: int
+    feature: NeuronRow | None = None
+
+
+class TokenRow(Shape):
+    """The strongest features at a token."""
+
+    position: int
+    token: str
+    is_special: bool
+    top_features: list[TopFeature]
+
+
+@router.post_at("/search-topk-by-token")
+def search_by_token(request: Request, search: SearchByToken, read: Read) -> Response:
+    """The features that are strongest at each token of a text."""
+    source = find_source(read, search.model_id, search.source)
+    single = isinstance(search.text, str)
+    results = [
+        {"source": search.source, "results": _by_token(request, search, read, source, text, whole=single)}
+        for text in many(search.text)
+    ]
+    return answer(results[0] if single else {"results": results})
+
+
+def _by_token(
+    request: Request, search: SearchByToken, read: Session, source: Source, text: str, *, whole: bool
+) -> list[TokenRow]:
+    codes = engine(request).codes(TextQuestion(sae=source.door.sae.name, text=text))
+    at: list[list[tuple[float, int]]] = [[] for _ in codes.tokens]
+    for position, index, activation in zip(codes.positions, codes.features, codes.activations, strict=True):
+        at[position].append((activation, index))
+    if (densest := share(search.density_threshold)) is not None:
+        known = densities(read, source.door, sorted(set(codes.features)))
+        at = [[one for one in fires if known.get(one[1], 1) <= densest] for fires in at]
+    at = [sorted(fires, key=lambda one: (-one[0], one[1]))[: search.num_results] for fires in at]
+    shown = sorted({index for fires in at for _, index in fires})
+    found = batch(read, [(source.ref, index) for index in shown], 0) if whole else {}
+    rows = [
+        TokenRow(
+            position=position,
+            token=codes.texts[position],
+            is_special=codes.tokens[position] == codes.tokens[0],
+            top_features=[
+                TopFeature(activation_value=value, feature_index=index, feature=found.get((source.ref.sae_id, index)))
+                for value, index in fires
+            ],
+        )
+        for position, fires in enumerate(at)
+    ]
+    return [row for row in rows if not (search.ignore_bos and row.is_special)]

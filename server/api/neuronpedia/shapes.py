@@ -154,9 +154,9 @@ class ActivationRow(Shape):
     max_value_token_index: int
     min_value: float
     dfa_values: list[float]
-    dfa_target_index: int
-    """The destination, always."""
-    dfa_max_value: float
+    dfa_target_index: int | None
+    """The destination, always; None where no DFA is stored."""
+    dfa_max_value: float | None
     z_q_indices: list[int] = []
     z_k_indices: list[int] = []
     z_values: list[float] = []
@@ -272,8 +272,8 @@ def activation_row(source: Source, index: int, firing: Firing) -> ActivationRow:
         max_value_token_index=firing.values.index(strongest),
         min_value=min(firing.values),
         dfa_values=firing.dfa,
-        dfa_target_index=firing.dest,
-        dfa_max_value=max(firing.dfa),
+        dfa_target_index=firing.dest if firing.dfa else None,
+        dfa_max_value=max(firing.dfa, default=None),
         bin_min=firing.low,
         bin_max=firing.high,
         bin_contains=firing.share,
