@@ -459,8 +459,8 @@ class FeatureExample:
     gap: float
     """|dfa_sum + bias - preact| / (abs_dfa + |bias|), from the numbers as stored."""
     attributed: Literal["heads", "heads summed", "none"] = "heads"
-    """How much is known of its DFA. Summed, as imported ones may be: `dfa` has one head that stands for all, and `bias` is what is
-    left of the activation. None: the numbers from `dfa` on say nothing."""
+    """How much is known of its DFA. Summed, as imported ones may be: `dfa` has one head that stands for all, and `bias` is what
+    is left of the activation. None: the numbers from `dfa` on say nothing."""
 
     @property
     def by_head(self) -> list[float]:
