@@ -734,6 +734,56 @@ def export_sae(
     _say(f"{sae} is in {folder}; SAE.load_from_disk({str(folder)!r}) reads it.")
 
 
+@export_app.command(
+    "dashboards",
+    epilog="Examples: [bold]headscope export dashboards gpt2-l5 ./out --form neuronpedia[/bold]; "
+    "[bold]headscope export dashboards gpt2-l5 ./cache --form delphi[/bold]",
+)
+def export_dashboards(
+    sae: Annotated[str, typer.Argument(help="Name of the SAE.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it must be new or empty.")],
+    form: Annotated[str, typer.Option("--form", help="saedashboard, neuronpedia or delphi.")] = "saedashboard",
+    data: Data = None,
+) -> None:
+    """Write an SAE's published harvest for others: SAEDashboard's batches, Neuronpedia's bulk files, Delphi's latent cache."""
+    from server.exchange import written
+    from server.store import exports
+    from server.store.saes import find_sae
+
+    if form not in ("saedashboard", "neuronpedia", "delphi"):
+        raise UsageError(f"There is no form {form}; there are saedashboard, neuronpedia and delphi.", field="form")
+    with _opened(_settings(data=data)) as (_, db):
+        with db.read() as session:
+            door = find_sae(session, sae)
+            source = registry.model(session, door.sae.model).source
+        if door.sae.harvest is None:
+            raise UsageError(f"{sae} has no published harvest to write; `headscope harvest` makes one.", field="sae")
+        _need_empty(folder)
+        features = exports.features(db, door)
+        if form == "delphi":
+            wrote = written.delphi(features, door.sae, folder, exports.token_rows(db, door), source.location)
+        else:
+            wrote = {"saedashboard": written.saedashboard, "neuronpedia": written.neuronpedia}[form](features, door.sae, folder)
+    _say(f"{wrote.features:,} features with {wrote.examples:,} examples are in {folder} ({doctors.gigabytes(wrote.size)}).")
+
+
+@export_app.command("html", epilog="Example: [bold]headscope export html 3 ./for-the-appendix[/bold]")
+def export_html(
+    list_id: Annotated[int, typer.Argument(metavar="LIST", help="Number of a feature list, as its address says it.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to write; it must be new or empty.")],
+    data: Data = None,
+) -> None:
+    """Write a list of features as pages that open from disk."""
+    from server.exchange import bundle
+    from server.store.lists import list_page
+
+    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        listed = list_page(session, list_id)
+        _need_empty(folder)
+        n = bundle.write(session, listed, folder)
+    _say(f"{n} features are in {folder}; open {folder / 'index.html'}.")
+
+
 def _need_empty(folder: Path) -> None:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already and not empty; name a new folder.", field="folder")

@@ -355,11 +355,21 @@ def _example(one: _Activation, band: int) -> ForeignExample | None:
 
 
 def _histogram(centres: list[float], counts: list[int]) -> dict[str, Any]:
-    """Bars by their middles, of equal width, as edges and counts."""
+    """Bars by their middles, of equal width or equal in log, as edges and counts."""
     if len(centres) < 2 or len(centres) != len(counts):
         return {}
+    if _in_log(centres):  # as our own are, whose middles are equal in log
+        half = (centres[-1] / centres[0]) ** (0.5 / (len(centres) - 1))
+        return {"edges": [centres[0] / half, centres[-1] * half], "counts": counts}
     half = (centres[-1] - centres[0]) / (len(centres) - 1) / 2
     return {"edges": [centres[0] - half, centres[-1] + half], "counts": counts, "spacing": "equal"}
+
+
+def _in_log(centres: list[float]) -> bool:
+    if centres[0] <= 0 or len(centres) < 3:
+        return False
+    steps, ratios = np.diff(centres), np.diff(np.log(centres))
+    return bool(np.ptp(ratios) < 1e-3 * ratios.mean() and np.ptp(steps) > 0.1 * steps.mean())
 
 
 def _tokens(fields: dict[str, Any], side: str) -> list[list[Any]]:

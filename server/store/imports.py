@@ -1,7 +1,7 @@
 """Writing dashboards that others made as a harvest: file by file, each once however often it is read.
 
-What they lack is not there: an example without DFA has an empty `dfa`, and DFA by source with its heads summed is stored as that of
-one head. Texts come as token strings, so contexts have no token ids.
+What they lack is not there: an example without DFA has an empty `dfa`, and DFA by source with its heads summed is stored as that
+of one head. Texts come as token strings, so contexts have no token ids.
 """
 
 import hashlib
@@ -104,7 +104,7 @@ def write_file(
         insert_features(session, harvest_id, [feature.record for feature in chunk])
         indices = [feature.record.idx for feature in chunk]
         stored = sa.select(Feature.idx, Feature.id).where(Feature.harvest_id == harvest_id, Feature.idx.in_(indices))
-        ids = {idx: id for idx, id in session.execute(stored)}
+        ids = {row.idx: row.id for row in session.execute(stored)}
         _insert_texts(session, harvest_id, chunk, texts)
         insert_examples(session, _examples(chunk, ids, texts))
         _insert_labels(session, sae_id, chunk)
@@ -143,7 +143,8 @@ def _insert_texts(session: Session, harvest_id: int, chunk: list[ForeignFeature]
         for at, words in enumerate(new.values())
     ]
     if rows:
-        made = {row: id for row, id in session.execute(sa.insert(Context).returning(Context.row, Context.id), rows)}
+        found = session.execute(sa.insert(Context).returning(Context.row, Context.id), rows)
+        made = {context.row: context.id for context in found}
         texts.ids.update({key: made[begin + at] for at, key in enumerate(new)})
 
 

@@ -63,12 +63,17 @@ _UNSPACED = (
 """Thai and Lao, Myanmar, Khmer, Japanese kana, Chinese characters: no spaces between words."""
 
 
+_ASCII = re.compile("[0-9a-z]+")
+
+
 def words(text: str) -> list[str]:
     """The words of `text`, as they are compared."""
+    if text.isascii():
+        return _ASCII.findall(text.casefold())
     found: list[str] = []
     run: list[str] = []
     for c in unicodedata.normalize("NFKC", text).casefold():
-        alone = any(low <= ord(c) <= high for low, high in _UNSPACED) and c.isalnum()
+        alone = c >= "\u0e00" and any(low <= ord(c) <= high for low, high in _UNSPACED) and c.isalnum()
         within = not alone and (c.isalnum() or (bool(run) and unicodedata.category(c).startswith("M")))
         if run and not within:
             found.append("".join(run))

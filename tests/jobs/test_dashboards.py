@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
+from typer.testing import CliRunner
 
 from sae_core.config import DashboardsJob
 from sae_core.errors import UnreadableDashboards
 from sae_core.formats import convert, open_peer
 from sae_core.saes import save_sae
 from server.app import create_app
+from server.cli import app
 from server.exchange import dashboards
 from server.store import registry
 from server.store.features import FeaturePage, feature_page
@@ -196,6 +198,39 @@ def test_missing_batches_are_named_and_taken_when_they_are_there(home: Home, sae
         assert imported(home, theirs, sae) == job
         assert home.status(job) == "done", home.error(job)
     assert_examples_are_what_the_sae_does(home, sae)
+
+
+@pytest.mark.parametrize("form", ["saedashboard", "neuronpedia"])
+def test_what_was_imported_goes_out_and_comes_back_equal(
+    home: Home, sae: str, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    monkeypatch.setenv("HEADSCOPE_DATA", str(home.settings.data))
+    out = tmp_path / "out"
+    with working(home):
+        job = imported(home, theirs, sae)
+        assert home.status(job) == "done", home.error(job)
+        before = [page(home, sae, index) for index in range(D_SAE)]
+        done = CliRunner().invoke(app, ["export", "dashboards", sae, str(out), "--form", form], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        assert "40 features" in done.output
+        again = imported(home, out if form == "saedashboard" else next((out / "v1").glob("*/*-att-*")), sae)
+        assert home.status(again) == "done", home.error(again)
+    for index, feature in enumerate(before):
+        back = page(home, sae, index)
+        assert [e.texts for e in back.examples] == [e.texts for e in feature.examples]
+        assert [(e.band, e.rank, e.dest, e.attributed) for e in back.examples] == [
+            (e.band, e.rank, e.dest, e.attributed) for e in feature.examples
+        ]
+        for one, other in zip(back.examples, feature.examples, strict=True):
+            assert one.acts == pytest.approx(other.acts, rel=1e-4)
+            given, back_again = (
+                {d.src: d.value for d in of.dfa if d.value} for of in (other, one)
+            )  # what is rounded to 0 is none
+            assert back_again == pytest.approx(given, rel=1e-4)
+        assert back.histogram_counts == feature.histogram_counts
+        assert back.histogram_edges == pytest.approx(feature.histogram_edges, rel=1e-3)
+        assert [t.text for t in back.promoted] == [t.text for t in feature.promoted]
+        assert back.density == pytest.approx(feature.density)
 
 
 def test_what_is_wrong_with_a_folder_is_said_before_anything_is_queued(theirs: Path, tmp_path: Path) -> None:

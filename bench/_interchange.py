@@ -1,0 +1,150 @@
+"""Dashboards in and out, timed in a process without torch: `python -m bench._interchange '{"features": 1024}'`.
+
+In: files in SAEDashboard's form, 40 examples a feature of 127 tokens with DFA, drawn at random from as many prompts as
+there are features, from reading the first byte to the harvest's publishing, search included. Out: that harvest as SAEDashboard's
+batches and as Neuronpedia's bulk files; MB are those of the JSON before compression.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bench._processes import forget_peak, measured, peak_memory
+from sae_core.config import CorpusSource, HarvestConfig, ModelSource, SAEConfig, Site
+from sae_core.records import HarvestTotals
+from server.db import Database
+from server.exchange import dashboards, written
+from server.settings import Settings
+from server.store import exports, harvests, imports, registry, search
+from server.store.saes import find_sae
+
+HEADS, D_HEAD, CONTEXT, TOP, BANDS, PER_BAND, BATCH = 12, 64, 127, 15, 5, 5, 128
+PROMPTS_PER_FEATURE = 1  # 24,576 of each by its defaults
+
+
+def figures(features: int = 1024) -> dict[str, dict[str, object]]:
+    """`import_examples_per_s`, `export_mb_per_s` and `export_peak_mb`."""
+    found = measured([sys.executable, "-m", "bench._interchange"], features=features)
+    return {
+        "import_examples_per_s": {"value": round(found["import"]), "unit": "examples/s", "target": ">= 15000"},
+        "export_mb_per_s": {
+            "value": round(min(found["saedashboard"], found["neuronpedia"]), 1),
+            "unit": "MB/s",
+            "target": ">= 20",
+        },
+        "export_peak_mb": {"value": round(found["peak"] / 1e6), "unit": "MB", "target": "< 200"},
+    }
+
+
+def main() -> None:
+    """Given how many features; prints a JSON object."""
+    features = json.loads(sys.argv[1])["features"]
+    with tempfile.TemporaryDirectory(prefix="headscope-bench-") as name:
+        folder = Path(name)
+        n = make(folder / "theirs", features)
+        settings = Settings(data=folder / "data", cache=folder / "cache").prepare()
+        db = Database(settings.url)
+        db.upgrade()
+        sae_id = register(db, features)
+        begun = time.perf_counter()
+        take_in(db, sae_id, folder / "theirs", features)
+        said: dict[str, Any] = {"import": n / (time.perf_counter() - begun), "examples": n}
+        with db.read() as session:
+            door = find_sae(session, "bench")
+        forget_peak()
+        for form, write in (("saedashboard", written.saedashboard), ("neuronpedia", written.neuronpedia)):
+            begun = time.perf_counter()
+            wrote = write(exports.features(db, door), door.sae, folder / "out")
+            said[form] = wrote.size / 1e6 / (time.perf_counter() - begun)
+            shutil.rmtree(folder / "out")
+        said["peak"] = peak_memory()
+        db.close()
+    print(json.dumps(said))
+
+
+def make(folder: Path, features: int) -> int:
+    """Batches as SAEDashboard writes them; how many examples."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    words = [f" word{i}" for i in range(5000)]
+    prompts = [[words[i] for i in row] for row in rng.integers(0, len(words), (PROMPTS_PER_FEATURE * features, CONTEXT)).tolist()]
+    n = 0
+    for number, begin in enumerate(range(0, features, BATCH)):
+        made = [_feature(index, prompts, rng) for index in range(begin, min(begin + BATCH, features))]
+        n += sum(len(feature["activations"]) for feature in made)
+        batch = {"model_id": "bench", "layer": 1, "sae_set": "att-bench", "sae_id_suffix": None, "features": made}
+        (folder / f"batch-{number}.json").write_text(json.dumps(batch))
+    return n
+
+
+def _feature(index: int, prompts: Sequence[list[str]], rng: np.random.Generator) -> dict[str, Any]:
+    bounds = [(-1.0, 9.0, -1.0)] * TOP + [(float(b), b + 1.0, 0.2) for b in range(BANDS) for _ in range(PER_BAND)]
+    activations = []
+    for low, high, share in bounds:
+        values, dfa = np.zeros(CONTEXT), rng.normal(0, 0.05, CONTEXT).round(3)
+        dest = int(rng.integers(3, CONTEXT))
+        values[rng.integers(0, CONTEXT, 4)] = rng.random(4)
+        values[dest] = 8 + rng.random() if low < 0 else low + rng.random()
+        dfa[dest + 1 :] = 0
+        tokens = prompts[int(rng.integers(len(prompts)))]
+        activations.append(
+            {
+                "bin_min": low, "bin_max": high, "bin_contains": share, "tokens": tokens, "values": values.round(3).tolist(),
+                "qualifying_token_index": dest, "dfa_values": dfa.tolist(), "dfa_maxValue": float(dfa.max()),
+                "dfa_targetIndex": dest,
+            }
+        )  # fmt: skip
+    bars = {"values": np.linspace(0.1, 9, 50).round(3).tolist(), "heights": rng.integers(0, 90, 50).tolist()}
+    return {
+        "feature_index": index, "frac_nonzero": 0.001, "neg_str": [" a"] * 10, "neg_values": [-1.0] * 10, "pos_str": [" b"] * 10,
+        "pos_values": [1.0] * 10, "freq_hist_data_bar_values": bars["values"], "freq_hist_data_bar_heights": bars["heights"],
+        "logits_hist_data_bar_values": bars["values"], "logits_hist_data_bar_heights": bars["heights"],
+        "n_prompts_total": len(prompts), "n_tokens_in_prompt": CONTEXT + 1, "dataset": "bench/text",
+        "decoder_weights_dist": [1 / HEADS] * HEADS, "activations": activations,
+    }  # fmt: skip
+
+
+def register(db: Database, features: int) -> int:
+    """An SAE of so many features; its id."""
+    cfg = SAEConfig(
+        arch="relu", d_in=HEADS * D_HEAD, d_sae=features, k=0, n_heads=HEADS, d_head=D_HEAD, site=Site(layer=1), model="bench",
+        model_fingerprint="none", processing={}, scale=1.0, max_norm=None, context=CONTEXT,
+    )  # fmt: skip
+    with db.write() as session:
+        model = registry.add_model(session, "bench", ModelSource(location="bench"))
+        registry.add_corpus(session, "text", CorpusSource(location="hf:bench/text"))
+        return registry.upsert_sae(
+            session, job_id="import-bench-1", name="bench", model_id=model.id, config=cfg, metrics={}, folder="none", sha256="0"
+        )
+
+
+def take_in(db: Database, sae_id: int, folder: Path, features: int) -> None:
+    """What the job does, without its queue."""
+    layout = dashboards.look(folder)
+    about = dashboards.About(np.full((features, HEADS), 1 / HEADS, np.float32), [[]] * features)
+    with db.write() as session:
+        corpus = registry.foreign_corpus(session, None, layout.dataset)
+    totals = HarvestTotals(layout.n_tokens, 0, 0, layout.context)
+    config = HarvestConfig(window=layout.context).model_dump(mode="json")
+    harvest_id = harvests.begin(
+        db, sae_id=sae_id, corpus_id=corpus.id, job_id="bench", config=config, totals=totals, fence=search.unfenced
+    )
+    texts = imports.Texts()
+    for number in layout.parts:
+        found = dashboards.read(layout, number, about)
+        imports.write_file(db, harvest_id, sae_id, number, found, texts, search.unfenced)
+    imports.write_dead(db, harvest_id, (), search.unfenced)
+    imports.count_up(db, harvest_id, search.unfenced)
+    search.write(db, harvest_id, search.unfenced)
+    harvests.publish(db, harvest_id, 0, search.unfenced)
+
+
+if __name__ == "__main__":
+    main()
