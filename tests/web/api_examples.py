@@ -121,11 +121,12 @@ def recorded(folder: Path) -> dict[str, Any]:
 
 
 def short(value: Any) -> Any:
-    """The same with one item of each list, numbers in five digits, and little of what is free in form."""
+    """The same with one item of each longer list, numbers in five digits, and little of what is free in form."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, list):
-        return [short(one) for one in value[:1]]
+        pair = len(value) <= 3 and not any(isinstance(one, list | dict) for one in value)
+        return [short(one) for one in (value if pair else value[:1])]
     if isinstance(value, dict):
         return {name: {} if name in FREE else short(one) for name, one in value.items()}
     return value
