@@ -99,9 +99,9 @@ class Engine:
         """Answer a question for the sources of some features."""
         with self._turn:
             lens, sae, tokens = self._opened(question)
-            for index, dest in question.at:
-                _check_feature(sae, question.sae, index, "at")
-                _check_dest(dest, len(tokens), "at")
+            for index, dest in zip(question.features, question.dests, strict=True):
+                _check_feature(sae, question.sae, index, "features")
+                _check_dest(dest, len(tokens), "dests")
             return answer_sources(lens, sae, tokens, question)
 
     def _asked_for(self, question: LiveQuestion) -> tuple[Lens, SAE, list[int]]:
@@ -302,7 +302,7 @@ def answer_codes(lens: Lens, sae: SAE, tokens: list[int], question: TextQuestion
 def answer_sources(lens: Lens, sae: SAE, tokens: list[int], question: SourcesQuestion) -> LiveSources:
     """What each source gave to each feature at its destination, from v and pattern alone: one pass for all of them."""
     read = lens.read_attention(torch.tensor([tokens], device=lens.device), sae.cfg.site.layer)
-    index, dest = torch.tensor(question.at, device=read.z.device).T
+    index, dest = torch.tensor([question.features, question.dests], device=read.z.device)
     w, _ = sae.affine(index)
     scale = sae.token_scale(read.z[0])
     at_dest = w if scale is None else w * scale[dest]

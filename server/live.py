@@ -63,8 +63,15 @@ class FiringQuestion(TextQuestion):
 class SourcesQuestion(TextQuestion):
     """What did each source token give to some features, each at a destination of its own?"""
 
-    at: Annotated[list[tuple[int, int]], Field(min_length=1, max_length=100)]
-    """Feature and destination."""
+    features: Annotated[list[int], Field(min_length=1, max_length=100)]
+    dests: list[int]
+    """Of each feature."""
+
+    @model_validator(mode="after")
+    def _as_many(self) -> Self:
+        if len(self.features) != len(self.dests):
+            raise ValueError("give a destination for each feature")
+        return self
 
 
 class LiveSources(BaseModel):

@@ -156,7 +156,7 @@ def densities(session: Session, door: Door, wanted: Sequence[int]) -> dict[int, 
     if door.sae.harvest is None:
         return {}
     mine = sa.select(Feature.idx, Feature.density).where(Feature.harvest_id == door.sae.harvest.id, Feature.idx.in_(wanted))
-    return dict(session.execute(mine).tuples().all())
+    return {row.idx: row.density for row in session.execute(mine)}
 
 
 def notes_of(session: Session, door: Door, index: int) -> list[Noted]:

@@ -15,11 +15,14 @@ from sae_core.config import SAEConfig, Site
 from sae_core.errors import EngineAway, NotFound, SAEMismatch, UsageError
 from sae_core.saes import ARCHITECTURES, save_sae
 from sae_core.saes.base import shapes
+from server.app import create_app
 from server.engine import Engine, answer, answer_components, create_engine
-from server.live import SECRET_HEADER, ComponentsQuestion, Live, LiveQuestion
+from server.live import SECRET_HEADER, ComponentsQuestion, Live, LiveQuestion, SourcesQuestion, TextQuestion
 from server.settings import Settings
 from server.store import registry
 from tests.jobs.conftest import Home
+from tests.web.conftest import listened
+from tests.web.peer import client_finds
 
 QUESTION = LiveQuestion(sae="hand", index=3, text="the cat sat on the mat")
 
@@ -253,3 +256,95 @@ def test_an_sae_that_norms_tokens_adds_up_in_live_answers(engine: Engine, home: 
     assert given.preacts == pytest.approx(normed.preacts(z)[:, 3].tolist(), abs=1e-3)
     assert given.preacts != pytest.approx(sae.preacts(z)[:, 3].tolist(), abs=1e-1)
     assert max(given.gap, parts.gap) <= 1e-4
+
+
+# ---- all that fires, and the sources of many features ----
+
+
+def test_codes_are_what_each_feature_is_asked_to_do_alone(engine: Engine) -> None:
+    codes = engine.codes(TextQuestion(sae="hand", text=QUESTION.text))
+    fires = dict(zip(zip(codes.positions, codes.features, strict=True), codes.activations, strict=True))
+    assert len(fires) == len(codes.positions) > 5
+    for index in range(16):
+        alone = engine.attribute(QUESTION.model_copy(update={"index": index}))
+        assert (alone.tokens, alone.texts, alone.excluded) == (codes.tokens, codes.texts, codes.excluded)
+        shown = [fires.get((position, index), 0.0) for position in range(len(codes.tokens))]
+        assert shown == pytest.approx(alone.activations, abs=1e-4)
+
+
+def test_sources_of_many_features_are_each_ones_own(engine: Engine) -> None:
+    features, dests = [3, 0, 3, 15], [4, 2, 1, 6]
+    given = engine.sources(SourcesQuestion(sae="hand", text=QUESTION.text, features=features, dests=dests)).given
+    for index, dest, row in zip(features, dests, given, strict=True):
+        alone = engine.attribute(QUESTION.model_copy(update={"index": index, "dest": dest}))
+        assert row == pytest.approx([sum(column) for column in zip(*alone.dfa, strict=True)], abs=1e-5)
+        assert not any(row[dest + 1 :])
+
+
+@pytest.mark.parametrize(("at", "says"), [([16, 1], "features 0 to 15"), ([1, 99], "there is no 99")])
+def test_sources_that_cannot_be_get_a_sentence(engine: Engine, at: list[int], says: str) -> None:
+    with pytest.raises((NotFound, UsageError), match=says):
+        engine.sources(SourcesQuestion(sae="hand", text=QUESTION.text, features=at[:1], dests=at[1:]))
+
+
+# ---- as Neuronpedia's scripts ask ----
+
+
+def test_neuronpedias_client_asks_about_typed_text(engine: Engine, served: Settings, tmp_path: Path) -> None:
+    for base in listened(served):
+        found = client_finds(base, "live", tmp_path, ("tiny", "1-hand", 3))
+    alone = engine.attribute(LiveQuestion(sae="hand", index=3, text="Hello world"))
+    codes = engine.codes(TextQuestion(sae="hand", text="Hello world"))
+    assert found["one"]["tokens"] == alone.texts
+    assert found["one"]["values"] == pytest.approx(alone.activations)
+    assert [one["tokens"] for one in found["many"]] == [one["tokens"] for one in found["all"]]
+
+    active = found["all"][0]["activeFeatures"]
+    told = {(int(position), int(index)): value for index, places in active.items() for position, value in places}
+    fires = dict(zip(zip(codes.positions, codes.features, strict=True), codes.activations, strict=True))
+    assert told == pytest.approx(fires)
+
+    strongest = [max(one["values"]) for one in found["top"]]
+    assert strongest == sorted(strongest, reverse=True)
+    assert {int(one["index"]) for one in found["top"]} == set(codes.features)
+    assert found["tops"][0][0]["index"] == found["top"][0]["index"]
+    for one in found["by_token"]:
+        values = [feature["activationValue"] for feature in one["topFeatures"]]
+        assert values == pytest.approx(sorted((fires[key] for key in fires if key[0] == one["position"]), reverse=True)[:5])
+    assert [one["position"] for one in found["by_token"]] == list(range(1, len(codes.tokens))), "the row start is left out"
+    assert [len(text) for text in found["by_tokens"]] == [len(one["tokens"]) - 1 for one in found["many"]]
+
+
+def test_dfa_of_typed_text_is_the_engines_own_and_its_target_the_destination(engine: Engine, served: Settings) -> None:
+    with TestClient(create_app(served), base_url="http://127.0.0.1:8000") as client:
+        asked = {"modelId": "tiny", "sourceSet": "hand", "text": QUESTION.text, "sortIndexes": [], "selectedLayers": []}
+        whole = client.post("/api/search-all", json=asked).json()
+        for row in whole["result"]:
+            alone = engine.attribute(QUESTION.model_copy(update={"index": int(row["index"]), "dest": row["maxValueIndex"]}))
+            assert row["dfaTargetIndex"] == row["maxValueIndex"]
+            assert row["dfaValues"] == pytest.approx([sum(column) for column in zip(*alone.dfa, strict=True)], abs=1e-5)
+            assert row["values"] == pytest.approx(alone.activations, abs=1e-4)
+        at = client.post("/api/search-all", json={**asked, "sortIndexes": [2, 4], "numResults": 3}).json()["result"]
+        sums = [row["values"][2] + row["values"][4] for row in whole["result"]]
+        assert [row["values"][2] + row["values"][4] for row in at] == pytest.approx(sorted(sums, reverse=True)[:3])
+
+        feature = {"modelId": "tiny", "source": "1-hand", "index": "3"}
+        new = {"feature": feature, "customText": QUESTION.text}
+        row = client.post("/api/activation/new", json=new).json()
+        short = client.post("/api/activation/new", json={**new, "ignoreBos": True}).json()
+        alone = engine.attribute(QUESTION)
+        assert (row["dfaTargetIndex"], short["dfaTargetIndex"]) == (alone.dest, alone.dest - 1)
+        assert short["tokens"] == row["tokens"][1:] == alone.texts[1:]
+        assert (short["values"], short["dfaValues"]) == (row["values"][1:], row["dfaValues"][1:])
+        assert sum(row["dfaValues"]) + alone.bias == pytest.approx(alone.preacts[alone.dest], abs=1e-4)
+        assert (
+            client.post("/api/activation/new", json={"neuron": feature, "customText": [QUESTION.text]}).json()[0]["index"] == "3"
+        )
+
+        for body, says in (
+            ({**asked, "sortIndexes": [99]}, "no 99"), ({**asked, "numResults": 101}, "numResults"),
+            ({**asked, "densityThreshold": 2}, "densityThreshold"), ({**asked, "text": ""}, "text"),
+            ({**asked, "text": []}, "text"),
+        ):  # fmt: skip
+            refused = client.post("/api/search-all/", json=body)
+            assert (refused.status_code, says in refused.json()["error"]) == (400, True), refused.text

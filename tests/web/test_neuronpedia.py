@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from server.app import create_app
 from server.db import Database
+from server.live import Live, LiveCodes, LiveSources, SourcesQuestion, TextQuestion
 from server.settings import Settings
 from server.store import manage
 from server.store.saes import find_sae
@@ -505,3 +506,109 @@ def test_exports_are_elsewhere_as_neuronpedias_are(client: TestClient) -> None:
     response = client.get("/api/explanation/export")
     assert response.status_code == 400
     assert response.json()["newUrl"].endswith("/labels.json")
+
+
+# ---- typed text ----
+
+LIVE = (
+    ("activation/new", {"feature": {**OF, "index": "3"}, "customText": "Hello world"}),
+    ("activation/source", {**UP, "customText": ["Hello", "world"]}),
+    ("search-all", {"modelId": MODEL, "sourceSet": "smollm2-l17", "text": "Hello world", "sortIndexes": None}),
+    ("search-topk-by-token", {**UP, "text": "Hello world"}),
+)
+
+
+@pytest.mark.parametrize(("path", "body"), LIVE)
+def test_with_the_engine_away_typed_text_gets_a_sentence(client: TestClient, path: str, body: Any) -> None:
+    response = client.post(f"/api/{path}/", json=body)
+    assert response.status_code == 503
+    assert "headscope engine" in response.json()["error"]
+
+
+@pytest.fixture
+def fires(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """An engine that says: of 4 tokens, 3 fires with 2 on token 1 and 5 with 1, 3 with 1.5 and the dense 4 with 9 on token 2."""
+    seen: list[Any] = []
+
+    def codes(_: Live, question: TextQuestion) -> LiveCodes:
+        seen.append(question)
+        return LiveCodes(
+            sae=question.sae, tokens=[0, 8, 9, 0], texts=["<s>", " a", " b", "<s>"], excluded=[True, False, False, True],
+            positions=[1, 1, 2, 2], features=[3, 5, 3, 4], activations=[2.0, 1.0, 1.5, 9.0],
+        )  # fmt: skip
+
+    def sources(_: Live, question: SourcesQuestion) -> LiveSources:
+        seen.append(question)
+        return LiveSources(sae=question.sae, given=[[*at, 0, 0] for at in zip(question.features, question.dests, strict=True)])
+
+    monkeypatch.setattr(Live, "codes", codes)
+    monkeypatch.setattr(Live, "sources", sources)
+    return seen
+
+
+def densities(client: TestClient) -> dict[int, float]:
+    """Of the features that fire."""
+    return {index: client.get(f"{FEATURE}/{index}").json()["frac_nonzero"] for index in (3, 4, 5)}
+
+
+def test_the_strongest_of_a_text_come_with_their_sources_and_neurons(client: TestClient, fires: list[Any]) -> None:
+    body = {"modelId": MODEL, "sourceSet": "smollm2-l17", "text": "a b", "selectedLayers": [SOURCE], "sortIndexes": []}
+    found = post(client, "search-all", body)
+    assert found["tokens"] == ["<s>", " a", " b", "<s>"]
+    assert [(row["index"], row["maxValue"], row["maxValueIndex"]) for row in found["result"]] == [
+        ("4", 9, 2),
+        ("3", 2, 1),
+        ("5", 1, 1),
+    ]
+    assert [row["values"] for row in found["result"]] == [[0, 0, 9, 0], [0, 2, 1.5, 0], [0, 1, 0, 0]]
+    assert [row["dfaValues"] for row in found["result"]] == [[4, 2, 0, 0], [3, 1, 0, 0], [5, 1, 0, 0]]
+    assert [(row["dfaTargetIndex"], row["dfaMaxValue"]) for row in found["result"]] == [(2, 4), (1, 3), (1, 5)]
+    assert [len(row["neuron"]["activations"]) for row in found["result"]] == [1, 1, 1]
+    assert found["result"][0]["neuron"]["model"]["id"] == MODEL
+    assert [type(one) for one in fires] == [TextQuestion, SourcesQuestion], "one question for all of them"
+    assert fires[1].tokens == [0, 8, 9, 0], "of the very same tokens"
+
+
+def test_results_can_be_sorted_by_tokens_and_kept_from_being_dense(client: TestClient, fires: list[Any]) -> None:
+    body = {"modelId": MODEL, "sourceSet": "smollm2-l17", "text": ["a b", "a b"], "sortIndexes": [1, 2]}
+    one, other = post(client, "search-all", body)["results"]
+    assert one["result"] == other["result"]
+    assert [(row["index"], row["neuron"]) for row in one["result"]] == [("4", None), ("3", None), ("5", None)]
+    assert [row["index"] for row in post(client, "search-all", {**body, "sortIndexes": [1]})["results"][0]["result"]] == [
+        "3",
+        "5",
+    ]
+    known = densities(client)
+    threshold = sorted(known.values())[1]
+    few = post(client, "search-all", {**body, "densityThreshold": threshold, "numResults": 2})["results"][0]["result"]
+    assert {int(row["index"]) for row in few} == {index for index, density in known.items() if density <= threshold}
+    assert len(fires) > 4
+
+
+@pytest.mark.usefixtures("fires")
+def test_the_strongest_of_each_token_leave_the_row_start_out(client: TestClient) -> None:
+    found = post(client, "search-topk-by-token", {**UP, "text": "a b", "densityThreshold": 0})
+    assert found["source"] == SOURCE
+    assert [(row["position"], row["token"], row["isSpecial"]) for row in found["results"]] == [(1, " a", False), (2, " b", False)]
+    shown = [[(one["featureIndex"], one["activationValue"]) for one in row["topFeatures"]] for row in found["results"]]
+    assert shown == [[(3, 2), (5, 1)], [(4, 9), (3, 1.5)]]
+    assert found["results"][0]["topFeatures"][0]["feature"]["index"] == "3"
+    whole = post(client, "search-topk-by-token", {**UP, "text": ["a b"], "ignoreBos": False, "numResults": 1})["results"][0][
+        "results"
+    ]
+    assert [(row["isSpecial"], len(row["topFeatures"])) for row in whole][::3] == [(True, 0), (True, 0)]
+    sparse = {index for index, density in densities(client).items() if density <= 0.01}
+    assert {
+        one["featureIndex"]
+        for row in post(client, "search-topk-by-token", {**UP, "text": "a b"})["results"]
+        for one in row["topFeatures"]
+    } == sparse
+
+
+@pytest.mark.usefixtures("fires")
+def test_all_that_fires_is_listed_by_feature(client: TestClient) -> None:
+    (found,) = post(client, "activation/source", {**UP, "customText": "a b"})["results"]
+    assert found == {
+        "tokens": ["<s>", " a", " b", "<s>"],
+        "activeFeatures": {"3": [[1, 2.0], [2, 1.5]], "5": [[1, 1.0]], "4": [[2, 9.0]]},
+    }

@@ -1,18 +1,14 @@
 """The published `neuronpedia` package, told another base address, works against a server that listens."""
 
-import json
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench._peers import peer_python
 from tests.web.conftest import at, listened, put
+from tests.web.peer import client_finds
 
-CLIENT = ("neuronpedia==1.2.1", "pydantic==2.14.3")  # which a module of it imports, and its package does not ask for
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "_neuronpedia_client.py"
 MODEL, SOURCE, INDEX = "smollm2-135m", "17-smollm2-l17", 3
 
 
@@ -23,11 +19,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 def script(base: str, do: str, folder: Path, index: int = INDEX) -> Any:
     """What the client found."""
-    asked = json.dumps({"base": base, "do": do, "model": MODEL, "source": SOURCE, "index": index})
-    python = peer_python("neuronpedia", CLIENT)
-    done = subprocess.run([python, "-P", SCRIPT, asked], cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    return client_finds(base, do, folder, (MODEL, SOURCE, index))
 
 
 def test_it_reads_a_feature_and_works_with_a_list(served: str, tmp_path: Path) -> None:

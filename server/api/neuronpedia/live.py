@@ -258,8 +258,9 @@ def _sources_of(asked: Live, strong: Sequence[Strong], tokens: list[int]) -> dic
     for source in {one.source.ref.sae_id: one.source for one in strong}.values():
         sae_id = source.ref.sae_id
         mine = [one for one in strong if one.source.ref.sae_id == sae_id]
-        at = [(one.feature, one.dest) for one in mine]
-        given = asked.sources(SourcesQuestion(sae=source.door.sae.name, tokens=tokens, at=at)).given
+        features, dests = [one.feature for one in mine], [one.dest for one in mine]
+        question = SourcesQuestion(sae=source.door.sae.name, tokens=tokens, features=features, dests=dests)
+        given = asked.sources(question).given
         found.update({(sae_id, one.feature): row for one, row in zip(mine, given, strict=True)})
     return found
 
