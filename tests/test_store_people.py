@@ -47,7 +47,7 @@ def test_everything_is_written_found_and_deleted(db: Database, settings: Setting
                 ratings.rate(session, review, index, who, "yes" if index % 2 else "no", "", "")
     with db.read() as session:
         door = find_sae(session, NAME)
-        assert door.revision == 4
+        assert door.revision == 7
         found = labels.feature_labels(session, door.sae, door.id, 3)
         assert [one.text for one in found.labels] == ["Years % of_all", "made"]
         assert [(one.text, one.ended) for one in found.history] == [("Dates", "superseded")]

@@ -13,6 +13,7 @@ from server.pages.feature import View
 from server.pages.reply import Read, etag, feature_path, link, reply, sae_path, unchanged, wants_part
 from server.store.features import FeatureQuery, FeatureTable, beside, check_index, feature_table, random_feature, walk_of
 from server.store.heads import HeadLine, head_summaries
+from server.store.labels import ListName, lists_of
 from server.store.saes import Door, SaeOverview, find_sae, sae_overview
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ class SaePage:
     overview: SaeOverview
     heads: tuple[HeadLine, ...]
     table: FeatureTable
+    lists: tuple[ListName, ...]
+    """Those that hold features of it."""
 
 
 @router.get("/saes/{sae}", include_in_schema=False)
@@ -43,7 +46,12 @@ def sae_page(request: Request, sae: str, query: Annotated[FeatureQuery, Query()]
     if wants_part(request):
         address = link(sae_path(sae), **query.asked())
         return reply(request, table, "_features.html", tag=tag, headers={"HX-Push-Url": address}, sae=door.sae)
-    return reply(request, SaePage(sae_overview(read, door), head_summaries(read, door), table), "sae.html", tag=tag)
+    return reply(
+        request,
+        SaePage(sae_overview(read, door), head_summaries(read, door), table, lists_of(read, door.id)),
+        "sae.html",
+        tag=tag,
+    )
 
 
 @router.get("/saes/{sae}/random", include_in_schema=False)

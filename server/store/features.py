@@ -60,6 +60,8 @@ class FeatureFilter(BaseModel):
     """True: only features with a label; false: only those without."""
     label: str | None = Field(None, max_length=200)
     """Only features with a label that contains this, in upper or lower case."""
+    in_list: int | None = Field(None, ge=1, lt=2**31)
+    """Only features in the list of this id."""
 
     @field_validator("sort")
     @classmethod

@@ -118,6 +118,14 @@ class LabelsPage:
     """`before` of the next page; None on the last."""
 
 
+@dataclass(frozen=True)
+class ListName:
+    """A list, as the feature table's filter offers it."""
+
+    id: int
+    name: str
+
+
 class LabelFound(NamedTuple):
     """A label that contains what was looked for."""
 
@@ -150,6 +158,21 @@ def labelled(harvest_id: int, idx: Any, containing: str | None = None) -> sa.Col
     found = found if containing is None else found.where(Label.text.icontains(containing, autoescape=True))
     there: sa.ColumnElement[bool] = idx.in_(found)
     return there
+
+
+def listed(harvest_id: int, idx: Any, list_id: int) -> sa.ColumnElement[bool]:
+    """A condition: the feature `idx` of the harvest's SAE is in a list."""
+    of_sae = sa.select(Harvest.sae_id).where(Harvest.id == harvest_id).scalar_subquery()
+    held = (ListEntry.list_id == list_id, ListEntry.sae_id == of_sae, ListEntry.removed_at.is_(None))
+    there: sa.ColumnElement[bool] = idx.in_(sa.select(ListEntry.idx).where(*held))
+    return there
+
+
+def lists_of(session: Session, sae_id: int) -> tuple[ListName, ...]:
+    """The lists that hold features of an SAE, by name."""
+    mine = sa.and_(ListEntry.list_id == FeatureList.id, ListEntry.sae_id == sae_id, ListEntry.removed_at.is_(None))
+    found = sa.select(FeatureList.id, FeatureList.name).join(ListEntry, mine).where(FeatureList.deleted_at.is_(None)).distinct()
+    return tuple(ListName(*row) for row in session.execute(found.order_by(FeatureList.name, FeatureList.id)))
 
 
 def labels_containing(session: Session, sae_id: int, text: str, before: int | None, limit: int) -> list[LabelFound]:

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session, aliased
 
 from sae_core.errors import NotFound, UsageError
 from server.store.features import FeatureCard, feature_cards
-from server.store.labels import shown_label
+from server.store.labels import shown_label, touch
 from server.store.people import LONGEST_TITLE, many_lines, one_line
 from server.tables import SAE, FeatureList, ListEntry, now
 
@@ -215,6 +215,7 @@ def add(session: Session, list_id: int, sae_id: int, index: int, note: str, auth
     row = session.scalar(mine.where(ListEntry.sae_id == sae_id, ListEntry.idx == index))
     if row is not None and row.removed_at is None:
         return
+    touch(session, [sae_id])
     last = session.scalar(sa.select(sa.func.max(ListEntry.place)).where(ListEntry.list_id == list_id))
     place = 0 if last is None else last + 1
     if row is None:
@@ -244,12 +245,14 @@ def remove(session: Session, list_id: int, entry_id: int, author: str) -> None:
     """Take a feature out of a list; it can be put back where it was."""
     row = _entry(session, list_id, entry_id)
     row.removed_at, row.removed_by = now(), author
+    touch(session, [row.sae_id])
 
 
 def put_back(session: Session, list_id: int, entry_id: int) -> None:
     """Put a feature back where it was."""
     row = _entry(session, list_id, entry_id)
     row.removed_at = row.removed_by = None
+    touch(session, [row.sae_id])
 
 
 def move(session: Session, list_id: int, entry_id: int, way: Literal["up", "down"]) -> None:

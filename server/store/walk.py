@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 
 from sae_core.errors import UsageError
 from server.store.kept import kept
-from server.store.labels import labelled
+from server.store.labels import labelled, listed
 from server.store.saes import Door
 from server.tables import Feature, FeatureHead
 
@@ -118,7 +118,8 @@ class Walk:
         counted = self._rows(sa.select(sa.func.count()), asked).where(*(condition for _, condition in conditions))
         if len(asked) > 1 or not asked <= set(INDEXED):
             counted = self._in_order(counted)
-        written = self.door.revision if self.query.labelled is not None or self.query.label is not None else None
+        people = (self.query.labelled, self.query.label, self.query.in_list)
+        written = None if people == (None, None, None) else self.door.revision
         name = f"count {sorted(filters.items())} {written}"
         return kept(session, harvest, name, lambda: int(session.execute(counted).scalar_one()))
 
@@ -220,6 +221,8 @@ class Walk:
         if query.labelled is not None:
             there = labelled(self.harvest_id, columns["idx"])
             found.append(("label", there if query.labelled else ~there))
+        if query.in_list is not None:
+            found.append(("label", listed(self.harvest_id, columns["idx"], query.in_list)))
         if query.label is not None:
             found.append(("label", labelled(self.harvest_id, columns["idx"], query.label)))
         return found

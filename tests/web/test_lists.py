@@ -137,3 +137,18 @@ def test_what_is_not_there_is_told(three: TestClient) -> None:
     assert three.post("/lists/1/entries/99/remove").status_code == 404
     assert three.post(f"{SAE}/features/3/lists", data={"list": "9"}).status_code == 404
     assert three.post(f"{SAE}/features/3/lists", data={"list": "", "name": ""}).status_code == 422
+
+
+def test_the_table_is_filtered_by_a_list(three: TestClient) -> None:
+    page = three.get(f"{SAE}.json?in_list=1&sort=idx").json()
+    assert [row["index"] for row in page["table"]["rows"]] == [3, 8]
+    assert page["lists"] == [{"id": 1, "name": "For the talk"}]
+    shown = three.get(f"{SAE}?in_list=1")
+    assert '<option value="1" selected>For the talk' in shown.text
+    entry = of(three)["entries"][0]
+    three.post(f"/lists/1/entries/{entry['id']}/remove")
+    again = three.get(f"{SAE}?in_list=1", headers={"If-None-Match": shown.headers["etag"]})
+    assert again.status_code == 200, "a browser that has the page asks for it again"
+    assert [row["index"] for row in three.get(f"{SAE}.json?in_list=1").json()["table"]["rows"]] == [8]
+    assert three.get(f"{SAE}.json?in_list=4711").json()["table"]["rows"] == []
+    assert three.get(f"{SAE}/random?from=in_list%3D1").headers["location"].startswith(f"{SAE}/features/8")

@@ -19,6 +19,7 @@ from server.pages.sae import SaePage
 from server.settings import Settings
 from server.store.features import SORT_KEYS, FeatureQuery, feature_table
 from server.store.heads import head_summaries
+from server.store.labels import lists_of
 from server.store.saes import find_sae, sae_overview
 from server.tables import HeadSummary
 from tests.web.conftest import SAE, at, put
@@ -189,6 +190,7 @@ def test_the_json_is_the_same_dataclass(client: TestClient, filled: Settings) ->
             sae_overview(session, door),
             head_summaries(session, door),
             feature_table(session, door, FeatureQuery(head=2, limit=9)),
+            lists_of(session, door.id),
         )
     database.close()
     assert client.get(f"{SAE}.json?head=2&limit=9").content == to_json(page)
