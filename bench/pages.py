@@ -114,6 +114,6 @@ def _queries(database: Database, name: str, index: int) -> int:
 
     with database.read() as session:
         sa.event.listen(database.engine, "before_cursor_execute", note)
-        feature_page(session, find_sae(session, name), index)
+        feature_page(session, find_sae(session, name), index, others=False)  # as the page asks; the others are a block
         sa.event.remove(database.engine, "before_cursor_execute", note)
     return len([statement for statement in asked if statement.lstrip().upper().startswith("SELECT")])
