@@ -69,9 +69,9 @@ def run(requests: int = 200, seconds: int = 5, browser: int = 10) -> dict[str, F
         "unit": "kB",
         "target": "<= 80",
     }
-    path = sqlite_path(settings.url)
-    if path:
-        figures["database_per_feature"] = {"value": round(path.stat().st_size / d_sae / 1024, 1), "unit": "KiB", "target": None}
+    file = sqlite_path(settings.url)
+    if file:
+        figures["database_per_feature"] = {"value": round(file.stat().st_size / d_sae / 1024, 1), "unit": "KiB", "target": None}
     database.close()
     return figures
 
@@ -114,6 +114,6 @@ def _queries(database: Database, name: str, index: int) -> int:
 
     with database.read() as session:
         sa.event.listen(database.engine, "before_cursor_execute", note)
-        feature_page(session, find_sae(session, name), index)
+        feature_page(session, find_sae(session, name), index, others=False)  # as the page asks; the others are a block
         sa.event.remove(database.engine, "before_cursor_execute", note)
     return len([statement for statement in asked if statement.lstrip().upper().startswith("SELECT")])
