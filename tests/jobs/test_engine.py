@@ -63,14 +63,14 @@ def test_what_fires_is_what_each_feature_answers_on_its_own(engine: Engine) -> N
     found = engine.firings(FiringQuestion(sae="hand", text=QUESTION.text, features=list(range(16)), top=3))
     alone = {index: engine.attribute(QUESTION.model_copy(update={"index": index})) for index in range(16)}
     for one in found.features:
-        assert one.activations == pytest.approx(alone[one.index].activations, abs=1e-5)
+        assert one.activations == pytest.approx(alone[one.index].activations, rel=1e-5, abs=1e-5)
     assert found.excluded == alone[0].excluded
     assert found.by_position[0] == []
     for position, strongest in enumerate(found.by_position):
         acts = sorted((alone[index].activations[position] for index in range(16)), reverse=True)
-        assert [one.activation for one in strongest] == pytest.approx([act for act in acts[:3] if act > 0], abs=1e-5)
+        assert [one.activation for one in strongest] == pytest.approx([act for act in acts[:3] if act > 0], rel=1e-5, abs=1e-5)
     best = sorted((max(answer.activations) for answer in alone.values()), reverse=True)[:3]
-    assert [one.activation for one in found.strongest] == pytest.approx(best, abs=1e-5)
+    assert [one.activation for one in found.strongest] == pytest.approx(best, rel=1e-5, abs=1e-5)
     assert len({one.index for one in found.strongest}) == 3
     with pytest.raises(NotFound, match="features 0 to 15"):
         engine.firings(FiringQuestion(sae="hand", text=QUESTION.text, features=[16]))
