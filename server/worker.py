@@ -1054,7 +1054,7 @@ class Worker:
                     run.tracker.close()
                 if not self.stopping.is_set():
                     self.jobs.release()  # what waited for this job may start
-                    self._announce(job_id, attempt)
+                self._announce(job_id, attempt)
             return "done"
 
     def _announce(self, job_id: str, attempt: int) -> None:

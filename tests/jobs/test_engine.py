@@ -17,7 +17,15 @@ from sae_core.saes import ARCHITECTURES, save_sae
 from sae_core.saes.base import shapes
 from server.app import create_app
 from server.engine import Engine, answer, answer_components, create_engine
-from server.live import SECRET_HEADER, ComponentsQuestion, Live, LiveQuestion, SourcesQuestion, TextQuestion
+from server.live import (
+    SECRET_HEADER,
+    ComponentsQuestion,
+    FiringQuestion,
+    Live,
+    LiveQuestion,
+    SourcesQuestion,
+    TextQuestion,
+)
 from server.settings import Settings
 from server.store import registry
 from tests.jobs.conftest import Home
@@ -60,6 +68,23 @@ def test_an_answer_accounts_for_its_own_pre_activation(engine: Engine) -> None:
     assert (len(answer.dfa), len(answer.dfa[0])) == (4, len(answer.tokens))
     assert "".join(answer.texts[1:]) == QUESTION.text
     assert all(value == 0 for row in answer.dfa for value in row[answer.dest + 1 :]), "nothing comes from later tokens"
+
+
+def test_what_fires_is_what_each_feature_answers_on_its_own(engine: Engine) -> None:
+    found = engine.firings(FiringQuestion(sae="hand", text=QUESTION.text, features=list(range(16)), top=3))
+    alone = {index: engine.attribute(QUESTION.model_copy(update={"index": index})) for index in range(16)}
+    for one in found.features:
+        assert one.activations == pytest.approx(alone[one.index].activations, rel=1e-5, abs=1e-5)
+    assert found.excluded == alone[0].excluded
+    assert found.by_position[0] == []
+    for position, strongest in enumerate(found.by_position):
+        acts = sorted((alone[index].activations[position] for index in range(16)), reverse=True)
+        assert [one.activation for one in strongest] == pytest.approx([act for act in acts[:3] if act > 0], rel=1e-5, abs=1e-5)
+    best = sorted((max(answer.activations) for answer in alone.values()), reverse=True)[:3]
+    assert [one.activation for one in found.strongest] == pytest.approx(best, rel=1e-5, abs=1e-5)
+    assert len({one.index for one in found.strongest}) == 3
+    with pytest.raises(NotFound, match="features 0 to 15"):
+        engine.firings(FiringQuestion(sae="hand", text=QUESTION.text, features=[16]))
 
 
 def test_the_destination_is_the_strongest_allowed_one_unless_given(engine: Engine) -> None:
