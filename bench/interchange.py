@@ -3,7 +3,8 @@
 `api_feature_*` is one feature with its first examples, their DFA and its logits; `batch100_*` a hundred features with heads and
 logits, `batch100_examples_*` with their examples and DFA as well. `export_*` is every feature with all its examples and their
 DFA. Memory is what the web process holds at most of its own while it exports (RssAnon, looked at every 10 ms): the database's
-file, which SQLite maps, is the system's cache and is given back when others need it.
+file, which SQLite maps, is the system's cache and is given back when others need it. `import_*` and `dashboards_*` are
+dashboards of other tools, in and out: see `_interchange.py`.
 """
 
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import httpx
 
+from bench import _interchange
 from bench._served import Address, Figure, headscope, spread, times_of
 from bench.pages import published
 from server.db import Database
@@ -27,7 +29,7 @@ BATCH = 100
 
 def run(requests: int = 200, batches: int = 30) -> dict[str, Figure]:
     """Every kind of read; figures of importing stand beside those of exporting."""
-    return reading(requests, batches) | exporting()
+    return reading(requests, batches) | exporting() | _interchange.figures()
 
 
 def reading(requests: int, batches: int) -> dict[str, Figure]:

@@ -389,7 +389,8 @@ def _train_sweep(run: Run, cfg: SweepConfig) -> dict[str, Any]:
 def import_job(run: Run) -> None:
     """A peer's SAE, made one of ours; or dashboards of one that is here, made a harvest."""
     if "sae" in run.job.config:
-        return import_dashboards(run, DashboardsJob.model_validate(run.job.config))
+        import_dashboards(run, DashboardsJob.model_validate(run.job.config))
+        return
     cfg = ImportJob.model_validate(run.job.config)
     run.step("convert", lambda: _convert(run, cfg))
     run.step("publish", lambda: _publish_sae(run, cfg.model, jobs.sae_name(run.id), {}))

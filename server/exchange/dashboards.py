@@ -10,7 +10,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -276,7 +276,7 @@ def _feature(raw: _Raw, layout: Layout, about: About) -> ForeignFeature:
     swept = layout.n_tokens
     n_fired = sum(counts) or max(round(raw.density * swept), 1 if examples else 0)
     known = len(counts) == len(centres) > 0 and sum(counts) > 0
-    acts = [float(e.value[np.searchsorted(e.pos, e.dest)]) for e in examples]
+    acts = [e.act for e in examples]
     mean = sum(n * c for n, c in zip(counts, centres, strict=True)) / sum(counts) if known else float(np.mean(acts or [0.0]))
     record = feature_record(
         raw.feature,
@@ -334,8 +334,8 @@ def _examples(activations: list[_Activation]) -> tuple[list[ForeignExample], lis
     found: list[ForeignExample] = []
     for band, members in enumerate([strongest, *(groups[one] for one in ranges)]):
         made = [example for one in members if (example := _example(one, band)) is not None]
-        made.sort(key=lambda example: -example.value[np.searchsorted(example.pos, example.dest)])
-        found += [ForeignExample(e.band, rank, e.dest, e.texts, e.pos, e.value, e.dfa) for rank, e in enumerate(made)]
+        made.sort(key=lambda example: -example.act)
+        found += [replace(example, rank=rank) for rank, example in enumerate(made)]
     return found, [(low, high, float(groups[low, high][0].contains)) for low, high in ranges]
 
 
@@ -351,7 +351,7 @@ def _example(one: _Activation, band: int) -> ForeignExample | None:
     if one.dfa and one.dfa_at == dest and len(one.dfa) == len(values):
         dfa = np.asarray(one.dfa, np.float64)
         dfa[dest + 1 :] = 0.0  # what is after the destination gave nothing
-    return ForeignExample(band, 0, dest, tuple(one.tokens), pos, values[pos], dfa)
+    return ForeignExample(band, 0, dest, float(values[dest]), tuple(one.tokens), pos, values[pos], dfa)
 
 
 def _histogram(centres: list[float], counts: list[int]) -> dict[str, Any]:

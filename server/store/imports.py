@@ -7,6 +7,7 @@ of one head. Texts come as token strings, so contexts have no token ids.
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,12 +35,19 @@ class ForeignExample:
     band: int
     rank: int
     dest: int
+    act: float
+    """At the destination."""
     texts: tuple[str, ...]
     pos: NDArray[np.int64]
     """Where the feature fires."""
     value: NDArray[np.float64]
     dfa: NDArray[np.float64] | None
     """[len(texts)]: by source; None where the files have none for this destination."""
+
+    @cached_property
+    def key(self) -> bytes:
+        """What tells its text from others."""
+        return _digest(self.texts)
 
 
 @dataclass(frozen=True)
@@ -134,9 +142,8 @@ def _insert_texts(session: Session, harvest_id: int, chunk: list[ForeignFeature]
     new: dict[bytes, tuple[str, ...]] = {}
     for feature in chunk:
         for example in feature.examples:
-            key = _digest(example.texts)
-            if key not in texts.ids:
-                new[key] = example.texts
+            if example.key not in texts.ids:
+                new[example.key] = example.texts
     begin = len(texts.ids)
     rows = [
         {"harvest_id": harvest_id, "row": begin + at, "tokens": b"", "texts": list(words)}
@@ -154,14 +161,13 @@ def _examples(chunk: list[ForeignFeature], feature_ids: dict[int, int], texts: T
     with_dfa = [record for record, (_, example) in zip(records, found, strict=True) if example.dfa is not None]
     packed = iter(pack_dfa(with_dfa)) if with_dfa else iter(())
     for (idx, example), record, acts in zip(found, records, pack_acts(records) if records else (), strict=True):
-        where = (feature_ids[idx], texts.ids[_digest(example.texts)], example.band, example.rank, example.dest, 0)
+        where = (feature_ids[idx], texts.ids[example.key], example.band, example.rank, example.dest, 0)
         yield (*where, record.act, acts, next(packed) if example.dfa is not None else b"")
 
 
 def _record(idx: int, example: ForeignExample) -> ExampleRecord:
     """An example in the form that is packed. The files have no bias, so it is what is left of the activation."""
-    act = float(example.value[np.searchsorted(example.pos, example.dest)])
-    dfa = np.zeros(0) if example.dfa is None else example.dfa
+    act, dfa = example.act, np.zeros(0) if example.dfa is None else example.dfa
     src = np.flatnonzero(dfa)
     nothing = np.zeros(1, np.float32)
     return ExampleRecord(

@@ -110,7 +110,7 @@ def test_a_latent_cache_holds_the_activations_of_the_kept_examples(db: Database,
     assert (first, last) == (0, max(features))
     cache = load_file(file)
     assert np.array_equal(cache["tokens"], rows[1])
-    locations = cache["locations"].astype(np.int64) + [0, 0, first]
+    locations = cache["locations"].astype(np.int64) + np.array([0, 0, first])
     held = {tuple(at): act for at, act in zip(locations.tolist(), cache["activations"].astype(float).tolist(), strict=True)}
     assert len(held) == len(locations)
     for feature in features.values():
