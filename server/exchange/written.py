@@ -189,7 +189,11 @@ def neuronpedia(features: Iterable[ExportedFeature], sae: SaeRef, folder: Path) 
         place / "model.jsonl", about | {"neuronsPerLayer": 0, "owner": "", "visibility": "UNLISTED", "creatorId": CREATOR}
     )
     shows = {"showDfa": True, "showHeadAttribution": True, "showCorrelated": False, "showUmap": False}
-    sourceset = {"modelId": sae.model, "name": f"att-{sae.name}", "description": f"Features of {sae.name} on {sae.hook}"}
+    sourceset: dict[str, Any] = {
+        "modelId": sae.model,
+        "name": f"att-{sae.name}",
+        "description": f"Features of {sae.name} on {sae.hook}",
+    }
     sourceset |= {"type": "attention", "urls": [], "visibility": "UNLISTED", "releaseName": sae.name, "hasDashboards": True}
     _write_lines(place / "sourceset.jsonl", sourceset | shows | made)
     source = {

@@ -127,7 +127,7 @@ def _taken(rows: Sequence[Stored], window: int) -> tuple[ExportedExample, ...]:
         before = a + int(np.searchsorted(found.acts_pos[a:a_end], row.dest))
         by_source = None
         if row.dfa:
-            by_source = np.bincount(found.src[e:e_end] - start, found.value[e:e_end], len(texts))
+            by_source = np.bincount(found.src[e:e_end] - start, found.value[e:e_end], len(texts)).astype(np.float64)
         made.append(
             ExportedExample(
                 row.band,
