@@ -78,7 +78,7 @@ def main() -> None:
     NPRequest.BASE_URL = asked["base"] + "/api"  # the one line that changes
     set_api_key("any")
     doing = {"stored": stored, "upload": upload, "live": live, "missing": missing}[asked["do"]]
-    print(json.dumps(doing(asked["model"], asked["source"], asked["index"])))
+    print(json.dumps(doing(asked["model"], asked["source"], asked["index"]), default=vars))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,9 @@ def as_sentence(request: Request, error: Exception) -> HeadscopeError:
         return error
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
-        field = str(first["loc"][-1]) if len(first["loc"]) > 1 else None
+        # Of what may be one thing or another, the last part says which was tried: `constrained-str`, `list[constrained-str]`.
+        places = [str(part) for part in first["loc"][1:]]
+        field = next((part for part in reversed(places) if part.isidentifier()), places[-1] if places else None)
         what = first["msg"].removeprefix("Value error, ")
         return UsageError(f"{field}: {what}." if field else f"{what[:1].upper()}{what[1:]}.", field=field)
     if isinstance(error, HTTPException) and error.status_code == 404:

@@ -27,9 +27,15 @@ def filled(settings: Settings) -> Settings:
     return settings
 
 
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables that are not cut, whatever the terminal was when the command line was imported."""
+    monkeypatch.setattr(cli.console, "_width", 200)
+
+
 def said(settings: Settings, *words: str) -> str:
     """What a command prints; its refusal is raised."""
-    result: Result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*words, "--data", str(settings.data)])
+    result: Result = CliRunner().invoke(cli.app, [*words, "--data", str(settings.data)])
     if isinstance(result.exception, HeadscopeError):
         raise result.exception
     assert result.exception is None, result.exception

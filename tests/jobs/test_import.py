@@ -1,6 +1,7 @@
 """A peer's SAE, from its files to a harvest that adds up, by the command line."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,9 @@ def saelens_folder(folder: Path) -> Path:
 
 
 def run(*arguments: str) -> str:
-    done = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    """From a thread of its own: the browser tests leave an event loop in this one, where DBOS refuses."""
+    with ThreadPoolExecutor(1) as thread:
+        done = thread.submit(CliRunner().invoke, app, list(arguments), catch_exceptions=False).result()
     assert done.exit_code == 0, done.output
     return done.output
 

@@ -255,7 +255,7 @@ def test_it_is_one_block_for_htmx_and_whole_for_history_and_plain_get(client: Te
     assert part.text.strip() in whole.text
     assert whole.text == back.text == full.text
     for answer in (whole, part, back, full):
-        assert answer.headers["vary"] == "HX-Request, HX-Request-Type, HX-History-Restore-Request"
+        assert answer.headers["vary"] == "HX-Request, HX-Request-Type, HX-History-Restore-Request, Accept-Encoding"
 
 
 def test_the_json_is_the_same_dataclass(client: TestClient, filled: Settings) -> None:
@@ -284,12 +284,22 @@ def test_the_tag_tells_page_part_json_and_harvest_apart(client: TestClient, tmp_
     assert len(set(tags)) == 4
 
 
-@pytest.mark.parametrize("address", [SAE, f"{SAE}?head=2&sort=-dfa_share", FEATURE, "/", "/jobs", "/jobs/train-smollm2-l17-1"])
-def test_no_page_needs_more_than_five_queries(client: TestClient, address: str) -> None:
+@pytest.mark.parametrize(
+    ("address", "most"),
+    [
+        (SAE, 6),  # the lists to filter by among them
+        (f"{SAE}?head=2&sort=-dfa_share", 6),
+        (FEATURE, 5),
+        ("/", 5),
+        ("/jobs", 5),
+        ("/jobs/train-smollm2-l17-1", 5),
+    ],
+)
+def test_no_page_needs_more_than_five_queries_or_six(client: TestClient, address: str, most: int) -> None:
     client.get(address)  # the first request also checks the schema
     with counted(client.app.state.db.engine) as statements:  # type: ignore[attr-defined]
         assert client.get(address).status_code == 200
-    assert 1 <= len(statements) <= 5, statements
+    assert 1 <= len(statements) <= most, statements
 
 
 def test_a_page_that_is_unchanged_costs_one_query(client: TestClient) -> None:

@@ -107,6 +107,7 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
         "/saes/{sae}.json",
         "/saes/{sae}/features/{index}.json",
         "/saes/{sae}/features/{index}/components.json",
+        "/saes/{sae}/features/{index}/examples/{band}/{rank}.json",
         "/saes/{sae}/features/{index}/labels.json",
         "/labels.json",
         "/search.json",

@@ -219,7 +219,7 @@ def test_what_people_wrote_takes_few_queries_and_adds_none_to_the_page(peopled: 
             client.get(FEATURE)
         with counted(app.state.db.engine) as block:
             client.get(f"{FEATURE}/labels", headers=PART)
-    assert len(page) == 4
+    assert len(page) == 3
     assert len(block) == 5
 
 

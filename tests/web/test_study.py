@@ -109,7 +109,7 @@ def test_a_features_page_asks_for_its_studies_which_the_list_gives_as_a_block(pa
     assert "/studies/1" in {a["href"] for a in Reader(block).all("a")}
     assert [one["id"] for one in pages.get("/studies.json?sae=smollm2-l17&feature=5").json()["studies"]] == [1]
     none = pages.get("/studies?sae=smollm2-l17&feature=6", headers=PART).text
-    assert "--feature 6" in none
+    assert 'href="/jobs/new/specificity?sae=smollm2-l17&amp;feature=6"' in none
     assert pages.get("/studies?feature=6").status_code == 422
 
 

@@ -13,7 +13,7 @@ from sae_core.errors import NotFound
 
 SNAKE = (
     "frac_", "pos_", "neg_", "freq_hist_", "logits_hist_", "decoder_weights_", "umap_", "neuron_alignment_", "correlated_",
-    "cosine_similarity", "num_",
+    "cosine_similarity", "num_prompts", "num_tokens_",
 )  # fmt: skip
 """Beginnings of the names that Neuronpedia writes with underscores; the others are in camel case."""
 OURS = "headscope"
