@@ -1,16 +1,16 @@
 """A peer's SAE, from its files to a harvest that adds up, by the command line."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
 from sae_core.saes import load_sae
-from server.cli import app, main
+from server.cli import main
 from server.db import Database
 from server.settings import Settings
 from server.store import harvests, registry
@@ -43,11 +43,10 @@ def saelens_folder(folder: Path) -> Path:
 
 
 def run(*arguments: str) -> str:
-    """From a thread of its own: the browser tests leave an event loop in this one, where DBOS refuses."""
-    with ThreadPoolExecutor(1) as thread:
-        done = thread.submit(CliRunner().invoke, app, list(arguments), catch_exceptions=False).result()
-    assert done.exit_code == 0, done.output
-    return done.output
+    """A process of its own: the browser tests leave an event loop in this one, where DBOS refuses."""
+    done = subprocess.run([sys.executable, "-m", "server.cli", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_a_saelens_sae_of_smollm2_is_imported_harvested_and_exported(
