@@ -58,8 +58,15 @@ class Utc(sa.TypeDecorator[datetime]):
     impl = sa.DateTime(timezone=True)
     cache_ok = True
 
-    def process_result_value(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:  # noqa: ARG002 - SQLAlchemy's
-        return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Any:
+        """What the driver gives to Python."""
+        read = self.impl_instance.result_processor(dialect, coltype)
+
+        def in_utc(value: Any) -> datetime | None:
+            time: datetime | None = value if read is None else read(value)
+            return time.replace(tzinfo=UTC) if time is not None and time.tzinfo is None else time
+
+        return in_utc
 
 
 Time = Utc()

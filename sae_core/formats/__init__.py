@@ -1,7 +1,7 @@
 """Peers' SAE files: which format they are in, and our SAE that computes the same.
 
-One module a format, each with `matches(path)`, which looks at what is there, and `read(path, scale)`. `open_peer` asks each in
-turn; `peer.convert` makes an SAE of ours of what was read; `saelens.write` goes the other way.
+One module a format, each with `matches(path)`, which looks at what is there, and `read(path)`. `open_peer` asks each in turn;
+`peer.convert` makes an SAE of ours of what was read; `saelens.write` goes the other way.
 """
 
 from collections.abc import Callable
@@ -20,20 +20,21 @@ class Format(NamedTuple):
 
     name: str
     matches: Callable[[Path], bool]
-    read: Callable[[Path, float | None], PeerSAE]
+    read: Callable[[Path], PeerSAE]
+    read_scaled: Callable[[Path, float], PeerSAE] | None = None  # where its files may lack the scale of the inputs
 
 
-FORMATS = tuple(
-    Format(module.NAME, module.matches, module.read)
-    for module in (saelens, own, sparsify, gemma_scope, dictionary_learning, kissane)
+FORMATS = (
+    Format(saelens.NAME, saelens.matches, saelens.read, saelens.read),
+    *(Format(module.NAME, module.matches, module.read) for module in (own, sparsify, gemma_scope, dictionary_learning, kissane)),
 )
 
 
 def open_peer(path: Path, name: str | None = None, scale: float | None = None) -> PeerSAE:
     """The SAE at `path`, a folder or a file, in the format `name`, or in the one that what is there shows.
 
-    Raises UnreadableSAE where it is no SAE that is known, damaged, incomplete or unsafe; UnsupportedSAE where it is one that
-    our form cannot carry exactly.
+    `scale` is the factor by which inputs are multiplied, for files that may lack it. Raises UnreadableSAE where it is no SAE that
+    is known, damaged, incomplete or unsafe; UnsupportedSAE where it is one that our form cannot carry exactly.
     """
     if not path.exists():
         raise UnreadableSAE(f"There is no file or folder {path}; check the path.", field="location")
@@ -47,7 +48,11 @@ def open_peer(path: Path, name: str | None = None, scale: float | None = None) -
             f"known are {', '.join(form.name for form in FORMATS)}.",
             field="location",
         )
-    return found.read(path, scale)
+    if scale is None:
+        return found.read(path)
+    if found.read_scaled is None:
+        raise UsageError(f"An SAE of {found.name} says its scale itself; leave --scale out.", field="scale")
+    return found.read_scaled(path, scale)
 
 
 __all__ = ["FORMATS", "Format", "PeerSAE", "convert", "fetched", "open_peer", "write_saelens"]

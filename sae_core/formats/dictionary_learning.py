@@ -52,7 +52,7 @@ def matches(path: Path) -> bool:
     return path.name == WEIGHTS if path.is_file() else (path / WEIGHTS).is_file()
 
 
-def read(path: Path, scale: float | None = None) -> PeerSAE:  # noqa: ARG001 - every format is asked the same
+def read(path: Path) -> PeerSAE:
     """The SAE in a folder."""
     folder = path.parent if path.is_file() else path
     config_path, file = folder / CONFIG, folder / WEIGHTS

@@ -23,7 +23,7 @@ def matches(path: Path) -> bool:
     return path.suffix == ".npz" if path.is_file() else (path / WEIGHTS).is_file()
 
 
-def read(path: Path, scale: float | None = None) -> PeerSAE:  # noqa: ARG001 - every format is asked the same
+def read(path: Path) -> PeerSAE:
     """The SAE in a file or its folder. Layer and L0 are read off the folders' names, as the release has them."""
     file = path if path.is_file() else path / WEIGHTS
     named = {name.replace("w_", "W_", 1): array for name, array in read_npz(file).items()}

@@ -25,7 +25,7 @@ def matches(path: Path) -> bool:
     return bool(_pairs(path))
 
 
-def read(path: Path, scale: float | None = None) -> PeerSAE:  # noqa: ARG001 - every format is asked the same
+def read(path: Path) -> PeerSAE:
     """The SAE in a file, or the only one in a folder."""
     files = _pairs(path)
     if len(files) > 1:

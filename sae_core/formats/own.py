@@ -15,7 +15,7 @@ def matches(path: Path) -> bool:
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file() and "site" in read_json(path / CONFIG)
 
 
-def read(path: Path, scale: float | None = None) -> PeerSAE:  # noqa: ARG001 - every format is asked the same
+def read(path: Path) -> PeerSAE:
     """The SAE in a folder, with what was folded into it already."""
     sae = load_sae(path)
     cfg = sae.cfg

@@ -20,7 +20,7 @@ def matches(path: Path) -> bool:
     return (path / WEIGHTS).is_file() and (path / CONFIG).is_file() and "site" not in read_json(path / CONFIG)
 
 
-def read(path: Path, scale: float | None = None) -> PeerSAE:  # noqa: ARG001 - every format is asked the same
+def read(path: Path) -> PeerSAE:
     """The SAE in a folder."""
     config, weights = read_json(path / CONFIG), path / WEIGHTS
     for field, why in (

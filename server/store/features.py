@@ -1,7 +1,7 @@
 """The feature table and the feature page."""
 
 import math
-import random
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -781,7 +781,7 @@ def random_feature(session: Session, door: Door, query: FeatureQuery) -> int:
     _published(door)
     live = query if query.dead is not None else query.model_copy(update={"dead": False})
     walk = replace(walk_of(door, live), key="shuffle", descending=False)
-    start = Place(random.randrange(2**31), -1)  # noqa: S311 - a choice, no secret
+    start = Place(secrets.randbelow(2**31), -1)
     found = walk.from_(session, start, 1) or walk.from_(session, None, 1)
     if not found:
         raise NotFound(f"No feature of {door.sae.name} that is alive is selected.", field="sae")

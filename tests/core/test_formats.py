@@ -222,6 +222,8 @@ def test_a_factor_given_by_a_person_is_folded_in(tmp_path: Path) -> None:
     assert sae.cfg.scale == 4.0
     assert close(sae.encode(wanted["z"] / 4), wanted["acts"])
     assert close(4 * sae(wanted["z"] / 4), wanted["z_hat"])
+    with pytest.raises(UsageError, match="says its scale itself"):
+        open_peer(place("sparsify"), scale=4.0)
 
 
 def test_a_layer_that_the_files_do_not_say_must_be_said(tmp_path: Path) -> None:
