@@ -233,19 +233,20 @@ MOST_LOWERED = 10
 """Tokens of the vocabulary that count as the ones a direction lowers most, as McDougall et al. 2023 count them."""
 
 
-def lowered_in_row(logits: Tensor, token: Tensor, rows: Tensor, dest: Tensor) -> Tensor:
+def lowered_in_row(logits: Tensor, direction: Tensor, token: Tensor, rows: Tensor, dest: Tensor) -> Tensor:
     """bool [n]: whether a direction lowers the very `token` [n] it has read, and more than other text near it.
 
-    logits [n, d_vocab] of each example's direction; rows [n, pos] the tokens of its row, whose first is the row start; dest [n].
+    logits [m, d_vocab] of m directions; direction [n] says which is each example's; rows [n, pos] the tokens of its row, whose
+    first is the row start; dest [n].
     Two things must hold. The token is among the MOST_LOWERED of the whole vocabulary: a direction that has nothing to do with the
     token does that to 1 token in 5,000. And nothing else in the row, up to the destination, is lowered more: a direction that
     lowers common words lowers whatever was read, since most of what is read is common words.
     """
-    own = logits.gather(1, token[:, None])
-    most = logits.topk(min(MOST_LOWERED, logits.shape[1]), largest=False).values[:, -1:]
+    own = logits[direction, token]
+    most = logits.topk(min(MOST_LOWERED, logits.shape[1]), largest=False).values[direction, -1]
     near = (torch.arange(rows.shape[1], device=rows.device) <= dest[:, None]) & (rows != rows[:, :1])
-    more = ((logits.gather(1, rows) < own) & near).any(1)
-    return (own <= most)[:, 0] & ~more
+    more = ((logits[direction[:, None], rows] < own[:, None]) & near).any(1)
+    return (own <= most) & ~more
 
 
 def logit_histogram(logits: Tensor, bins: int = LOGIT_BINS) -> LogitHistogram:

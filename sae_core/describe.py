@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 LOGITS_AT_ONCE = 128
 """Features whose logits are held at once."""
-ROWS_AT_ONCE = 128
-"""Examples whose features' logits are."""
+ROWS_AT_ONCE = 4096
+"""Examples whose rows are looked up in them at once."""
 SEEN = ("feature", "band", "row", "dest", "act", "source_token", "measures", "spread")
 """Columns of the visit that features are described by."""
 
@@ -176,7 +176,7 @@ def _logits(lens: "Lens", sae: "SAE", live: Ints, seen: dict[str, NDArray[Any]],
         bars = attribution.logit_histogram(logits)
         found["logit_ends"][who] = bars.edges[:, [0, -1]].cpu().numpy()
         found["logit_counts"][who] = bars.counts.cpu().numpy()
-        spread = logits.std(1).clamp_min(1e-12)
+        spread = (torch.linalg.vector_norm(logits, dim=1) / (logits.shape[1] - 1) ** 0.5).clamp_min(1e-12)  # their mean is 0
         ends = np.searchsorted(feature[order], [who[0], who[-1] + 1])
         examples = order[ends[0] : ends[1]]
         at = torch.from_numpy(np.searchsorted(who, feature[examples])).to(logits.device)
@@ -188,7 +188,7 @@ def _logits(lens: "Lens", sae: "SAE", live: Ints, seen: dict[str, NDArray[Any]],
             these = examples[some]
             place = (token[these], tokens[seen["place"][these]].astype(np.int64), seen["dest"][these].astype(np.int64))
             found["source_lowered"][these] = (
-                attribution.lowered_in_row(logits[at[some]], *(torch.from_numpy(part).to(logits.device) for part in place))
+                attribution.lowered_in_row(logits, at[some], *(torch.from_numpy(part).to(logits.device) for part in place))
                 .cpu()
                 .numpy()
             )

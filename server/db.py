@@ -41,7 +41,8 @@ class _HintingCompiler(SQLiteCompiler):
 
 def _compact(value: object) -> str:
     # PostgreSQL has no place for the character 0, which is a token of many vocabularies; its picture stands for it.
-    return _NUL.sub(r"\1\\u2400", json.dumps(value, separators=(",", ":")))
+    text = json.dumps(value, separators=(",", ":"))
+    return _NUL.sub(r"\1\\u2400", text) if "\\u0000" in text else text
 
 
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # and not a backslash that somebody wrote before "u0000"

@@ -17,7 +17,7 @@ from sqlalchemy.orm import Session
 from sae_core.errors import JobError
 from server.db import Database
 from server.packing import F4, I4, fold, pack, pack_acts, pack_dfa, read_examples, shorten
-from server.tables import SAE, Context, Example, Feature, FeatureDetail, FeatureHead, Harvest, HarvestPart, HeadSummary, now
+from server.tables import SAE, Context, Example, Feature, FeatureDetail, Harvest, HarvestPart, HeadSummary, now
 
 if TYPE_CHECKING:
     from sae_core.records import ExampleRecord, FeatureRecord, HarvestTotals, HeadRecord, RowRecord
@@ -172,9 +172,8 @@ def insert_features(session: Session, harvest_id: int, chunk: Sequence["FeatureR
     rows = [_feature(harvest_id, feature) for feature in chunk]
     ids = {idx: id for id, idx in session.execute(sa.insert(Feature).returning(Feature.id, Feature.idx), rows)}
     session.execute(sa.insert(FeatureDetail), [_detail(ids[feature.idx], feature) for feature in chunk])
-    heads = [row for feature in chunk if feature.n_fired for row in _heads(harvest_id, feature)]
-    if heads:
-        session.execute(sa.insert(FeatureHead), heads)
+    heads = (row for feature in chunk if feature.n_fired for row in _heads(harvest_id, feature))
+    _insert_plain(session, "feature_head", FEATURE_HEAD, heads)
 
 
 def _feature(harvest_id: int, feature: "FeatureRecord") -> dict[str, Any]:
@@ -217,18 +216,23 @@ def _detail(feature_id: int, feature: "FeatureRecord") -> dict[str, Any]:
     }
 
 
-def _heads(harvest_id: int, feature: "FeatureRecord") -> Iterator[dict[str, Any]]:
+FEATURE_HEAD = {
+    "harvest_id": "int4",
+    "head": "int4",
+    "idx": "int4",
+    "norm_share": "float8",
+    "dfa": "float8",
+    "dfa_share": "float8",
+}
+"""Columns of a feature at a head, and their types on PostgreSQL."""
+
+
+def _heads(harvest_id: int, feature: "FeatureRecord") -> Iterator[tuple[object, ...]]:
     size = float(np.abs(feature.head_dfa).sum())
     known = feature.head_dfa.tolist() or [None] * len(feature.head_norm)
     for head, (norm, dfa) in enumerate(zip(feature.head_norm.tolist(), known, strict=True)):
-        yield {
-            "harvest_id": harvest_id,
-            "head": head,
-            "idx": feature.idx,
-            "norm_share": norm,
-            "dfa": dfa,
-            "dfa_share": abs(dfa) / size if size > 0 and dfa is not None else None,
-        }
+        share = abs(dfa) / size if size > 0 and dfa is not None else None
+        yield harvest_id, head, feature.idx, norm, dfa, share
 
 
 def _insert_rows(session: Session, harvest_id: int, chunk: list["RowRecord"], feature_ids: dict[int, int]) -> None:
@@ -250,7 +254,7 @@ EXAMPLE = {
     "acts": "bytea",
     "dfa": "bytea",
 }
-"""Columns of an example, and their types on PostgreSQL, which its binary COPY has to be told."""
+"""Columns of an example, and their types on PostgreSQL."""
 
 
 def _examples(
@@ -262,15 +266,21 @@ def _examples(
 
 
 def insert_examples(session: Session, rows: Iterable[tuple[object, ...]]) -> None:
-    """Straight through the driver, and on PostgreSQL by COPY: a harvest has dozens of examples per feature, and SQLAlchemy's
-    part of inserting one costs more than the database's."""
-    connection, columns = session.connection(), ", ".join(EXAMPLE)
+    """Examples, as `EXAMPLE` names their columns."""
+    _insert_plain(session, "example", EXAMPLE, rows)
+
+
+def _insert_plain(session: Session, table: str, columns: dict[str, str], rows: Iterable[tuple[object, ...]]) -> None:
+    """Straight through the driver, and on PostgreSQL by COPY: a harvest has dozens of examples and heads per feature, and
+    SQLAlchemy's part of inserting one costs more than the database's. `columns` has their types on PostgreSQL, whose binary COPY
+    has to be told."""
+    connection, names = session.connection(), ", ".join(columns)
     if connection.dialect.name == "postgresql":
         cursor: Any = connection.connection.cursor()
-        with cursor, cursor.copy(f"COPY example ({columns}) FROM STDIN (FORMAT BINARY)") as copy:
-            copy.set_types(list(EXAMPLE.values()))
+        with cursor, cursor.copy(f"COPY {table} ({names}) FROM STDIN (FORMAT BINARY)") as copy:
+            copy.set_types(list(columns.values()))
             for row in rows:
                 copy.write_row(row)
-    else:
-        marks = ", ".join("?" * len(EXAMPLE))
-        connection.exec_driver_sql(f"INSERT INTO example ({columns}) VALUES ({marks})", list(rows))  # noqa: S608 - our own names
+    elif held := list(rows):
+        marks = ", ".join("?" * len(columns))
+        connection.exec_driver_sql(f"INSERT INTO {table} ({names}) VALUES ({marks})", held)  # noqa: S608 - our own names

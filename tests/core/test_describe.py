@@ -120,7 +120,7 @@ def test_what_lowers_the_token_that_it_read_is_found_by_looking_at_all(made: tup
     # A third of them are made to be the lowest of all, else hardly one in thirty would be.
     for i in range(0, n, 3):
         lower[feature[i], token[i]] = -100 - i
-    found = attribution.lowered_in_row(lower[feature], *(torch.from_numpy(part) for part in (token, rows[which], dest)))
+    found = attribution.lowered_in_row(lower, *(torch.from_numpy(part) for part in (feature, token, rows[which], dest)))
     for i in range(n):
         mine = lower[feature[i]].tolist()
         among = sum(value < mine[token[i]] for value in mine) < 10
