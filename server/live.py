@@ -109,8 +109,11 @@ class Firing(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     index: int
+    """Index of the feature in its SAE, counted from 0."""
     position: int
+    """Where it fires."""
     activation: float
+    """How strongly."""
 
 
 class FeatureActivations(BaseModel):
@@ -119,6 +122,7 @@ class FeatureActivations(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     index: int
+    """Index of the feature in its SAE, counted from 0."""
     activations: list[float]
     """By position; 0 at excluded ones."""
 
@@ -129,7 +133,9 @@ class LiveFirings(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     sae: str
+    """Name of the SAE."""
     tokens: list[int]
+    """Ids in the model's vocabulary, one per position."""
     texts: list[str]
     """Tokens as shown, one per position."""
     excluded: list[bool]
@@ -148,8 +154,11 @@ class LiveAttribution(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     sae: str
+    """Name of the SAE."""
     index: int
+    """Index of the feature in its SAE, counted from 0."""
     tokens: list[int]
+    """Ids in the model's vocabulary, one per position."""
     texts: list[str]
     """Tokens as shown, one per position."""
     activations: list[float]
@@ -159,6 +168,7 @@ class LiveAttribution(BaseModel):
     excluded: list[bool]
     """Positions that are no destinations: the row start and attention sinks."""
     dest: int
+    """The destination: the position asked for, else where the feature is strongest."""
     dfa: list[list[float]]
     """[head][source]: what each gave at `dest`; with `value_bias` and `bias` they sum to `preacts[dest]`."""
     value_bias: list[float] | None = None
@@ -175,11 +185,17 @@ class LiveComponents(BaseModel):
     model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
     sae: str
+    """Name of the SAE."""
     index: int
+    """Index of the feature in its SAE, counted from 0."""
     tokens: list[int]
+    """Ids in the model's vocabulary, one per position."""
     texts: list[str]
+    """Tokens as shown, one per position."""
     dest: int
+    """The destination: the position asked for, else where the feature is strongest."""
     head: int | None
+    """The head asked for; null for all."""
     names: list[str]
     """`embedding`, `position`, `attention 0`, `MLP 0`, ...; then `norm bias` and `value bias` where the model has them."""
     given: list[list[float]]
@@ -189,6 +205,7 @@ class LiveComponents(BaseModel):
     dfa: list[float]
     """[source]: from values and pattern alone."""
     bias: float
+    """The SAE's own: c of its affine map."""
     preact: float
     """w . z + c at the destination, from z alone."""
     gap: float

@@ -54,6 +54,7 @@ class ErrorReply:
     """Every error has this one shape."""
 
     error: ErrorDetail
+    """What was wrong."""
 
 
 def refuse_unknown(request: Request) -> None:
@@ -122,6 +123,26 @@ async def _checked(request: Request) -> None:
     refuse_unknown(request)
 
 
+ETAG = {
+    "description": "What the answer depends on, as one word. It changes whenever the answer does.",
+    "schema": {"type": "string", "examples": ['W/"0f343b0931126a20f17c"']},
+}
+IF_NONE_MATCH = {
+    "name": "If-None-Match",
+    "in": "header",
+    "required": False,
+    "description": "ETags of answers that are kept, with commas between: 304 comes instead of one of these.",
+    "schema": {"type": "string", "examples": ETAG["schema"]["examples"]},
+}
+
+
+def _tell_of_etags(operation: dict[str, Any]) -> None:
+    """A route that answers 304 takes `If-None-Match`, and says its ETag in either answer."""
+    operation.setdefault("parameters", []).append(IF_NONE_MATCH)
+    for status in ("200", "304"):
+        operation["responses"][status].setdefault("headers", {})["ETag"] = ETAG
+
+
 class Document:
     """What some routers are, made when it is first asked for."""
 
@@ -145,6 +166,8 @@ class Document:
         describe(found["components"]["schemas"])
         known = json.loads(EXAMPLES.read_text(encoding="utf-8"))
         for operation in (one for operations in found["paths"].values() for one in operations.values()):
+            if "304" in operation["responses"]:
+                _tell_of_etags(operation)
             answer = next(one for status, one in operation["responses"].items() if status.startswith("2"))
             if operation["operationId"] in known:
                 answer["content"]["application/json"]["example"] = known[operation["operationId"]]
@@ -175,7 +198,17 @@ def facts(door: Door) -> tuple[object, ...]:
     return door.sae.sha256, door.sae.harvest and door.sae.harvest.id, door.revision, door.sae.name, door.metrics
 
 
-def signed(request: Request, name: Annotated[str | None, Header(alias="X-Author", max_length=600)] = None) -> str:
+def signed(
+    request: Request,
+    name: Annotated[
+        str | None,
+        Header(
+            alias="X-Author",
+            max_length=600,
+            description="Who writes; percent-encoded where the name is not plain ASCII. Without it the browser's cookie says it.",
+        ),
+    ] = None,
+) -> str:
     """Who writes: the header `X-Author`, percent-encoded where it is not plain ASCII, or the name that the browser keeps.
     There are no accounts yet: anybody may say any name."""
     known = author_name(unquote(name)) if name is not None else typed_author(request)

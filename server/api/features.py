@@ -105,6 +105,7 @@ class Features:
     """Features in the order in which they were asked for."""
 
     features: tuple[FeatureParts, ...]
+    """One for each that was asked for; one that is named twice comes twice."""
 
 
 @router.post(

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import anyio
 from anyio.to_thread import run_sync
@@ -10,7 +10,17 @@ from fastapi import Depends, Path, Query, Request, Response
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
-from sae_core.config import CompareJob, EvaluateJob, HarvestJob, StudyJob, SweepConfig, TrainConfig
+from sae_core.config import (
+    CompareJob,
+    DashboardsJob,
+    EvaluateJob,
+    HarvestJob,
+    ImportJob,
+    StudyJob,
+    SweepConfig,
+    TrainConfig,
+)
+from sae_core.errors import UsageError
 from server.api.common import LONGEST_NAME, PREFIX, api_router, queue, replies, respond
 from server.jobs import Jobs
 from server.pages.jobs import SECONDS_BETWEEN_LOOKS, JobPage, look
@@ -82,7 +92,26 @@ class NewComparison(_Body):
     """The two SAEs."""
 
 
-AnyNewJob = NewTraining | NewSweep | NewHarvest | NewEvaluation | NewStudy | NewComparison
+class NewImport(_Body):
+    """Make a peer's SAE one of ours."""
+
+    kind: Literal["import"]
+    config: ImportJob
+    """As `headscope import sae` takes it. `location` is of the worker's machine, from its root on, or a name on the hub; only a
+    worker opens what is there, and what is wrong with it stands in the job's `error`."""
+    name: str | None = Field(None, max_length=LONGEST_NAME)
+    """Of the SAE here; left out, it is made of the location."""
+
+
+class NewDashboards(_Body):
+    """Make dashboards of SAEDashboard or Neuronpedia a harvest. The job's own kind is `import`."""
+
+    kind: Literal["dashboards"]
+    config: DashboardsJob
+    """As `headscope import dashboards` takes it. `location` is a folder of the worker's machine, from its root on."""
+
+
+AnyNewJob = NewTraining | NewSweep | NewHarvest | NewEvaluation | NewStudy | NewComparison | NewImport | NewDashboards
 NewJob = Annotated[AnyNewJob, Field(discriminator="kind")]
 EXAMPLE = {"kind": "harvest", "config": {"saes": ["smollm2-l17"], "corpus": "demo-text"}}
 
@@ -94,7 +123,7 @@ class JobsQuery(BaseModel):
 
     status: Status | None = None
     """Only those of this status."""
-    kind: Literal["train", "sweep", "harvest", "evaluate", "study", "compare"] | None = None
+    kind: Literal["train", "sweep", "harvest", "evaluate", "study", "compare", "import"] | None = None
     """Only those of this kind."""
     after: str | None = Field(None, max_length=LONGEST_NAME)
     """Id of the job with which the page before this one ended."""
@@ -107,6 +136,7 @@ class JobsList:
     """Jobs, newest first, and the workers there are to do them."""
 
     jobs: tuple[JobRecord, ...]
+    """Newest first."""
     workers: tuple[WorkerRecord, ...]
     """Those heard from in the last minute."""
     next: str | None
@@ -144,8 +174,8 @@ def list_jobs(query: Annotated[JobsQuery, Query()], read: Read) -> Response:
 )
 def create_job(request: Request, body: NewJob) -> Response:
     """Queue a job: `config` is checked by the same models as the forms and the command line, so a refusal names its field.
-    Harvests, studies and comparisons have ids that follow from what they do: asked twice, they run once. The header `Location`
-    is the job's address."""
+    Harvests, studies, comparisons and imports of dashboards have ids that follow from what they do: asked twice, they run once.
+    The header `Location` is the job's address."""
     with queue(request) as jobs:
         job = jobs.get(_enqueue(jobs, body))
     return respond(job, status=201, headers={"Location": f"{PREFIX}/jobs/{job.id}"})
@@ -165,6 +195,23 @@ def _enqueue(jobs: Jobs, body: AnyNewJob) -> str:
             return jobs.enqueue_study(body.config)
         case NewComparison():
             return jobs.enqueue_compare(body.config)
+        case NewImport():
+            return jobs.enqueue_import(_placed(body.config, hub=True), name=body.name)
+        case NewDashboards():
+            return jobs.enqueue_dashboards(_placed(body.config, hub=False))
+
+
+Placed = TypeVar("Placed", ImportJob, DashboardsJob)
+
+
+def _placed(config: Placed, *, hub: bool) -> Placed:
+    """The same, once it is sure that its location means one place, whatever folder a worker was started in."""
+    location = config.location
+    named = hub and "/" in location and not location.startswith((".", "~"))
+    if not location.isprintable() or not (location.startswith("/") or named):
+        wanted = "a path of the worker's machine, from its root on" + (", or <owner>/<repository>/<folder> on the hub" * hub)
+        raise UsageError(f"'{location[:60]}' is no place to import from: give {wanted}.", field="location")
+    return config
 
 
 @router.get("/jobs/{job}", response_model=JobPage, responses=replies(404), summary="One job")

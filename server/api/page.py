@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 from fastapi import APIRouter, Request, Response
@@ -19,16 +19,14 @@ LONGEST_CHOICE = 12
 """Words of a choice that are listed; of more, the first."""
 
 
-@dataclass(frozen=True)
-class TypeSaid:
+class TypeSaid(NamedTuple):
     """A type in words, and the type of ours that it is made of."""
 
     words: str
     name: str | None
 
 
-@dataclass(frozen=True)
-class FieldSaid:
+class FieldSaid(NamedTuple):
     """A parameter or a field."""
 
     name: str
@@ -75,8 +73,7 @@ class Group:
         return self.name.lower().replace(" ", "-")
 
 
-@dataclass(frozen=True)
-class TypeOf:
+class TypeOf(NamedTuple):
     """A type with its fields."""
 
     name: str

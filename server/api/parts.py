@@ -11,6 +11,7 @@ from server.store.features import (
     DfaEntries,
     FamilyVerdict,
     FeatureExample,
+    FeatureNumbers,
     FeaturePage,
     HeadShare,
     Neighbour,
@@ -47,6 +48,7 @@ class HeadShares:
     """Which heads a feature reads."""
 
     shares: tuple[HeadShare, ...]
+    """One for each head, in order."""
     agreement: float | None
     """Of the heads' two shares, 0 to 1: 1 - sum |norm share - DFA share| / 2. None when dead."""
 
@@ -57,7 +59,9 @@ class Logits:
 
     promoted: tuple[TokenWeight, ...]
     suppressed: tuple[TokenWeight, ...]
+    """Tokens that it makes less likely most, the strongest first."""
     edges: tuple[float, ...]
+    """Edges of the histogram of how much it promotes each token of the vocabulary: one more than `counts`."""
     counts: tuple[int, ...]
     """Tokens of the vocabulary between two edges; empty in harvests before these were kept."""
 
@@ -69,6 +73,7 @@ class Families:
     verdicts: tuple[FamilyVerdict, ...]
     """All that hold, clearest first."""
     evidence: dict[str, Any]
+    """What each detector measured, by its name; the page of attribution in the documentation says how."""
     sample: dict[str, Any]
     """Of the kept examples: where DFA comes from by distance, and how it is spread."""
 
@@ -78,9 +83,13 @@ class Activations:
     """When and how strongly a feature fires."""
 
     edges: tuple[float, ...]
+    """Edges of the histogram of activations, equal in log: one more than `counts`."""
     counts: tuple[int, ...]
+    """Firings between two edges."""
     bands: tuple[Band, ...]
+    """Ranges of activation that examples are drawn from, the strongest first."""
     positions: tuple[PositionBucket, ...]
+    """Where in the row it fires."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +97,9 @@ class Others:
     """Features beside it."""
 
     neighbours: tuple[Neighbour, ...]
+    """Those whose decoder directions are nearest, nearest first."""
     coactive: tuple[Partner, ...]
+    """Those that fire on the same tokens, most correlated first."""
     coactive_tokens: int
     """Tokens in the sample that `coactive` counts on."""
 
@@ -124,9 +135,11 @@ class ExampleParts:
     acts: dict[int, float]
     """Position -> activation, where it is not zero."""
     act: float
+    """Activation at the destination."""
     preact: float
     """The pre-activation, computed on its own from the hooked z."""
     bias: float
+    """The SAE's own: c of its affine map. With all DFA it gives `preact`."""
     gap: float
     """|sum of DFA + bias - preact| / (sum of |DFA| + |bias|), from the numbers as stored."""
     attributed: Literal["heads", "heads summed", "none"]
@@ -137,34 +150,27 @@ class ExampleParts:
 
 
 @dataclass(frozen=True)
-class FeatureParts:
+class FeatureParts(FeatureNumbers):
     """A feature; parts that were not asked for are null."""
 
     sae: str
-    index: int
+    """Name of the SAE."""
     harvest: int
     """Id of the harvest that the numbers come from."""
-    label: str | None
-    """What people, or else a method, call it."""
-    n_fired: int
-    density: float
-    """Share of tokens on which it fires."""
-    max_act: float
-    mean_act: float
-    distance: float | None
-    """Mean number of tokens back to the source."""
-    family: str | None
-    family_score: float | None
-    verdict: str | None
-    """The family in words."""
     kept: int | None
     """Examples that there are; null unless examples were asked for."""
     heads: HeadShares | None
+    """Null unless asked for."""
     logits: Logits | None
+    """Null unless asked for."""
     families: Families | None
+    """Null unless asked for."""
     activations: Activations | None
+    """Null unless asked for."""
     others: Others | None
+    """Null unless asked for."""
     examples: tuple[ExampleParts, ...] | None
+    """The strongest first, then band by band; null unless asked for."""
 
 
 def of_page(page: FeaturePage, asked: frozenset[str]) -> FeatureParts:

@@ -31,9 +31,12 @@ class ModelInfo:
     n_layers: int | None
     n_heads: int | None
     n_kv_heads: int | None
+    """Heads of a layer, as keys and values count them."""
     d_head: int | None
     d_model: int | None
+    """Width of the residual stream."""
     d_vocab: int | None
+    """Tokens of its vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Models:
     """Every registered model, by name."""
 
     models: tuple[ModelInfo, ...]
+    """By name."""
 
 
 def _model(record: registry.ModelRecord) -> ModelInfo:
@@ -90,6 +94,7 @@ class Saes:
     """SAEs by name, with their published harvest and what was measured of them."""
 
     saes: tuple[SaeCard, ...]
+    """By name."""
     next: str | None
     """`after` of the next page; null on the last."""
 
@@ -117,6 +122,7 @@ class Harvests:
     """Harvests, newest first."""
 
     harvests: tuple[HarvestLine, ...]
+    """Newest first."""
 
 
 @harvests.get("/harvests", response_model=Harvests, summary="Every harvest")
@@ -144,6 +150,7 @@ class Heads:
     """What an SAE's features say of each head, in order; empty before a harvest is published."""
 
     sae: SaeRef
+    """The SAE."""
     heads: tuple[HeadLine, ...]
 
 
@@ -168,9 +175,11 @@ class FamilyCounts:
     """How many live features are of each family."""
 
     sae: SaeRef
+    """The SAE."""
     families: tuple[Count, ...]
     """Most first; `unclear` for those of none. `key` is what the filter `family` of the feature table takes."""
     dead: int
+    """Features that never fired."""
 
 
 @heads.get("/saes/{sae}/families", response_model=FamilyCounts, responses=replies(304, 404), summary="The families of an SAE")

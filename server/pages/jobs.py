@@ -40,9 +40,13 @@ class JobPage:
     """One job with its curves and its log."""
 
     job: JobRecord
+    """The job itself."""
     children: tuple[JobRecord, ...]
+    """Jobs that it asked for."""
     curve: tuple[CurvePoint, ...]
+    """What training measured, step by step."""
     log: tuple[LogLine, ...]
+    """What it said, oldest first."""
     study: int | None
     """The study it made, once it is there."""
     saes: tuple[str, ...]

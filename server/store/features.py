@@ -153,8 +153,11 @@ class Snippet:
     """The strongest example in a few words: text before the destination, the destination, text after."""
 
     before: str
+    """Some tokens before the destination."""
     token: str
+    """The destination."""
     after: str
+    """Some tokens after it."""
     source: str | None
     """The source token with the largest DFA, heads summed."""
     source_offset: int | None
@@ -176,14 +179,18 @@ class FeatureRow:
     head: int
     """The head asked for, else the one with the largest decoder norm."""
     head_share: float
+    """Share of the decoder's norm that lies at `head`."""
     dfa_head: int | None
     """The head asked for, else the one with the largest |mean DFA|."""
     dfa_share: float | None
+    """Share of |mean DFA| that lies at `dfa_head`."""
     dfa: float | None
     """Mean signed DFA of the head asked for."""
     distance: float | None
+    """Mean number of tokens back to the source."""
     promoted: tuple[str, ...]
     snippet: Snippet | None
+    """Null where no example was kept."""
     label: str | None
     """What people, or else a method, call it."""
 
@@ -193,8 +200,11 @@ class FeatureTable:
     """A page of the feature table."""
 
     query: TablePart
+    """What was asked, with defaults filled in."""
     n_matching: int
+    """Features that the filters select, on all pages."""
     rows: tuple[FeatureRow, ...]
+    """The features of this page, in the order asked for."""
     next: str | None
     """Cursor for the page after this one; None on the last."""
     previous: str | None
@@ -340,6 +350,7 @@ class Band:
     low: float
     high: float
     count: int
+    """Firings between the two."""
 
 
 @dataclass(frozen=True)
@@ -347,8 +358,11 @@ class TokenWeight:
     """A token and how strongly the feature promotes it."""
 
     id: int
+    """Id of the token in the model's vocabulary."""
     text: str
+    """The token as shown."""
     value: float
+    """What the feature adds to the token's logit for each unit of activation: below 0 where it suppresses it."""
 
 
 @dataclass(frozen=True)
@@ -357,6 +371,7 @@ class Neighbour:
 
     index: int
     cosine: float
+    """Of the two decoder directions."""
     max_act: float
     family: str | None
     promoted: tuple[str, ...]
@@ -375,6 +390,7 @@ class FamilyVerdict:
     """A family that holds for the feature."""
 
     family: str
+    """Its name."""
     score: float
     """How clearly, 0 to 1."""
     examples: tuple[Reference, ...]
@@ -386,11 +402,15 @@ class PositionBucket:
     """Firings at the positions `low` to `high` of the row."""
 
     low: int
+    """First position, counted from the row's start."""
     high: int
+    """Last position."""
     firings: int
+    """Firings there."""
     tokens: int
     """Tokens swept there."""
     mean_act: float
+    """Mean activation of those firings."""
 
 
 @dataclass(frozen=True)
@@ -418,8 +438,10 @@ class DfaJson(TypedDict):
     """A `DfaEntry` as JSON has it."""
 
     src: int
+    """Position of the source token, counted from the row's start."""
     head: int
     value: float
+    """Signed DFA: what it gave to the pre-activation."""
 
 
 def _as_json(entries: tuple[DfaEntry, ...]) -> list[DfaJson]:
@@ -455,9 +477,11 @@ class FeatureExample:
     dfa_sum: float
     """Sum of everything above: listed, dropped, before."""
     bias: float
+    """The SAE's own: c of its affine map."""
     preact: float
     """The pre-activation, computed on its own from the hooked z."""
     act: float
+    """Activation at the destination."""
     gap: float
     """|dfa_sum + bias - preact| / (abs_dfa + |bias|), from the numbers as stored."""
     attributed: Literal["heads", "heads summed", "none"] = "heads"
@@ -474,10 +498,10 @@ class FeatureExample:
 
 
 @dataclass(frozen=True)
-class FeaturePage:
-    """All that a feature's page shows."""
+class FeatureNumbers:
+    """What is said of a feature first, whoever asks."""
 
-    sae: SaeRef
+    sae: SaeRef | str
     index: int
     label: str | None
     """What people, or else a method, call it."""
@@ -488,10 +512,18 @@ class FeaturePage:
     distance: float | None
     """Mean number of tokens back to the source, weighted by positive DFA over the examples, row start left out."""
     family: str | None
-    """The most specific of `families`."""
+    """The most specific of the families that hold; null where none does."""
     family_score: float | None
+    """How clearly `family` holds, 0 to 1."""
     verdict: str | None
     """The family in words."""
+
+
+@dataclass(frozen=True)
+class FeaturePage(FeatureNumbers):
+    """All that a feature's page shows."""
+
+    sae: SaeRef
     families: tuple[FamilyVerdict, ...]
     """All that hold, clearest first."""
     evidence: dict[str, Any]
@@ -738,6 +770,7 @@ class FeatureCard:
     index: int
     n_fired: int
     density: float
+    """Share of tokens on which it fires."""
     max_act: float
     family: str | None
     heads: tuple[HeadShare, ...]

@@ -27,6 +27,7 @@ class HeadFeature:
 
     index: int
     share: float
+    """Of its decoder's norm, 0 to 1."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class StudiedHead:
     """What the newest study of the model's heads found of one."""
 
     study: int
+    """Id of the study."""
     role: str
+    """What it was found to do."""
     best: float
     """Its largest share of attention to induction targets, over the lengths of the prefix."""
     previous: float | None
@@ -83,8 +86,10 @@ class HeadPage:
     """One head of an SAE's site."""
 
     sae: SaeRef
+    """Which SAE."""
     head: int
     n_layer_heads: int
+    """Heads of the layer."""
     line: HeadLine | None
     """None in harvests made before heads were summarised."""
     layer: tuple[HeadLine, ...]
@@ -100,6 +105,7 @@ class HeadPage:
     looks_back: tuple[Span, ...]
     """Features that it leads by data, by their own mean distance back to the source (all heads together)."""
     studied: StudiedHead | None
+    """Null where no study looked at it."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,9 @@ class ModelHead:
 
     layer: int
     sae: str
+    """Name of the SAE."""
     line: HeadLine
+    """What its features say of the head."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +129,7 @@ class ModelHeads:
     saes: tuple[SaeRef, ...]
     """The SAEs that speak for their layers."""
     heads: tuple[ModelHead, ...]
+    """By layer, then by head."""
 
 
 def head_summaries(session: Session, door: Door) -> tuple[HeadLine, ...]:

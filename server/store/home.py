@@ -21,6 +21,7 @@ class SaeCard:
     """An SAE with what one wants to know before opening it."""
 
     sae: SaeRef
+    """Which SAE."""
     metrics: dict[str, Any]
     created_at: datetime
 

@@ -23,23 +23,37 @@ class JobRecord:
 
     id: str
     kind: str
+    """What it does: train, sweep, harvest, evaluate, study, compare, import."""
     title: str
+    """The same in words."""
     config: dict[str, Any]
     parent_id: str | None
+    """Id of the job that asked for it; null where a person did."""
     status: str
     attempt: int
+    """Raised whenever a worker takes it up, and when it is queued again; writes of earlier ones are refused."""
     worker: str | None
+    """The worker that has it, or had it last."""
     phase: str | None
     done: int
+    """How much of the phase is done, in `unit`."""
     total: int
+    """How much the phase is in all, in `unit`; 0 while that is not known."""
     unit: str
+    """What `done` and `total` count."""
     rate: float
+    """Units a second, lately."""
     seconds_left: float | None
+    """Estimate of what the phase still takes; null while there is none."""
     error: str | None
+    """Why it failed, in a sentence."""
     created_at: datetime
     started_at: datetime | None
+    """When it was first begun, in UTC."""
     updated_at: datetime | None
+    """When it last told how far it is, in UTC."""
     finished_at: datetime | None
+    """When it ended, in UTC."""
 
     @property
     def ended(self) -> bool:
@@ -57,7 +71,9 @@ class LogLine:
     """A line that a job said."""
 
     id: int
+    """Rises from line to line."""
     at: datetime
+    """When it was said, in UTC."""
     text: str
 
 
@@ -66,9 +82,13 @@ class WorkerRecord:
     """A worker's slot and when it was last heard."""
 
     id: str
+    """Its slot."""
     device: str
+    """Where it computes."""
     pid: int
+    """Number of its process."""
     last_seen: datetime
+    """When it was last heard, in UTC."""
 
 
 # ---- what people ask for ----

@@ -31,8 +31,11 @@ class LabelRecord:
     follows: int | None
     """Id of the label that it superseded."""
     ended: Literal["superseded", "withdrawn"] | None
+    """How it ended; null while it holds."""
     ended_at: datetime | None
+    """When it ended, in UTC."""
     ended_by: str | None
+    """Who ended it."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class FeatureLabels:
     """What people wrote about a feature."""
 
     sae: SaeRef
+    """Which SAE."""
     index: int
     labels: tuple[LabelRecord, ...]
     """Those that hold, the one shown first."""
@@ -99,12 +103,16 @@ class LabelLine:
     """A label in a list, or a starred feature with the label shown."""
 
     id: int | None
+    """Id of the label; null of a star whose feature has none."""
     sae: str
+    """Name of the SAE."""
     index: int
     text: str | None
+    """The label; null where there is none."""
     author: str
     """Who wrote the label, or gave the star."""
     method: str | None
+    """`person`, or what made it."""
     created_at: datetime
 
 
@@ -113,7 +121,9 @@ class LabelsPage:
     """Labels that hold, newest first; or features that were starred."""
 
     query: LabelQuery
+    """What was asked, with defaults filled in."""
     lines: tuple[LabelLine, ...]
+    """The labels or stars of this page."""
     next: int | None
     """`before` of the next page; None on the last."""
 

@@ -25,12 +25,15 @@ class ListLine:
     id: int
     name: str
     description: str
+    """What it is for."""
     author: str
     created_at: datetime
     changed_at: datetime
+    """When it or what is in it was last changed, in UTC."""
     deleted_at: datetime | None
     deleted_by: str | None
     entries: int
+    """Features in it."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,7 @@ class ListsPage:
     """Every list, the last changed first."""
 
     lists: tuple[ListLine, ...]
+    """The last changed first."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +50,19 @@ class Entry:
 
     id: int
     sae: str
+    """Name of the SAE."""
     index: int
     label: str | None
+    """What people, or else a method, call the feature."""
     note: str
+    """Why it is there."""
     author: str
     """Who put it there."""
     created_at: datetime
     removed_at: datetime | None
+    """When it was taken out, in UTC; null while it is in."""
     removed_by: str | None
+    """Who took it out."""
     card: FeatureCard | None
     """None while its SAE has no published harvest, and of a removed one."""
 
@@ -63,7 +72,9 @@ class ListPage:
     """A list with its features."""
 
     list: ListLine
+    """The list itself."""
     entries: tuple[Entry, ...]
+    """Those that are in it, in its order."""
     removed: tuple[Entry, ...]
     """Those taken out, the last one first; they can be put back."""
 

@@ -29,9 +29,11 @@ class HarvestLine:
 
     id: int
     sae: str
+    """Name of the SAE."""
     name: str | None
     """What people call it."""
     description: str | None
+    """What people say of it."""
     status: str
     """running, published, replaced"""
     corpus: str
@@ -40,6 +42,7 @@ class HarvestLine:
     n_examples: int
     created_at: datetime
     archived_at: datetime | None
+    """When it was archived, in UTC; null while it is not."""
 
 
 @dataclass(frozen=True)

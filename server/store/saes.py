@@ -27,12 +27,16 @@ class HarvestRef:
     corpus: str
     n_tokens: int
     n_rows: int
+    """Rows of text that were swept."""
     n_live: int
     n_examples: int
     context: int
+    """Tokens of a row."""
     worst_gap: float | None
+    """Largest gap of any example between DFA with biases and the pre-activation; null where DFA lacks."""
     config: dict[str, Any]
     published_at: datetime | None
+    """When it was published, in UTC."""
     source: dict[str, Any] | None = None
     """Of a harvest that was not made here: its format, its path, what it has of DFA, and what it lacks."""
 
@@ -45,13 +49,17 @@ class SaeRef:
     model: str
     layer: int
     hook: str
+    """Name of the site that it reads."""
     arch: str
     d_in: int
     d_sae: int
     k: int
+    """Active features per token that training held or aimed at."""
     n_heads: int
     sha256: str
+    """Hash of its weights' file."""
     harvest: HarvestRef | None
+    """The published one; null before there is one."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,9 @@ class Count:
     """How many features have something in common."""
 
     key: int | str
+    """What they have in common: a head, a family."""
     features: int
+    """How many there are."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,9 @@ class CurvePoint:
     """What training measured at a step."""
 
     step: int
+    """Batches trained on."""
     values: dict[str, Any]
+    """What was measured, by name."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +113,13 @@ class HarvestRun:
     """A harvest that is on its way."""
 
     job_id: str
+    """Id of its job."""
     status: str
     phase: str | None
     done: int
+    """How much of the phase is done."""
     total: int
+    """How much the phase is in all."""
 
 
 @dataclass(frozen=True)
@@ -112,20 +127,26 @@ class SaeOverview:
     """An SAE as a whole: how good it is, how it was trained, what its features are like."""
 
     sae: SaeRef
+    """Which SAE."""
     created_at: datetime
     job_id: str | None
+    """Id of the job that made it; null where none did."""
     config: dict[str, Any]
     metrics: dict[str, Any]
     description: str | None
     """What people say of it."""
     archived_at: datetime | None
+    """When it was archived, in UTC; null while it is not."""
     curve: tuple[CurvePoint, ...]
+    """How training went, step by step."""
     density: tuple[Bin, ...]
     """Live features by density."""
     led_by_head: tuple[Count, ...]
     """Live features by the head with the largest decoder norm; every head is listed."""
     families: tuple[Count, ...]
+    """Live features by family; `unclear` for those of none."""
     dead: int
+    """Features that never fired."""
     running: HarvestRun | None
     """The harvest under way, looked up only while none is published."""
 

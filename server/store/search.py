@@ -292,6 +292,7 @@ class Hit:
     """A feature that was found."""
 
     sae: str
+    """Name of the SAE."""
     index: int
     family: str | None
     verdict: str | None
@@ -307,6 +308,7 @@ class Hit:
     band: int | None
     """Of the example with the text."""
     rank: int | None
+    """Place of that example within its band."""
     within: bool
     """The feature fires within the text that was looked for."""
     label: str | None
@@ -318,9 +320,13 @@ class Found:
     """What a search within one SAE found."""
 
     sae: SaeRef
+    """Which SAE."""
     q: str
+    """What was looked for."""
     kind: Kind
+    """How it was looked for."""
     hits: tuple[Hit, ...]
+    """What was found, best first."""
     spellings: tuple[str, ...]
     """The tokens that were meant."""
     rows: int
@@ -518,11 +524,15 @@ class Overall:
     """What a search over everything found."""
 
     q: str
+    """What was looked for."""
     models: tuple[str, ...]
+    """Models whose names contain it."""
     saes: tuple[SaeRef, ...]
+    """SAEs whose names contain it."""
     tokens: tuple[Hit, ...]
     """Features that fire on the token, the strongest of each SAE, relative to their own maximum."""
     spellings: tuple[str, ...]
+    """The tokens that were meant."""
     labels: tuple[LabelLine, ...]
     """Labels that contain it, of every SAE, newest first."""
     more_labels: bool
@@ -530,6 +540,7 @@ class Overall:
     texts: tuple[tuple[str, int], ...]
     """SAEs in whose examples' rows the text stands, and in how many of the rows looked at."""
     trouble: str | None
+    """Why nothing was looked for, in a sentence."""
 
 
 MOST_SAES = 40

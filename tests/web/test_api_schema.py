@@ -13,6 +13,7 @@ from schemathesis import BaseSchema, Case, Config
 from schemathesis.openapi import from_dict
 
 from server.api.common import EXAMPLES, PREFIX
+from server.api.described import WORDS
 from server.api.v1 import DOCUMENT
 from server.app import create_app
 from tests.web.api_examples import recorded
@@ -81,6 +82,51 @@ def test_every_route_has_words_and_an_example_that_its_schema_allows() -> None:
             if "application/json" in answer["content"]:
                 said = answer["content"]["application/json"]
                 jsonschema_rs.validator_for(said["schema"] | components).validate(said["example"])
+
+
+def test_every_field_and_every_parameter_says_what_it_means() -> None:
+    document = DOCUMENT.openapi
+    lacking = [
+        f"{name}.{field}"
+        for name, schema in document["components"]["schemas"].items()
+        for field, one in schema.get("properties", {}).items()
+        if not one.get("description", "").strip()
+    ]
+    lacking += [
+        f"{operation['operationId']}: {one['name']}"
+        for operations in document["paths"].values()
+        for operation in operations.values()
+        for one in operation.get("parameters", ())
+        if not one.get("description", "").strip()
+    ]
+    assert lacking == []
+
+
+def test_no_word_is_explained_that_no_field_has() -> None:
+    known = {field for schema in DOCUMENT.openapi["components"]["schemas"].values() for field in schema.get("properties", ())}
+    assert set(WORDS) - known == set()
+
+
+def test_answers_have_an_etag_where_the_document_says_so_and_nowhere_else(client: TestClient) -> None:
+    for path, operations in DOCUMENT.openapi["paths"].items():
+        if "get" not in operations or path.endswith(("/export", "/events")):
+            continue
+        one = operations["get"]
+        at = path
+        for name, value in THERE.items():
+            at = at.replace("{" + name.removeprefix("path.") + "}", str(value))
+        asked = client.get(at, params={"q": "tide"} if "search" in path else None)
+        if asked.status_code == 404:  # no list, label or job is there to read
+            assert path.startswith(f"{PREFIX}/lists/"), at
+            continue
+        headers = [parameter["name"] for parameter in one.get("parameters", ()) if parameter["in"] == "header"]
+        said = [status for status, reply in one["responses"].items() if "ETag" in reply.get("headers", {})]
+        if "ETag" in asked.headers:
+            assert (headers, said) == (["If-None-Match"], ["200", "304"]), path
+            again = client.get(asked.url, headers={"If-None-Match": f'"other", {asked.headers["ETag"]}'})
+            assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", asked.headers["ETag"])
+        else:
+            assert (headers, said, "304" in one["responses"]) == ([], [], False), path
 
 
 def test_examples_have_the_fields_that_are_answered(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 
+from sae_core.config import DashboardsJob, ImportJob
 from server.app import create_app
 from server.settings import Settings
 from tests.web.conftest import SAE, Visit, queued
@@ -150,6 +151,8 @@ def test_a_job_that_goes_on_is_watched_for_as_long_as_one_asks(worked: TestClien
         ("study", {"kind": "induction", "model": "smollm2-135m"}),
         ("study", {"kind": "specificity", "sae": "smollm2-l17", "feature": 3, "corpus": "demo",
                    "proxies": [{"kind": "tokens", "texts": [" tide"]}]}),
+        ("import", {"location": "owner/saes/layer_3", "model": "smollm2-135m", "layer": 3, "folded": False, "scale": 1.5}),
+        ("import", {"location": "/srv/saes/one", "model": "smollm2-135m"}),
     ],
 )  # fmt: skip
 def test_every_kind_of_job_is_started_from_its_config(worked: TestClient, kind: str, config: dict[str, Any]) -> None:
@@ -170,6 +173,51 @@ def test_every_kind_of_job_is_started_from_its_config(worked: TestClient, kind: 
 def test_a_config_that_cannot_be_is_refused_by_its_field(worked: TestClient, config: dict[str, Any], field: str) -> None:
     error = told(worked, "POST", f"{API}/jobs", 422, json={"kind": "train", "config": config})["error"]
     assert error["field"] == field
+
+
+def test_an_import_is_the_job_that_the_command_line_starts(worked: TestClient) -> None:
+    config = {"location": "owner/saes/layer_3", "model": "smollm2-135m", "layer": 3}
+    for name in ("tides", "tides-2"):  # the second makes another SAE
+        job = told(worked, "POST", f"{API}/jobs", 201, json={"kind": "import", "config": config, "name": "tides"})
+        assert job["id"] == f"import-tides-{1 if name == 'tides' else 2}"
+        assert job["title"] == f"Import {name} for smollm2-135m"
+    assert job["config"] == ImportJob.model_validate(config).model_dump(mode="json")
+    ours = told(worked, "GET", f"{API}/jobs", params={"kind": "import"})["jobs"]
+    assert [one["id"] for one in ours] == ["import-tides-2", "import-tides-1"]
+
+
+def test_dashboards_are_imported_once_however_often_they_are_asked_for(worked: TestClient) -> None:
+    config = {"location": "/srv/dashboards", "sae": "smollm2-l17", "partial": True}
+    first, again = (told(worked, "POST", f"{API}/jobs", 201, json={"kind": "dashboards", "config": config}) for _ in range(2))
+    assert first == again
+    assert (first["kind"], first["status"]) == ("import", "queued")
+    assert first["config"] == DashboardsJob.model_validate(config).model_dump(mode="json")
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "status", "field"),
+    [
+        ("import", {"location": "saes", "model": "smollm2-135m"}, 422, "location"),
+        ("import", {"location": "./saes/one", "model": "smollm2-135m"}, 422, "location"),
+        ("import", {"location": "~/saes/one", "model": "smollm2-135m"}, 422, "location"),
+        ("import", {"location": "/srv/a\0b", "model": "smollm2-135m"}, 422, "location"),
+        ("import", {"location": "/srv/one", "model": "gone"}, 422, "model"),
+        ("import", {"location": "/srv/one", "model": "smollm2-135m", "layer": 30}, 422, "layer"),
+        ("import", {"location": "/srv/one", "model": "smollm2-135m", "scale": 0}, 422, "scale"),
+        ("import", {"location": "/srv/one", "model": "smollm2-135m", "colour": 1}, 422, "colour"),
+        ("import", {"model": "smollm2-135m"}, 422, "location"),
+        ("dashboards", {"location": "owner/repository", "sae": "smollm2-l17"}, 422, "location"),
+        ("dashboards", {"location": "/srv/dashboards", "sae": "gone"}, 404, "sae"),
+        ("dashboards", {"location": "/srv/dashboards"}, 422, "sae"),
+    ],
+)
+def test_an_import_that_cannot_be_is_refused_by_its_field(
+    worked: TestClient, kind: str, config: dict[str, Any], status: int, field: str
+) -> None:
+    before = told(worked, "GET", f"{API}/jobs")["jobs"]
+    error = told(worked, "POST", f"{API}/jobs", status, json={"kind": kind, "config": config})["error"]
+    assert error["field"] == field
+    assert told(worked, "GET", f"{API}/jobs")["jobs"] == before
 
 
 def test_jobs_are_paged_newest_first(worked: TestClient) -> None:
