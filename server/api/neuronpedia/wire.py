@@ -11,11 +11,19 @@ from pydantic_core import to_json
 
 from sae_core.errors import NotFound
 
-SNAKE = (
-    "frac_", "pos_", "neg_", "freq_hist_", "logits_hist_", "decoder_weights_", "umap_", "neuron_alignment_", "correlated_",
-    "cosine_similarity", "num_prompts", "num_tokens_",
-)  # fmt: skip
-"""Beginnings of the names that Neuronpedia writes with underscores; the others are in camel case."""
+WITH_UNDERSCORES = frozenset(
+    (
+        *("neuron_alignment_indices", "neuron_alignment_values", "neuron_alignment_l1"),
+        *("correlated_neurons_indices", "correlated_neurons_pearson", "correlated_neurons_l1"),
+        *("correlated_features_indices", "correlated_features_pearson", "correlated_features_l1"),
+        *("neg_str", "neg_values", "pos_str", "pos_values", "frac_nonzero", "decoder_weights_dist"),
+        *("freq_hist_data_bar_heights", "freq_hist_data_bar_values"),
+        *("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
+        *("umap_cluster", "umap_log_feature_sparsity", "umap_x", "umap_y"),
+        *("num_prompts", "num_tokens_in_prompt", "cosine_similarity"),
+    )
+)
+"""The names that Neuronpedia writes with underscores, each; all others are in camel case."""
 OURS = "headscope"
 """What its rows name as their creator."""
 
@@ -24,7 +32,7 @@ Function = TypeVar("Function", bound=Callable[..., Response])
 
 def wire_name(field: str) -> str:
     """The name of a field as Neuronpedia writes it."""
-    return field if field.startswith(SNAKE) else to_camel(field)
+    return field if field in WITH_UNDERSCORES else to_camel(field)
 
 
 class Shape(BaseModel):
