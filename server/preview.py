@@ -10,7 +10,8 @@ from textwrap import shorten
 from markupsafe import Markup, escape
 
 from server.figures import palette
-from server.rendering import num, percent, visible
+from server.markup import visible
+from server.rendering import num, percent
 from server.store.features import FeatureExample, FeaturePage
 
 WIDTH, HEIGHT, SIDE = 1200, 630, 56

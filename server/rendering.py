@@ -6,7 +6,6 @@ Colours come from classes: `a1`..`a15` activation, `p1`..`p15` positive and `n1`
 import json
 import math
 import re
-import unicodedata
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
 
+from server.markup import made, token_text, visible
 from server.store.features import FeatureExample
 
 NARROW = "\N{NARROW NO-BREAK SPACE}"
@@ -95,50 +95,7 @@ def level(value: float, scale: float) -> int:
     return min(LEVELS, max(1, math.ceil(LEVELS * value / scale)))
 
 
-# --- token texts -------------------------------------------------------------
-
-_SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x00": "␀"}
-
-
-@lru_cache(maxsize=65536)
-def token_text(text: str) -> Markup:
-    """A token as people see it: escaped, and no character invisible or able to turn the text around it."""
-    return _visible(text).replace("↵", Markup('<i class="nl">↵</i>'))
-
-
-@lru_cache(maxsize=65536)
-def token_chip(text: str) -> Markup:
-    """A token standing alone, its spaces made visible."""
-    spaced = _visible(text).replace(" ", Markup('<i class="sp">·</i>')).replace("↵", Markup('<i class="nl">↵</i>'))
-    return Markup('<span class="chip">{}</span>').format(spaced)
-
-
-def visible(text: str) -> str:
-    """`text` with no character invisible, or able to turn the text around it."""
-    return "".join(_SIGNS.get(c) or (f"⟨{ord(c):X}⟩" if _hidden(c) else c) for c in text)
-
-
-def _visible(text: str) -> Markup:
-    return escape(visible(text))
-
-
-def _hidden(c: str) -> bool:
-    return unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
-
-
-JOINERS = "\u200c\u200d"
-
-
-def written(text: str) -> Markup:
-    """What a person wrote, as one piece that cannot turn the text around it: escaped, and no character of it invisible. Only
-    the joiners of emoji and of scripts that need them stay as they are."""
-    ends = range(1, len(text) - 1)
-    parts = []
-    for at, c in enumerate(text):
-        joins = c in JOINERS and at in ends and not text[at - 1].isascii() and not text[at + 1].isascii()
-        hidden = unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") and c != "\n" and not joins
-        parts.append(f"⟨{ord(c):X}⟩" if hidden else c)
-    return Markup("<bdi>{}</bdi>").format("".join(parts))
+# --- painted examples ---
 
 
 class Paint(NamedTuple):
@@ -157,7 +114,7 @@ class Paint(NamedTuple):
 def example_tokens(example: FeatureExample, paint: Paint) -> Markup:
     """The example's text: activation as warmth, DFA as a bar beneath, the destination framed. Sources that matter stay in view
     however far back they are."""
-    return Markup(_painted(example, paint)[0])  # noqa: S704 - every token is escaped in `_split` and `_plain`
+    return made(_painted(example, paint)[0])
 
 
 def example_item(example: FeatureExample, paint: Paint, sources: str, components: str, *, anchored: bool = False) -> Markup:
@@ -171,7 +128,7 @@ def example_item(example: FeatureExample, paint: Paint, sources: str, components
     numbers = "" if sources else f' data-numbers="{escape(json.dumps(_numbers(example), separators=(",", ":")))}"'
     whole, places = " whole" if paint.context is None else "", " ".join(map(str, map(sub, marked, [0, *marked])))
     links = f'<a class="split" href="{escape(sources)}">sources</a> ' if sources else ""
-    return Markup(  # noqa: S704 - numbers, and what is escaped here and in `_painted`
+    return made(
         f'<li class="example"{anchor}><b class="act">{num(example.act)}</b>'
         f'<p class="text{whole}" tabindex="0" data-dest="{example.dest}" data-at="{places}"{numbers}>{text}</p>'
         f'<div class="sums">{_sums(example, links, components)}</div></li>\n'
@@ -308,7 +265,8 @@ def _joined(texts: Sequence[str]) -> Iterator[str]:
             end += 1
             character = data.decode(errors="ignore") if _is_whole(data) else ""
         if character and end - at > 1:
-            yield f'<i class="joined" title="{end - at} tokens: {escape("".join(texts[at:end]))}">{_visible(character)}</i>'
+            told, shown = escape("".join(texts[at:end])), escape(visible(character))
+            yield f'<i class="joined" title="{end - at} tokens: {told}">{shown}</i>'
             at = end
         else:
             yield _plain(texts[at])

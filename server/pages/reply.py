@@ -21,6 +21,7 @@ from starlette.responses import HTMLResponse
 from sae_core.errors import UsageError
 from server import charts, panels, rendering
 from server.figures import SCHEMES, Figure, collecting, pick, standalone
+from server.markup import token_chip, token_text, written
 from server.resources import resource_path
 
 if TYPE_CHECKING:
@@ -206,8 +207,9 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("num", "signed", "written", "fixed", "percent", "count", "duration", "moment", "token_text", "token_chip", "clock")
+    names = ("num", "signed", "fixed", "percent", "count", "duration", "moment", "clock")
     jinja.filters.update({name: getattr(rendering, name) for name in names})
+    jinja.filters.update(token_text=token_text, token_chip=token_chip, written=written)
     jinja.globals.update(link=link, sae_path=sae_path, feature_path=feature_path, head_path=head_path, heads_path=heads_path)
     jinja.globals.update(asset=asset, version=VERSION, asdict=asdict)
     jinja.globals.update(rendering=rendering, charts=charts, panels=panels)

@@ -9,16 +9,8 @@ from hypothesis import strategies as st
 
 from server.app import create_app
 from server.charts import Bar, Curve, HeadCell, bar_chart, head_map, line_chart
-from server.rendering import (
-    Paint,
-    example_tokens,
-    level,
-    num,
-    percent,
-    signed,
-    token_chip,
-    token_text,
-)
+from server.markup import token_chip, token_text
+from server.rendering import Paint, example_tokens, level, num, percent, signed
 from server.store.features import DfaEntry, FeatureExample
 from tests.web.conftest import SAE, at, put
 from tests.web.factory import Shape
