@@ -114,11 +114,16 @@ S = TypeVar("S")
 
 
 @app.command(epilog="Example: [bold]headscope demo[/bold]")
-def demo(data: Data = None, port: Port = None) -> None:
+def demo(
+    data: Data = None,
+    port: Port = None,
+    queue: Annotated[bool, typer.Option("--queue", help="Fetch and queue, and leave the rest to workers that run.")] = False,
+) -> None:
     """Fetch a real model and real text, train on them and show the result while it is made."""
     from server import demo as demos
 
-    demos.run(_settings(data=data, port=port))
+    settings = _settings(data=data, port=port)
+    demos.queue(settings) if queue else demos.run(settings)
 
 
 @app.command("up", epilog="Example: [bold]headscope up --port 8080[/bold]")

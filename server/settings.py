@@ -90,8 +90,10 @@ class Settings(BaseSettings):
 
     log_format: Literal["text", "json"] = "text"
     """How processes log: `text` says what is wrong; `json` writes a line for every request and message, for machines to read."""
+    metrics_host: str = "127.0.0.1"
+    """Address on which a worker answers /healthz and /metrics."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Port on which a worker answers /healthz and /metrics; 0 for none. The web has them among its pages."""
+    """The port of that; 0 for none. The web has them among its pages."""
     telemetry: bool = False
     """Send traces of requests by OpenTelemetry, to where its own variables (OTEL_EXPORTER_OTLP_ENDPOINT) say."""
 
