@@ -38,8 +38,9 @@ from server.pages import (
     writing,
 )  # fmt: skip
 from server.pages.errors import InternalError, MethodNotAllowed, TooLarge, error_response
+from server.proxied import Proxied
 from server.resources import resource_path
-from server.security import TRUSTED_HOSTS, SecurityHeaders, refuse_cross_origin
+from server.security import SecurityHeaders, refuse_cross_origin
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -71,9 +72,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.db = Database(settings.url)
     app.state.live = None
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=TRUSTED_HOSTS)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=GZIP_LEVEL)
+    app.add_middleware(Proxied, settings=settings)  # outermost: nothing else knows of a prefix
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))

@@ -57,7 +57,7 @@ from server.db import Database, sqlite_path
 from server.fields import split_texts
 from server.jobs import Jobs, slug
 from server.options import built, given, options, takes
-from server.settings import Settings
+from server.settings import Settings, read_secret
 from server.store import manage, registry, search, stored_harvests, studies, sweeps
 from server.store.saes import find_sae
 
@@ -114,11 +114,16 @@ S = TypeVar("S")
 
 
 @app.command(epilog="Example: [bold]headscope demo[/bold]")
-def demo(data: Data = None, port: Port = None) -> None:
+def demo(
+    data: Data = None,
+    port: Port = None,
+    queue: Annotated[bool, typer.Option("--queue", help="Fetch and queue, and leave the rest to workers that run.")] = False,
+) -> None:
     """Fetch a real model and real text, train on them and show the result while it is made."""
     from server import demo as demos
 
-    demos.run(_settings(data=data, port=port))
+    settings = _settings(data=data, port=port)
+    demos.queue(settings) if queue else demos.run(settings)
 
 
 @app.command("up", epilog="Example: [bold]headscope up --port 8080[/bold]")
@@ -135,7 +140,7 @@ def serve(data: Data = None, host: Host = None, port: Port = None) -> None:
     with _opened(settings):
         from server.app import create_app
 
-        _uvicorn(create_app(settings), settings.host, settings.port, "Headscope's pages are")
+        _uvicorn(create_app(settings), settings, settings.host, settings.port, "Headscope's pages are")
 
 
 @app.command(epilog="Example, one worker per GPU: [bold]headscope worker --id gpu1 --device cuda:1[/bold]")
@@ -166,7 +171,8 @@ def engine(data: Data = None, device: Device = None) -> None:
         _give_token(settings)
         from server.engine import create_engine
 
-        _uvicorn(create_engine(settings, db), "127.0.0.1", settings.engine_port or settings.port + 1, "The engine is")
+        port = settings.engine_port or settings.port + 1
+        _uvicorn(create_engine(settings, db), settings, settings.engine_host, port, "The engine is")
 
 
 # ------------------------------------------------------------------------------------------------------------------ jobs
@@ -925,6 +931,7 @@ def db_upgrade(data: Data = None) -> None:
     settings = _settings(data=data).prepare()
     db = Database(settings.url)
     try:
+        db.wait(settings.database_wait, _say, current=False)
         jobs.upgrade(settings, db)
     finally:
         db.close()
@@ -1106,7 +1113,7 @@ def _opened(settings: Settings) -> Iterator[tuple[Settings, Database]]:
         if path is not None and not path.exists():
             jobs.upgrade(settings, db)
         else:
-            db.check_version()
+            db.wait(settings.database_wait, _say)
         yield settings, db
     finally:
         db.close()
@@ -1115,23 +1122,23 @@ def _opened(settings: Settings) -> Iterator[tuple[Settings, Database]]:
 def _give_token(settings: Settings) -> None:
     """Put the Hugging Face token where the hub's library looks for it."""
     if settings.hf_token_file is not None:
-        try:
-            os.environ["HF_TOKEN"] = settings.hf_token_file.read_text().strip()
-        except OSError as error:
-            raise UsageError(
-                f"HEADSCOPE_HF_TOKEN_FILE={settings.hf_token_file} cannot be read ({error.strerror}); name a file that can.",
-                field="hf_token_file",
-            ) from error
+        os.environ["HF_TOKEN"] = read_secret(settings.hf_token_file, "hf_token_file")
 
 
-def _uvicorn(web: Any, host: str, port: int, what: str) -> None:
+def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str) -> None:
     import uvicorn
 
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
     gc.collect()
     gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
-    config = uvicorn.Config(web, log_level="warning", timeout_graceful_shutdown=3, server_header=False)
+    config = uvicorn.Config(
+        web,
+        log_level="warning",
+        timeout_graceful_shutdown=3,
+        server_header=False,
+        forwarded_allow_ips=settings.proxies,
+    )
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -3,7 +3,8 @@
 import json
 import re
 import sqlite3
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,18 +17,26 @@ from alembic.util.exc import CommandError
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
 from sqlalchemy.orm import Session, sessionmaker
 
-from sae_core.errors import DatabaseAway, DatabaseTooNew, DatabaseTooOld
+from sae_core.errors import DatabaseAway, DatabaseTooNew, DatabaseTooOld, HeadscopeError
 from server.resources import resource_path
 
 
 def make_engine(url: sa.URL) -> sa.Engine:
     """An engine on `url`. SQLite gets WAL, foreign keys, a busy timeout, and BEGIN IMMEDIATE in `write()`."""
-    engine = sa.create_engine(url, pool_pre_ping=url.get_backend_name() != "sqlite", json_serializer=_compact)
+    engine = sa.create_engine(
+        url, pool_pre_ping=url.get_backend_name() != "sqlite", json_serializer=_compact, connect_args=_patience(url)
+    )
     if url.get_backend_name() == "sqlite":
         engine.dialect.statement_compiler = _HintingCompiler
         sa.event.listen(engine, "connect", _sqlite_connect)
         sa.event.listen(engine, "begin", _sqlite_begin)
     return engine
+
+
+def _patience(url: sa.URL) -> dict[str, int]:
+    """A machine that is gone says nothing at all, and would be waited for for minutes."""
+    here = url.get_backend_name() == "sqlite" or "connect_timeout" in url.query
+    return {} if here else {"connect_timeout": CONNECT_SECONDS}
 
 
 class _HintingCompiler(SQLiteCompiler):
@@ -48,6 +57,8 @@ def _compact(value: object) -> str:
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # and not a backslash that somebody wrote before "u0000"
 
 
+CONNECT_SECONDS = 10
+WAIT_SECONDS = 0.5  # between two looks at a database that is away
 READ = f"mmap_size={2**31}"
 """SQLite reads the file's first two GiB in place, more it never does: several times quicker than copying page after page, where
 many are looked at."""
@@ -90,13 +101,33 @@ class Database:
         """Give every connection back."""
         self.engine.dispose()
 
+    def wait(self, seconds: float, say: Callable[[str], None], *, current: bool = True) -> None:
+        """Return when the database answers, and when its schema is `current` unless that is not asked for; at most `seconds`
+        later raise what is still wrong. A file is not waited for."""
+        deadline = time.monotonic() + (0.0 if sqlite_path(self.url) else seconds)
+        said: type[HeadscopeError] | None = None
+        while True:
+            try:
+                self.check_version()
+            except (DatabaseAway, DatabaseTooOld) as error:
+                if isinstance(error, DatabaseTooOld) and not current:
+                    return
+                if time.monotonic() >= deadline:
+                    raise
+                if said is not type(error):
+                    say(f"{error} Waiting for it, {deadline - time.monotonic():.0f} s at most.")
+                    said = type(error)
+                time.sleep(WAIT_SECONDS)
+            else:
+                return
+
     def check_version(self) -> None:
         """Raise a sentence unless the schema is exactly what this code knows."""
         try:
             with self.engine.connect() as connection:
                 present = MigrationContext.configure(connection).get_current_revision()
         except sa.exc.OperationalError as error:
-            raise DatabaseAway(f"The database at {self.url!r} does not answer: {error.orig}.") from error
+            raise DatabaseAway(f"The database at {self.url!r} does not answer: {str(error.orig).strip().rstrip('.')}.") from error
         script = ScriptDirectory.from_config(_alembic(self.url))
         if present == script.get_current_head():
             return
@@ -106,12 +137,15 @@ class Database:
 
     def upgrade(self) -> None:
         """Bring the schema to the newest version; a database of a newer Headscope is left alone."""
-        config = _alembic(self.url)
+        self.refuse_newer()
+        command.upgrade(_alembic(self.url), "head")
+
+    def refuse_newer(self) -> None:
+        """Raise a sentence when a newer Headscope wrote the database."""
         with self.engine.connect() as connection:
             present = MigrationContext.configure(connection).get_current_revision()
-        if present is not None and not _known(ScriptDirectory.from_config(config), present):
+        if present is not None and not _known(ScriptDirectory.from_config(_alembic(self.url)), present):
             raise DatabaseTooNew(_too_new(self.url, present))
-        command.upgrade(config, "head")
 
 
 def _too_new(url: sa.URL, revision: str) -> str:

@@ -75,6 +75,20 @@ def run(settings: Settings) -> None:
         db.close()
 
 
+def queue(settings: Settings) -> None:
+    """Fetch the model and the text and queue the training, for workers that run elsewhere; nothing, when that was done before."""
+    settings.prepare()
+    console = Console(highlight=False, soft_wrap=True, stderr=True)
+    db = Database(settings.url)
+    try:
+        db.wait(settings.database_wait, lambda text: console.print(text, markup=False))
+        _register(settings, db, console)
+        _queue(settings, db, demo_config(slow=True))
+    finally:
+        db.close()
+    console.print(f"The demo's training is queued; it is at {settings.address}/jobs/{JOB}", markup=False)
+
+
 def _is_fresh(settings: Settings) -> bool:
     """Whether the demo was never queued in this data folder."""
     if settings.database_url is None and not (settings.data / "headscope.db").exists():

@@ -263,9 +263,10 @@ class Jobs:
 
 def upgrade(settings: Settings, db: Database) -> None:
     """Bring both databases, ours and DBOS's, to the newest version."""
-    db.upgrade()
+    db.refuse_newer()
     quiet()
     DBOS.migrate(settings.jobs_url)
+    db.upgrade()  # last: who waits for it to be up to date needs both
 
 
 def quiet() -> None:

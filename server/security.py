@@ -34,8 +34,6 @@ EMBED_HEADERS = {
 }
 """Of a card that other sites may frame, local slides too, so it names no ancestors: it has no script, no form and no cookie
 to abuse. Its style sheet may be read by a frame of any origin as well."""
-TRUSTED_HOSTS = ["127.0.0.1", "localhost", "testserver"]
-"""Names this server answers to; any other `Host` is refused, which stops DNS rebinding."""
 
 
 class CrossOrigin(HeadscopeError):
@@ -71,6 +69,8 @@ async def refuse_cross_origin(request: Request) -> None:
         return
     headers: Headers = request.headers
     site, origin = headers.get("sec-fetch-site"), headers.get("origin")
-    same = site in ("same-origin", "none") if site else not origin or urlsplit(origin).netloc == headers.get("host")
+    # A proxy may give us a host of its own, so what people typed counts as well.
+    ours = (headers.get("host"), urlsplit(request.app.state.settings.address).netloc)
+    same = site in ("same-origin", "none") if site else not origin or urlsplit(origin).netloc in ours
     if not same:
         raise CrossOrigin("This was sent by a page of another site, so nothing was done; use the form on Headscope's own page.")

@@ -5,7 +5,7 @@ import os
 import tempfile
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 import sqlalchemy as sa
@@ -14,9 +14,25 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from sae_core.errors import DataFolderNotWritable, DiskFull, UsageError
 
+OWN_NAMES = ("127.0.0.1", "localhost", "testserver")
+"""What this machine calls itself."""
+
 
 def _xdg(variable: str, fallback: str) -> Path:
     return Path(os.environ.get(variable) or Path.home() / fallback) / "headscope"
+
+
+def read_secret(path: Path, field: str) -> str:
+    """What the file that the setting `field` names holds, without the newline at its end."""
+    try:
+        secret = path.read_text().strip()
+    except OSError as error:
+        raise UsageError(
+            f"HEADSCOPE_{field.upper()}={path} cannot be read ({error.strerror}); name a file that can.", field=field
+        ) from error
+    if not secret:
+        raise UsageError(f"HEADSCOPE_{field.upper()}={path} is empty; write the secret into it.", field=field)
+    return secret
 
 
 class Settings(BaseSettings):
@@ -30,14 +46,29 @@ class Settings(BaseSettings):
     """Folder of what can be fetched or made again: downloads and converted models."""
     database_url: str | None = None
     """SQLAlchemy address of the database; unset takes SQLite in the data folder."""
+    database_password_file: Path | None = None
+    """File with the password of the database's user, so that it need not stand in `database_url`."""
+    database_wait: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """Seconds that a process which starts waits for PostgreSQL to answer, and for somebody to bring it up to date."""
     host: str = "127.0.0.1"
     """Address that the web listens on."""
     port: int = 8000
     """Port that the web listens on."""
+    public_url: str | None = None
+    """Address that people type, where it is another one than host and port: that of the proxy in front. Its host is one that
+    the web answers to, and a path in it stands before every address of ours. Unset says host and port."""
+    hosts: str = ""
+    """Other names that the web answers to, as programs beside it use them, separated by commas; any other is refused."""
+    proxies: str = "127.0.0.1"
+    """Addresses and networks of the proxies whose word is taken for who a visitor is (X-Forwarded-For), separated by commas."""
     engine_port: int = 0
-    """Port of the engine on 127.0.0.1; 0 takes the web's port + 1."""
+    """Port of the engine; 0 takes the web's port + 1."""
+    engine_host: str = "127.0.0.1"
+    """Address that the engine listens on, and where the web finds it when it is on another machine."""
     engine_secret: SecretStr | None = None
     """Secret shared by web and engine; unset makes one and keeps it in the data folder, readable by its owner only."""
+    engine_secret_file: Path | None = None
+    """File with that secret."""
     engine_idle_seconds: float = 600.0
     """Seconds without a question after which the engine gives its models' memory back."""
     engine_max_tokens: int = 512
@@ -57,6 +88,15 @@ class Settings(BaseSettings):
     webhook: str | None = None
     """Address (http or https) to which a worker POSTs JSON when a job has ended; unset calls nobody."""
 
+    log_format: Literal["text", "json"] = "text"
+    """How processes log: `text` says what is wrong; `json` writes a line for every request and message, for machines to read."""
+    metrics_host: str = "127.0.0.1"
+    """Address on which a worker answers /healthz and /metrics."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """The port of that; 0 for none. The web has them among its pages."""
+    telemetry: bool = False
+    """Send traces of requests by OpenTelemetry, to where its own variables (OTEL_EXPORTER_OTLP_ENDPOINT) say."""
+
     @model_validator(mode="after")
     def _safe(self) -> Self:
         if self.host not in ("127.0.0.1", "localhost", "::1"):
@@ -66,12 +106,38 @@ class Settings(BaseSettings):
         called = urlsplit(self.webhook or "http://nowhere")
         if called.scheme not in ("http", "https") or not called.hostname:
             raise UsageError("The webhook must be an address that begins with http:// or https://.", field="webhook")
+        public = urlsplit(self.public_url or "http://nowhere")
+        if public.scheme not in ("http", "https") or not public.hostname or public.query or public.fragment:
+            raise UsageError(
+                "The public address must begin with http:// or https:// and hold no more than a host, a port and a path.",
+                field="public_url",
+            )
         return self
 
     @property
     def url(self) -> sa.URL:
         """Address of the database."""
-        return sa.make_url(self.database_url or f"sqlite:///{self.data / 'headscope.db'}")
+        url = sa.make_url(self.database_url or f"sqlite:///{self.data / 'headscope.db'}")
+        if self.database_password_file is None:
+            return url
+        return url.set(password=read_secret(self.database_password_file, "database_password_file"))
+
+    @property
+    def address(self) -> str:
+        """Where people find the pages, without a slash at the end."""
+        return (self.public_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+    @property
+    def prefix(self) -> str:
+        """What the public address puts before every path; often nothing."""
+        return urlsplit(self.public_url or "").path.rstrip("/")
+
+    @property
+    def trusted_hosts(self) -> list[str]:
+        """Names that the web answers to; refusing any other stops DNS rebinding."""
+        public = urlsplit(self.public_url or "").hostname
+        others = [name.strip() for name in self.hosts.split(",") if name.strip()]
+        return [*OWN_NAMES, *([public] if public else []), *others]
 
     @property
     def jobs_url(self) -> str:
@@ -83,13 +149,15 @@ class Settings(BaseSettings):
     @property
     def engine_url(self) -> str:
         """Where the web finds the engine."""
-        return f"http://127.0.0.1:{self.engine_port or self.port + 1}"
+        return f"http://{self.engine_host}:{self.engine_port or self.port + 1}"
 
     @cached_property
     def secret(self) -> str:
         """The secret that web and engine share."""
         if self.engine_secret:
             return self.engine_secret.get_secret_value()
+        if self.engine_secret_file:
+            return read_secret(self.engine_secret_file, "engine_secret_file")
         path = self.data / "engine.secret"
         try:
             handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)

@@ -130,7 +130,7 @@ class Supervisor:
     def __enter__(self) -> "Supervisor":
         """Check the ports, upgrade both databases, start all three, wait until the page answers."""
         for port in (self.settings.port, self.settings.engine_port or self.settings.port + 1):
-            listen(self.settings.host if port == self.settings.port else "127.0.0.1", port).close()
+            listen(self.settings.host if port == self.settings.port else self.settings.engine_host, port).close()
         db = Database(self.settings.url)
         jobs.upgrade(self.settings, db)
         db.close()

@@ -42,7 +42,7 @@ def said_of(settings: Settings, job: JobRecord) -> dict[str, str | None]:
         "status": job.status,
         "error": job.error,
         "finished_at": job.finished_at.isoformat() if job.finished_at else None,
-        "address": f"http://{settings.host}:{settings.port}/jobs/{quote(job.id)}",
+        "address": f"{settings.address}/jobs/{quote(job.id)}",
     }
 
 

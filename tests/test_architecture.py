@@ -125,7 +125,7 @@ def test_only_command_line_and_starters_reach_for_worker_and_engine() -> None:
 def test_pages_and_api_import_only_what_they_may(folder: str) -> None:
     may = (
         *("store", "jobs", "live", "security", "rendering", "markup", "charts", "panels", "figures", "preview", "forms"),
-        *("pages", "api", "settings", "resources"),
+        *("pages", "api", "settings", "resources", "proxied"),
     )
 
     def allowed(_: Path, name: str) -> bool:

@@ -51,6 +51,18 @@ def registered(db: Database, place: Path) -> None:
         registry.add_corpus(session, demo.CORPUS_NAME, CorpusSource(location=str(place)))
 
 
+def test_a_demo_that_only_queues_leaves_its_job_to_workers(
+    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("fetch_model", "fetch_text"):
+        place = settings.cache / name
+        place.write_bytes(b"")
+        monkeypatch.setattr(demo, name, lambda _, place=place: place)
+    demo.queue(settings)
+    demo.queue(settings)
+    assert status(db) == job_store.QUEUED
+
+
 def status(db: Database, value: str | None = None) -> str:
     """The job's status, set to `value` first when one is given."""
     with db.write() as session:

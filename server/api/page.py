@@ -11,7 +11,7 @@ from urllib.parse import quote, urlencode
 from fastapi import APIRouter, Request, Response
 
 from server.api.v1 import DOCUMENT
-from server.pages.reply import etag, reply, unchanged
+from server.pages.reply import etag, origin, reply, unchanged
 
 router = APIRouter()
 
@@ -94,11 +94,11 @@ class ApiPage:
 @router.get("/api", include_in_schema=False)
 def api_page(request: Request) -> Response:
     """The documentation, as a page."""
-    origin = str(request.base_url).rstrip("/")
-    tag = etag(request, "api", origin)
+    here = origin(request)
+    tag = etag(request, "api", here)
     if known := unchanged(request, tag):
         return known
-    page = Reading(DOCUMENT.openapi, origin).page
+    page = Reading(DOCUMENT.openapi, here).page
     return reply(request, page, "api.html", tag=tag)
 
 

@@ -22,5 +22,7 @@ def mount(app: FastAPI) -> None:
     app.add_route(f"{PREFIX}/openapi.json", _document)
 
 
-async def _document(_: Request) -> Response:
-    return JSONResponse(DOCUMENT.openapi, headers={"Cache-Control": "no-cache"})
+async def _document(request: Request) -> Response:
+    prefix = request.app.state.settings.prefix
+    beneath = {"servers": [{"url": prefix}]} if prefix else {}
+    return JSONResponse({**DOCUMENT.openapi, **beneath}, headers={"Cache-Control": "no-cache"})

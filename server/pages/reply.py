@@ -22,6 +22,7 @@ from sae_core.errors import UsageError
 from server import charts, panels, rendering
 from server.figures import SCHEMES, Figure, collecting, pick, standalone
 from server.markup import token_chip, token_text, written
+from server.proxied import prefixed
 from server.resources import resource_path
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def etag(request: Request, *facts: object) -> str:
     """Changes whenever the answer may: with the facts, the version, the templates, and the kind of answer. It is weak: the same
     answer may be sent compressed or not."""
     variant = "json" if wants_json(request) else "part" if wants_part(request) else "page"
-    text = repr((VERSION, build(), variant, facts))
+    text = repr((VERSION, build(), request.app.state.settings.prefix, variant, facts))
     return f'W/"{hashlib.sha256(text.encode()).hexdigest()[:20]}"'
 
 
@@ -102,7 +103,7 @@ def reply(
     asked = request.query_params.get("figure")
     chosen = block if block and wants_part(request) and not asked else template
     with collecting(request.url.query) as figures:
-        text = render(chosen, page=page, origin=str(request.base_url).rstrip("/"), **view)
+        text = render(chosen, page=page, origin=origin(request), **view)
     if asked:
         return _file(*pick(figures, asked), request.query_params.get("scheme", "light"))
     return HTMLResponse(text, status, headers)
@@ -149,6 +150,12 @@ def _headers(tag: str | None) -> dict[str, str]:
     return {**headers, "ETag": tag} if tag else headers
 
 
+def origin(request: Request) -> str:
+    """What stands before the path in an address that is sent elsewhere; no slash at its end."""
+    settings = request.app.state.settings
+    return settings.address if settings.public_url else str(request.base_url).rstrip("/")
+
+
 def link(path: str, **params: Any) -> str:
     """An address of ours; parameters that are None are left out."""
     given = {key: value for key, value in params.items() if value is not None}
@@ -193,7 +200,7 @@ def build() -> str:
 
 def render(template: str, **view: Any) -> str:
     """The template as HTML."""
-    return environment().get_template(template).render(**view)
+    return prefixed(environment().get_template(template).render(**view))
 
 
 @lru_cache

@@ -5,16 +5,20 @@ import pkgutil
 import re
 from collections import Counter, deque
 from collections.abc import Iterator
+from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 import pytest
 import sqlalchemy as sa
 from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server import jobs, pages
 from server.app import create_app
 from server.db import Database
+from server.settings import Settings
 from server.store import labels, lists, ratings, search
 from server.store.saes import find_sae
 from server.tables import SAE, now
@@ -24,6 +28,7 @@ from tests.web.reading import Reader
 from tests.web.test_study import keep, of_every_head
 from tests.web.test_sweep import add_sweep
 
+LAB = "https://lab.example"
 EACH = 3
 """Addresses of one kind that are looked at."""
 NO_PAGES = {
@@ -36,8 +41,8 @@ NO_PAGES = {
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
-    """The web process on a database in which there is something of everything."""
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """Settings of a database in which there is something of everything."""
     settings = put(at(tmp_path_factory.mktemp("links")), Shape(n_features=16, n_dead=1))
     keep(settings, *of_every_head())
     database = Database(settings.url)
@@ -52,9 +57,48 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
         ratings.create(session, door, 4, 1, "Maren")
     search.write(database, 1, search.unfenced)
     database.close()
-    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
-        assert client.post("/author", data={"author": "Maren"}).status_code == 303
-        yield client
+    return settings
+
+
+def proxied(app: ASGIApp, prefix: str, *, strips: bool) -> ASGIApp:
+    """A reverse proxy before `app`: it knows `prefix` alone, and hands on what is below it, whole or without it."""
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and not scope["path"].startswith(f"{prefix}/"):
+            return await PlainTextResponse("of another program", 404)(scope, receive, send)
+        if scope["type"] == "http" and strips:
+            others = [header for header in scope["headers"] if header[0] != b"host"]
+            scope = {**scope, "path": scope["path"].removeprefix(prefix), "headers": [*others, (b"host", b"127.0.0.1:8000")]}
+        return await app(scope, receive, send)
+
+    return proxy
+
+
+class Site(NamedTuple):
+    """Where the pages are: a client, and what stands before every path."""
+
+    client: TestClient
+    origin: str
+    prefix: str
+
+
+WAYS = {
+    "plain": ("http://127.0.0.1:8000", "", False),
+    "proxied": (LAB, "/headscope", False),
+    "stripped": (LAB, "/headscope", True),
+}
+
+
+@pytest.fixture(scope="module", params=list(WAYS))
+def site(request: pytest.FixtureRequest, everything: Settings) -> Iterator[Site]:
+    """The web process: by itself, and behind a proxy that hands on the prefix or takes it off."""
+    origin, prefix, strips = WAYS[request.param]
+    settings = everything.model_copy(update={"public_url": f"{origin}{prefix}/"} if prefix else {})
+    app = proxied(create_app(settings), prefix, strips=strips) if prefix else create_app(settings)
+    with TestClient(app, base_url=origin, follow_redirects=False) as client:
+        author = client.post(f"{prefix}/author", data={"author": "Maren", "back": "/lists"}, headers={"Origin": origin})
+        assert (author.status_code, author.headers["location"]) == (303, f"{prefix}/lists")
+        yield Site(client, origin, prefix)
 
 
 def kinds() -> list[tuple[str, re.Pattern[str]]]:
@@ -69,15 +113,16 @@ def kind_of(path: str) -> str | None:
     return next((kind for kind, shape in kinds() if shape.match(path)), None)
 
 
-def test_every_page_is_reached_from_the_first_and_no_link_is_broken(client: TestClient) -> None:
-    waiting, seen, times, broken = deque(["/"]), {"/"}, Counter[str](), list[str]()
+def test_every_page_is_reached_from_the_first_and_no_link_is_broken(site: Site) -> None:
+    first = f"{site.prefix}/"
+    waiting, seen, times, broken = deque([first]), {first}, Counter[str](), list[str]()
     while waiting:
         address = waiting.popleft()
-        kind = kind_of(urlsplit(address).path)
+        kind = kind_of(urlsplit(address).path.removeprefix(site.prefix))
         if kind is None or kind in NO_PAGES or times[kind] >= EACH:
             continue
         times[kind] += 1
-        answer = client.get(address)
+        answer = site.client.get(address)
         if answer.status_code >= 400:
             broken.append(f"{address}: {answer.status_code}")
         ways = [answer.headers.get("location", "")]
@@ -85,10 +130,17 @@ def test_every_page_is_reached_from_the_first_and_no_link_is_broken(client: Test
             page = Reader(answer.text)
             ways += [a["href"] for a in page.all("a")] + [a.get("hx-get", "") for _, a in page.elements]
             ways += [a["src"] for a in page.all("img")] + [a.get("content", "") for a in page.all("meta")]
-            ways = [way.removeprefix("http://127.0.0.1:8000") for way in ways]
+            ways = [way.removeprefix(site.origin) for way in ways]
             # A form is filled with what one would type of it.
             ways += [f"{form['action']}?q=the" for form in page.all("form") if form.get("role") == "search"]
             ways = [way.replace("/jump?q=the", "/jump?q=3") for way in ways]
+            astray = [
+                f"{address}: {name}={value}"
+                for _, attributes in page.elements
+                for name, value in attributes.items()
+                if name != "value" and value.startswith("/") and not value.startswith(first)
+            ]
+            broken += astray
         for way in ways:
             there = urljoin(address, way).partition("#")[0]
             if way and there.startswith("/") and there not in seen:

@@ -11,7 +11,7 @@ from sae_core.errors import NotFound
 from server.api.neuronpedia.features import batch
 from server.api.neuronpedia.shapes import NeuronRow
 from server.api.neuronpedia.wire import Addresses, At, Shape, answer, utc
-from server.pages.reply import Read
+from server.pages.reply import Read, origin
 from server.pages.writing import Author, writing
 from server.store import lists as store
 from server.store.features import check_index
@@ -176,7 +176,7 @@ def new_list(request: Request, wanted: NewList, author: Signed) -> Response:
         for entry in wanted.features or ():
             _put(session, list_id, entry, author)
         line = store.list_line(session, list_id)
-    url = f"{str(request.base_url).rstrip('/')}/lists/{list_id}"
+    url = f"{origin(request)}/lists/{list_id}"
     return answer(NewListRow(**list_fields(line), url=url, user={"name": author}))
 
 

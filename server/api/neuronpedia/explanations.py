@@ -12,7 +12,7 @@ from server.api.neuronpedia.collections import Signed
 from server.api.neuronpedia.features import batch
 from server.api.neuronpedia.shapes import HUMAN, NeuronRow
 from server.api.neuronpedia.wire import Addresses, At, Index, Name, Shape, answer
-from server.pages.reply import Read, feature_path
+from server.pages.reply import Read, feature_path, origin
 from server.pages.writing import writing
 from server.store.explanations import search_labels
 from server.store.features import check_index
@@ -103,7 +103,7 @@ def _found(read: Session, query: Query, refs: Sequence[SourceRef]) -> Response:
 @router.get_at("/explanation/export")
 def export(request: Request) -> Response:
     """Neuronpedia gives its exports elsewhere, and says so with a 400; where ours are."""
-    url = f"{str(request.base_url).rstrip('/')}/labels.json"
+    url = f"{origin(request)}/labels.json"
     said = {"newUrl": url, "message": f"Labels are listed at {url}.", "error": f"Labels are listed at {url}."}
     response = answer(said)
     response.status_code = 400
@@ -135,7 +135,7 @@ def new(request: Request, given: NewExplanation, author: Signed) -> Response:
         check_index(source.door, at.index)
         add_label(session, source.door.id, at.index, at.explanation, author, method=at.explanation_model or PERSON)
         path = feature_path(source.door.sae.name, at.index)
-    return answer({"message": "Explanation created.", "url": f"{str(request.base_url).rstrip('/')}{path}"})
+    return answer({"message": "Explanation created.", "url": f"{origin(request)}{path}"})
 
 
 class UploadedExplanation(Shape):
