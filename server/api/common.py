@@ -123,16 +123,17 @@ async def _checked(request: Request) -> None:
     refuse_unknown(request)
 
 
+_ETAGS: Mapping[str, Any] = {"type": "string", "examples": ['W/"0f343b0931126a20f17c"']}
 ETAG = {
     "description": "What the answer depends on, as one word. It changes whenever the answer does.",
-    "schema": {"type": "string", "examples": ['W/"0f343b0931126a20f17c"']},
+    "schema": _ETAGS,
 }
 IF_NONE_MATCH = {
     "name": "If-None-Match",
     "in": "header",
     "required": False,
     "description": "ETags of answers that are kept, with commas between: 304 comes instead of one of these.",
-    "schema": {"type": "string", "examples": ETAG["schema"]["examples"]},
+    "schema": _ETAGS,
 }
 
 

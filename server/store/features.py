@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 from urllib.parse import parse_qsl, urlencode
 
 import sqlalchemy as sa
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, field_validator, model_validator
 from sqlalchemy.orm import Session
 from typing_extensions import TypedDict  # before Python 3.12 pydantic needs this one
 
@@ -328,6 +328,10 @@ def _snippets(rows: Sequence[sa.Row[Any]]) -> list[Snippet]:
     return made
 
 
+PerhapsUnknown = Annotated[float, WithJsonSchema({"anyOf": [{"type": "number"}, {"type": "null"}]}, mode="serialization")]
+"""Not a number where it is not known, which JSON has as null."""
+
+
 @dataclass(frozen=True)
 class HeadShare:
     """A head's part in a feature."""
@@ -335,11 +339,11 @@ class HeadShare:
     head: int
     norm_share: float
     """Norm of the decoder's slice at this head, over the sum of all heads' norms."""
-    dfa: float
-    """Mean signed DFA over every firing; not a number, here and below, where an imported harvest does not say it."""
-    dfa_std: float
+    dfa: PerhapsUnknown
+    """Mean signed DFA over every firing; not a number, here and below, and null in JSON, where an import does not say it."""
+    dfa_std: PerhapsUnknown
     """Its spread over firings."""
-    dfa_share: float
+    dfa_share: PerhapsUnknown
     """|mean DFA| over the sum of all heads' |mean DFA|."""
 
 

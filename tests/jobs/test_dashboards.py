@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import numpy as np
 import pytest
 from fastapi.testclient import TestClient
@@ -16,6 +17,8 @@ from sae_core.config import DashboardsJob
 from sae_core.errors import UnreadableDashboards
 from sae_core.formats import convert, open_peer
 from sae_core.saes import save_sae
+from server.api.parts import PARTS
+from server.api.v1 import DOCUMENT
 from server.app import create_app
 from server.cli import app
 from server.exchange import dashboards
@@ -272,3 +275,63 @@ def test_a_damaged_batch_is_named(theirs: Path, change: Callable[[Path], None]) 
         list(dashboards.read(layout, 1, about))
     with pytest.raises(UnreadableDashboards, match="the SAE has 10"):
         list(dashboards.read(layout, 0, dashboards.About(about.head_norm[:10], about.neighbours)))
+
+
+@pytest.mark.parametrize("dfa", [True, False])
+def test_scripts_read_what_was_imported_and_what_lacks_is_null(
+    home: Home, sae: str, theirs: Path, web: TestClient, dfa: bool
+) -> None:
+    if not dfa:
+        for path in theirs.glob("batch-*.json"):
+            batch = json.loads(path.read_text())
+            for feature in batch["features"]:
+                for one in feature["activations"]:
+                    one.update(dfa_values=[], dfa_maxValue=0, dfa_targetIndex=-1)
+            path.write_text(json.dumps(batch))
+    with working(home):
+        job = imported(home, theirs, sae)
+        assert home.status(job) == "done", home.error(job)
+
+    of = f"/api/v1/saes/{sae}"
+    for path, route in (
+        (of, "/saes/{sae}"),
+        (f"{of}/features", "/saes/{sae}/features"),
+        (f"{of}/features?head=1&sort=-dfa_share", "/saes/{sae}/features"),
+        (f"{of}/features/0?include={','.join(PARTS)}&all_examples=true", "/saes/{sae}/features/{index}"),
+        (f"{of}/heads", "/saes/{sae}/heads"),
+        (f"{of}/heads/1", "/saes/{sae}/heads/{head}"),
+        (f"{of}/families", "/saes/{sae}/families"),
+        (f"{of}/search?q=w7", "/saes/{sae}/search"),
+        ("/api/v1/saes", "/saes"),
+        ("/api/v1/harvests", "/harvests"),
+        ("/api/v1/models/tiny/heads", "/models/{model}/heads"),
+    ):
+        answer = web.get(path)
+        assert answer.status_code == 200, (path, answer.text)
+        said = DOCUMENT.openapi["paths"][f"/api/v1{route}"]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+        jsonschema_rs.validator_for(said | {"components": DOCUMENT.openapi["components"]}).validate(answer.json())
+
+    feature = web.get(f"{of}/features/0?include=heads,dfa&all_examples=true").json()
+    assert all(one["dfa"] is one["dfa_std"] is one["dfa_share"] is None for one in feature["heads"]["shares"])
+    assert feature["heads"]["agreement"] is None
+    assert {one["attributed"] for one in feature["examples"]} == ({"heads summed", "none"} if dfa else {"none"})
+    lines = [json.loads(line) for line in web.get(f"{of}/features/export?include=heads,dfa&all_examples=true").text.splitlines()]
+    assert len(lines) == D_SAE
+    assert next(line for line in lines if line["index"] == 0) == feature
+
+    row = web.get("/api/feature/tiny/1-mine/0").json()
+    assert len(row["activations"]) == len(feature["examples"])
+    raw = json.loads((theirs / "batch-0.json").read_text())["features"][0]
+    assert row["decoder_weights_dist"] == pytest.approx(raw["decoder_weights_dist"], abs=1e-5)
+    assert row["pos_str"] == raw["pos_str"]
+    with_dfa = [one for one in row["activations"] if one["dfaTargetIndex"] is not None]
+    assert bool(with_dfa) == dfa
+    for one in with_dfa:
+        assert one["dfaTargetIndex"] == one["qualifyingTokenIndex"]
+        assert len(one["dfaValues"]) == len(one["tokens"])
+    for one in row["activations"]:
+        if one not in with_dfa:
+            assert (one["dfaValues"], one["dfaMaxValue"], one["headscope"]["dfaByHead"]) == ([], None, [])
+    body = {"modelId": "tiny", "source": "1-mine", "index": "0"}
+    assert web.post("/api/activation/get", json=body).json() == row["activations"]
+    assert len(web.post("/api/features-offset", json={"modelId": "tiny", "layer": "1-mine"}).json()) == 25

@@ -1,5 +1,5 @@
-"""Every name that travels in Neuronpedia's shapes, written out: another project's scripts read them, so none may change by the way
-it is made here."""
+"""Every name that travels in Neuronpedia's shapes, written out: another project's scripts read them, so none may change by
+the way it is made here."""
 
 from collections.abc import Iterator
 
@@ -46,8 +46,8 @@ ANSWERED = {
     "collections.EntryWithNeuron": f"{ENTRY} neuron",
     "collections.BookmarkRow": f"{AT} id userId createdAt",
     "explanations.FoundRow": f"{AT} description explanationModelName typeName cosine_similarity neuron",
-    "live.TestedRow": f"""{AT} tokens values maxValue minValue maxValueTokenIndex creatorId dataIndex dataSource createdAt dfaValues
-        dfaTargetIndex dfaMaxValue""",
+    "live.TestedRow": f"""{AT} tokens values maxValue minValue maxValueTokenIndex creatorId dataIndex dataSource createdAt
+        dfaValues dfaTargetIndex dfaMaxValue""",
     "live.FoundRow": f"{AT} values maxValue maxValueIndex dfaValues dfaTargetIndex dfaMaxValue neuron",
     "live.TokenRow": "position token isSpecial topFeatures",
     "live.TopFeature": "activationValue featureIndex feature",
@@ -97,6 +97,6 @@ def test_every_name_that_travels_is_the_one_written_here() -> None:
 
 def test_names_with_underscores_are_written_out_and_used() -> None:
     used = {name for one in shapes() for name in one.model_fields}
-    assert WITH_UNDERSCORES <= used
+    assert used >= WITH_UNDERSCORES
     assert {wire_name(name) for name in WITH_UNDERSCORES} == WITH_UNDERSCORES
     assert wire_name("pos_of_it") == "posOfIt", "only whole names keep their underscores"
