@@ -21,6 +21,7 @@ from sae_core.config import CorpusSource, HarvestConfig, ModelSource, SAEConfig,
 from sae_core.records import HarvestTotals
 from server.db import Database
 from server.exchange import dashboards, written
+from server.exchange.reading import Readers
 from server.settings import Settings
 from server.store import exports, harvests, imports, registry, search
 from server.store.saes import find_sae
@@ -137,9 +138,9 @@ def take_in(db: Database, sae_id: int, folder: Path, features: int) -> None:
         db, sae_id=sae_id, corpus_id=corpus.id, job_id="bench", config=config, totals=totals, fence=search.unfenced
     )
     texts = imports.Texts()
-    for number in layout.parts:
-        found = dashboards.read(layout, number, about)
-        imports.write_file(db, harvest_id, sae_id, number, found, texts, search.unfenced)
+    with Readers(layout, about, layout.parts) as readers:
+        for number in layout.parts:
+            imports.write_file(db, harvest_id, sae_id, number, readers.chunks(number), texts, search.unfenced)
     imports.write_dead(db, harvest_id, (), search.unfenced)
     imports.count_up(db, harvest_id, search.unfenced)
     search.write(db, harvest_id, search.unfenced)

@@ -114,6 +114,44 @@ class Attribution(NamedTuple):
         return abs(self.total + self.bias - self.preact) / size if size else 0.0
 
 
+class ManyActs(NamedTuple):
+    """Activations of many examples that are to be packed: arrays of one example after the other."""
+
+    start: Ints
+    """[n]"""
+    dest: Ints
+    """[n]"""
+    counts: Ints
+    """[n]: activations of each, the destination's among them or not."""
+    pos: Ints
+    """Rising within an example."""
+    value: Floats
+
+
+class ManyDfa(NamedTuple):
+    """DFA of many examples that is to be packed: arrays of one example after the other."""
+
+    start: Ints
+    """[n]"""
+    dest: Ints
+    """[n]"""
+    counts: Ints
+    """[n]: entries of each."""
+    src: Ints
+    head: Ints
+    value: Floats
+    dropped: Floats
+    """[n, n_heads]"""
+    before: Floats
+    """[n, n_heads]"""
+    preact: Floats
+    """[n]"""
+    bias: Floats
+    """[n]"""
+    abs_dfa: Floats
+    """[n]"""
+
+
 class Unpacked(NamedTuple):
     """Many examples read together: arrays of one example after the other, and where each one's part ends."""
 
@@ -204,15 +242,21 @@ _ACTS = np.dtype([("n", "<u2"), ("top", "<f4"), ("low_bits", "u1")])
 def pack_acts(examples: Sequence[Found]) -> list[bytes]:
     """The `acts` column of each: activations other than the destination's, which is `act`; empty where there is no other."""
     counts = np.array([len(e.acts_pos) for e in examples], np.int64)
-    group = np.repeat(np.arange(len(examples)), counts)
     pos = np.concatenate([*(e.acts_pos for e in examples), np.zeros(0, np.uint16)]).astype(np.int64)
     value = np.concatenate([*(e.acts_value for e in examples), np.zeros(0, np.float32)]).astype(np.float64)
-    others = pos != _per(examples, "dest")[group]
-    pos, value, group = (pos - _per(examples, "start")[group])[others], value[others], group[others]
-    header = np.zeros(len(examples), _ACTS)
-    header["n"] = np.bincount(group, minlength=len(examples))
-    header["top"] = _largest(value, group, len(examples))
-    places, header["low_bits"] = _places(pos, group, len(examples))
+    return pack_many_acts(ManyActs(_per(examples, "start"), _per(examples, "dest"), counts, pos, value))
+
+
+def pack_many_acts(many: ManyActs) -> list[bytes]:
+    """`pack_acts` of examples that are arrays already: the same bytes."""
+    size = len(many.counts)
+    group = np.repeat(np.arange(size), many.counts)
+    others = many.pos != many.dest[group]
+    pos, value, group = (many.pos - many.start[group])[others], many.value[others], group[others]
+    header = np.zeros(size, _ACTS)
+    header["n"] = np.bincount(group, minlength=size)
+    header["top"] = _largest(value, group, size)
+    places, header["low_bits"] = _places(pos, group, size)
     packed = _packed(
         header, [*places, _coded(encode(value, header["top"].astype(np.float64)[group]), header["n"].astype(np.int64))]
     )
@@ -240,24 +284,34 @@ _DFA = np.dtype(
 
 def pack_dfa(examples: Sequence[Found]) -> list[bytes]:
     """The `dfa` column of each: entries, what each head has beside them, pre-activation, bias, and the sum of |DFA|."""
-    size = len(examples)
     counts = np.array([len(e.dfa_value) for e in examples], np.int64)
+    src, head, value = (np.concatenate([getattr(e, name) for e in examples]) for name in ("dfa_src", "dfa_head", "dfa_value"))
+    dropped, before = (np.array([getattr(e, name) for e in examples], np.float64) for name in ("dropped", "before"))
+    sums = (np.array([getattr(e, name) for e in examples], np.float64) for name in ("preact", "bias", "abs_dfa"))
+    return pack_many_dfa(
+        ManyDfa(
+            _per(examples, "start"), _per(examples, "dest"), counts, src.astype(np.int64), head.astype(np.int64),
+            value.astype(np.float64), dropped, before, *sums,
+        )
+    )  # fmt: skip
+
+
+def pack_many_dfa(many: ManyDfa) -> list[bytes]:
+    """`pack_dfa` of examples that are arrays already: the same bytes."""
+    counts, start, head, value = many.counts, many.start, many.head, many.value
+    size = len(counts)
     group = np.repeat(np.arange(size), counts)
-    joined = [np.concatenate([getattr(e, name) for e in examples]) for name in ("dfa_src", "dfa_head", "dfa_value")]
-    src, head, value = joined[0].astype(np.int64), joined[1].astype(np.int64), joined[2].astype(np.float64)
-    left = np.array([[e.dropped, e.before] for e in examples], np.float64)  # [size, 2, n_heads]
+    left = np.stack([many.dropped, many.before], 1)  # [size, 2, n_heads]
     n_heads = left.shape[2]
 
-    start = _per(examples, "start")
-    place = head * (_per(examples, "dest") - start + 1)[group] + src - start[group]
+    place = head * (many.dest - start + 1)[group] + many.src - start[group]
     order = np.argsort(group * (place.max(initial=0) + 1) + place, kind="stable")
     head, value, place = head[order], value[order], place[order]
     at_head = group * n_heads + head
     # What rounding can add to a head's rest must not lift it above the largest number, beyond which there is no code.
     spare = (ERROR + FLOOR) * np.bincount(at_head, np.abs(value), minlength=size * n_heads).reshape(size, n_heads)
     header = np.zeros(size, _DFA)
-    for name in ("preact", "bias", "abs_dfa"):
-        header[name] = [getattr(e, name) for e in examples]
+    header["preact"], header["bias"], header["abs_dfa"] = many.preact, many.bias, many.abs_dfa
     header["top"] = np.maximum(
         _largest(value, group, size), (np.abs(left) + np.stack([spare, np.zeros_like(spare)], 1)).max((1, 2), initial=0)
     )

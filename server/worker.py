@@ -76,6 +76,7 @@ from server.db import Database
 from server.downloads import sha256_of
 from server.estimates import Shape
 from server.exchange import dashboards
+from server.exchange.reading import Readers
 from server.settings import Settings
 from server.store import harvests, imports, registry, search, studies
 from server.store import jobs as store
@@ -430,11 +431,10 @@ def import_dashboards(run: Run, cfg: DashboardsJob) -> None:
     harvest_id: int = run.step("begin", lambda: _begin_dashboards(run, cfg, record, layout))
     texts = imports.Texts.of(worker.db, harvest_id)
     covered: set[int] = set()
-    for done, number in enumerate(layout.parts):
-        run.report(Progress("read", done, len(layout.parts), "files"))
-        covered.update(
-            run.step(f"read {number}", partial(_read_dashboards, run, record, layout, number, about, harvest_id, texts))
-        )
+    with Readers(layout, about, imports.unwritten(worker.db, harvest_id, layout.parts)) as readers:
+        for done, number in enumerate(layout.parts):
+            run.report(Progress("read", done, len(layout.parts), "files"))
+            covered.update(run.step(f"read {number}", partial(_read_dashboards, run, record, readers, number, harvest_id, texts)))
     run.step("check", lambda: _check_covered(run, cfg, covered, layout, record))
     dead = (dashboards.feature_record(index, about) for index in sorted(layout.skipped - covered))
     run.step("dead", lambda: imports.write_dead(worker.db, harvest_id, dead, run.fence))
@@ -459,20 +459,19 @@ def _begin_dashboards(run: Run, cfg: DashboardsJob, record: registry.SAERecord, 
 
 
 def _read_dashboards(
-    run: Run, record: registry.SAERecord, layout: dashboards.Layout, number: int, about: dashboards.About, harvest_id: int,
-    texts: imports.Texts,
-) -> list[int]:  # fmt: skip
+    run: Run, record: registry.SAERecord, readers: Readers, number: int, harvest_id: int, texts: imports.Texts
+) -> list[int]:
     """The features of one file, stored."""
     covered: list[int] = []
 
-    def seen() -> Iterator[imports.ForeignFeature]:
-        for feature in dashboards.read(layout, number, about):
-            covered.append(feature.record.idx)
-            yield feature
+    def seen() -> Iterator[imports.Chunk]:
+        for chunk in readers.chunks(number):
+            covered.extend(feature.idx for feature in chunk.records)
+            yield chunk
 
     imports.write_file(run.worker.db, harvest_id, record.id, number, seen(), texts, run.fence)
     if not covered:  # written before, by an attempt that was killed before it could say so
-        covered = [feature.record.idx for feature in dashboards.read(layout, number, about)]
+        covered = [feature.idx for chunk in readers.chunks(number) for feature in chunk.records]
     return covered
 
 

@@ -3,29 +3,39 @@
 SAEDashboard fills up its groups with examples on which the feature does not fire, and pairs every example of a prompt with the
 DFA of the prompt's strongest token. So an example without a positive activation is left out, and DFA is taken only where its
 target is the example's own destination.
+
+Most of an import is reading numbers, so only what is needed is decoded: a prompt's tokens once, by their JSON as it stands, and
+numbers straight to arrays, a feature's examples at a time.
 """
 
 import gzip
-import json
+import hashlib
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import msgspec
 import numpy as np
+from msgspec import Raw, Struct
 from numpy.typing import NDArray
 from pydantic_core import from_json
 
 from sae_core.errors import UnreadableDashboards
 from sae_core.records import FeatureRecord
-from server.store.imports import ForeignExample, ForeignFeature, ForeignLabel
+from server.store.imports import ForeignExamples, ForeignFeature, ForeignLabel, text_key
 
 BATCH = re.compile(r"^batch-(\d+)\.(?:json|jsonl\.gz)$")
 SAEDASHBOARD, NEURONPEDIA = "SAEDashboard", "Neuronpedia"
 LACKING = ("DFA by head", "head shares by data", "families", "firings by position", "features that fire together")
 WITHOUT_DFA = "DFA by source token"
+MOST_PROMPTS = 200_000
+"""Prompts that a process remembers."""
+BOUNDS = ("low", "high", "contains")
 
 
 class About(NamedTuple):
@@ -52,6 +62,14 @@ class Layout:
     skipped: frozenset[int]
     """Features that the files name as dead."""
     has_dfa: bool
+
+    def size(self, numbers: Sequence[int]) -> int:
+        """Bytes of these batches."""
+        if self.format == SAEDASHBOARD:
+            files = [self.folder / f"batch-{number}.json" for number in numbers]
+        else:
+            files = [self.folder / "activations" / f"batch-{number}.jsonl.gz" for number in numbers]
+        return sum(file.stat().st_size for file in files if file.exists())
 
     @property
     def source(self) -> dict[str, Any]:
@@ -80,20 +98,20 @@ def look(folder: Path) -> Layout:
             field="location",
         )
     _check_numbers(numbers, folder, "batch-{}.json")
-    first = _saedashboard(folder, numbers[0])
-    features = first["features"]
-    one: dict[str, Any] = features[0] if features else {}
-    activations = [a for feature in features for a in feature.get("activations", ())]
+    path = folder / f"batch-{numbers[0]}.json"
+    features = _decoded(path, path, _BATCH).features
+    one = _decoded(path, features[0], _SWEPT) if features else _Swept()
+    activations = [a for feature in features for a in _decoded(path, feature, _FEATURE).activations]
     skipped = folder / "skipped_indexes.json"
     return Layout(
         format=SAEDASHBOARD,
         folder=folder,
         parts=tuple(numbers),
-        dataset=str(one.get("dataset") or ""),
-        n_tokens=int(one.get("n_prompts_total") or 0) * int(one.get("n_tokens_in_prompt") or 0),
-        context=max((len(a["tokens"]) for a in activations), default=0),
-        skipped=frozenset(_json(skipped).get("skipped_indexes") or ()) if skipped.exists() else frozenset(),
-        has_dfa=any(a.get("dfa_values") for a in activations),
+        dataset=one.dataset or "",
+        n_tokens=(one.n_prompts_total or 0) * (one.n_tokens_in_prompt or 0),
+        context=max((len(a.values) for a in activations), default=0),
+        skipped=frozenset(_decoded(skipped, skipped, _SKIPPED).skipped_indexes or ()) if skipped.exists() else frozenset(),
+        has_dfa=any(a.dfa for a in activations),
     )
 
 
@@ -106,137 +124,236 @@ def _look_neuronpedia(folder: Path) -> Layout:
     missing = [f"activations/batch-{n}.jsonl.gz" for n in numbers if n not in there]
     if missing:
         raise UnreadableDashboards(f"{folder} lacks {_few(missing)}; copy the whole source.", field="location")
-    some = next(iter(_lines(folder / "activations" / f"batch-{numbers[0]}.jsonl.gz")), {})
+    some = next(_lines(folder / "activations" / f"batch-{numbers[0]}.jsonl.gz", _ACTIVATION), None)
     source_file = folder / "source.jsonl"
-    source = json.loads(source_file.read_text().splitlines()[0]) if source_file.exists() and source_file.stat().st_size else {}
-    per_prompt = int(source.get("num_tokens_in_prompt") or source.get("numTokensInPrompt") or 0)
+    source = next(_lines(source_file, _SOURCE), _Source()) if source_file.exists() else _Source()
     return Layout(
         format=NEURONPEDIA,
         folder=folder,
         parts=tuple(numbers),
-        dataset=str(source.get("dataset") or ""),
-        n_tokens=int(source.get("num_prompts") or source.get("numPrompts") or 0) * per_prompt,
-        context=len(some.get("tokens") or ()),
+        dataset=source.dataset or "",
+        n_tokens=(source.num_prompts or source.prompts or 0) * (source.num_tokens_in_prompt or source.tokens_in_prompt or 0),
+        context=len(some.values) if some else 0,
         skipped=frozenset(),
-        has_dfa=bool(some.get("dfaValues")),
+        has_dfa=bool(some and some.dfa),
     )
 
 
-def read(layout: Layout, number: int, about: About) -> Iterator[ForeignFeature]:
-    """The features of one batch. UnreadableDashboards names the file and what is wrong with it."""
-    found = _read_saedashboard(layout, number) if layout.format == SAEDASHBOARD else _read_neuronpedia(layout, number)
-    d_sae = len(about.head_norm)
-    for raw in found:
-        if not 0 <= raw.feature < d_sae:
-            raise UnreadableDashboards(
-                f"Batch {number} of {layout.folder} has a feature {raw.feature}, and the SAE has {d_sae:,}; "
-                "name the SAE that they are of.",
-                field="sae",
-            )
-        yield _feature(raw, layout, about)
+# ---- what is read of the files: the rest is passed over ----
 
 
-class _Activation(NamedTuple):
-    tokens: list[str]
+class _Shown(Struct, gc=False):
+    """A prompt with a feature's activations, as SAEDashboard has it."""
+
+    tokens: Raw
     values: list[float]
-    low: float
-    high: float
-    contains: float
+    low: float = msgspec.field(name="bin_min")
+    high: float = msgspec.field(name="bin_max")
+    contains: float = msgspec.field(name="bin_contains")
     """-1 for the strongest."""
-    at: int | None
-    dfa: list[float] | None
-    dfa_at: int | None
+    at: int | None = msgspec.field(name="qualifying_token_index", default=None)
+    dfa: list[float] | None = msgspec.field(name="dfa_values", default=None)
+    dfa_at: int | None = msgspec.field(name="dfa_targetIndex", default=None)
 
 
-class _Raw(NamedTuple):
-    feature: int
-    density: float
-    fields: dict[str, Any]
-    """By SAEDashboard's names, which are Neuronpedia's too."""
-    activations: list[_Activation]
-    labels: list[ForeignLabel]
+class _ShownLine(Struct, gc=False):
+    """The same, as a line of Neuronpedia's."""
+
+    index: int | str
+    tokens: Raw
+    values: list[float]
+    low: float | None = msgspec.field(name="binMin", default=None)
+    high: float | None = msgspec.field(name="binMax", default=None)
+    contains: float | None = msgspec.field(name="binContains", default=None)
+    at: int | None = msgspec.field(name="qualifyingTokenIndex", default=None)
+    dfa: list[float] | None = msgspec.field(name="dfaValues", default=None)
+    dfa_at: int | None = msgspec.field(name="dfaTargetIndex", default=None)
+
+
+class _Fields(Struct):
+    """What both say of a feature."""
+
+    frac_nonzero: float | None = None
+    heights: list[float] | None = msgspec.field(name="freq_hist_data_bar_heights", default=None)
+    middles: list[float] | None = msgspec.field(name="freq_hist_data_bar_values", default=None)
+    logit_heights: list[float] | None = msgspec.field(name="logits_hist_data_bar_heights", default=None)
+    logit_middles: list[float] | None = msgspec.field(name="logits_hist_data_bar_values", default=None)
+    pos_str: list[str] | None = None
+    pos_values: list[float] | None = None
+    neg_str: list[str] | None = None
+    neg_values: list[float] | None = None
+    largest: float | None = msgspec.field(name="maxActApprox", default=None)
+
+
+class _Feature(_Fields, kw_only=True):
+    """A feature of SAEDashboard's."""
+
+    feature_index: int
+    frac_nonzero: float
+    activations: list[_Shown]
+
+
+class _FeatureLine(_Fields, kw_only=True):
+    """A feature of Neuronpedia's."""
+
+    index: int | str
+
+
+class _Explained(Struct):
+    """A line of Neuronpedia's explanations."""
+
+    index: int | str
+    description: str
+    method: str | None = msgspec.field(name="typeName", default=None)
+    model: str | None = msgspec.field(name="explanationModelName", default=None)
+
+
+class _Batch(Struct):
+    features: list[Raw]
+
+
+class _Swept(Struct):
+    dataset: str | None = None
+    n_prompts_total: int | None = None
+    n_tokens_in_prompt: int | None = None
+
+
+class _Skipped(Struct):
+    skipped_indexes: list[int] | None = None
+
+
+class _Source(Struct):
+    dataset: str | None = None
+    num_prompts: int | None = None
+    num_tokens_in_prompt: int | None = None
+    prompts: int | None = msgspec.field(name="numPrompts", default=None)
+    tokens_in_prompt: int | None = msgspec.field(name="numTokensInPrompt", default=None)
+
+
+_BATCH: msgspec.json.Decoder[_Batch] = msgspec.json.Decoder(_Batch)
+_SWEPT: msgspec.json.Decoder[_Swept] = msgspec.json.Decoder(_Swept)
+_SKIPPED: msgspec.json.Decoder[_Skipped] = msgspec.json.Decoder(_Skipped)
+_FEATURE: msgspec.json.Decoder[_Feature] = msgspec.json.Decoder(_Feature)
+_FEATURE_LINE: msgspec.json.Decoder[_FeatureLine] = msgspec.json.Decoder(_FeatureLine)
+_ACTIVATION: msgspec.json.Decoder[_ShownLine] = msgspec.json.Decoder(_ShownLine)
+_EXPLAINED: msgspec.json.Decoder[_Explained] = msgspec.json.Decoder(_Explained)
+_SOURCE: msgspec.json.Decoder[_Source] = msgspec.json.Decoder(_Source)
+_TOKENS: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(list[str])
+
+T = TypeVar("T")
+
+
+def _decoded(path: Path, given: Path | Raw | bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """What `given`, a part of the file or the file itself, holds."""
+    try:
+        data = given.read_bytes() if isinstance(given, Path) else given
+        try:
+            return decoder.decode(data)
+        except msgspec.DecodeError as error:
+            # Python writes numbers that are none as NaN, which is no JSON. Only where none is needed can it be passed over.
+            if isinstance(error, msgspec.ValidationError) or (b"NaN" not in bytes(data) and b"Infinity" not in bytes(data)):
+                raise
+            return decoder.decode(msgspec.json.encode(from_json(bytes(data))))
+    except FileNotFoundError as error:
+        raise UnreadableDashboards(f"{path} is missing; copy the whole folder.") from error
+    except msgspec.ValidationError as error:
+        raise UnreadableDashboards(f"{path} lacks or misstates something: {error}; make the file again.") from error
+    except (OSError, ValueError) as error:
+        raise UnreadableDashboards(f"{path} cannot be read as JSON ({str(error)[:200]}); copy it again.") from error
+
+
+def _lines(path: Path, decoder: msgspec.json.Decoder[T]) -> Iterator[T]:
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for line in file:
+                if line.strip():
+                    yield _decoded(path, line, decoder)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UnreadableDashboards(f"{path} cannot be read ({str(error)[:200]}); copy it again.") from error
+
+
+@dataclass
+class Prompts:
+    """The prompts of all files that a process reads, by their JSON as it stands: each is read once, however many features
+    show it, and handed on with the first of them."""
+
+    seen: dict[bytes, tuple[bytes, int]] = field(default_factory=dict)
+    """Digest of the JSON: the text's key, and of how many tokens it is."""
+    fresh: dict[bytes, list[str]] = field(default_factory=dict)
+    """Texts that were not handed on yet."""
+
+    def of(self, raw: Raw) -> tuple[bytes, int]:
+        """The text's key and how many tokens it has; ValueError where it is no list of texts."""
+        digest = hashlib.blake2b(raw, digest_size=16).digest()
+        found = self.seen.get(digest)
+        if found is None:
+            if len(self.seen) > MOST_PROMPTS:
+                self.seen.clear()
+            texts = [text.replace("\0", "\u2400") for text in _TOKENS.decode(raw)]  # as the database writes it
+            found = self.seen[digest] = (text_key(texts), len(texts))
+            self.fresh[found[0]] = texts
+        return found
+
+    def taken(self) -> dict[bytes, list[str]]:
+        """The texts since the last time."""
+        fresh, self.fresh = self.fresh, {}
+        return fresh
 
 
 # ---- the two kinds of files ----
 
 
-def _saedashboard(folder: Path, number: int) -> dict[str, Any]:
+def read(layout: Layout, number: int, about: About, prompts: Prompts | None = None) -> Iterator[ForeignFeature]:
+    """The features of one batch, with the texts that `prompts` has not seen. UnreadableDashboards names the file and what is
+    wrong with it."""
+    prompts = Prompts() if prompts is None else prompts
+    found = _read_saedashboard if layout.format == SAEDASHBOARD else _read_neuronpedia
+    d_sae = len(about.head_norm)
+    for index, fields, block, labels in found(layout.folder, number, prompts):
+        if not 0 <= index < d_sae:
+            raise UnreadableDashboards(
+                f"Batch {number} of {layout.folder} has a feature {index}, and the SAE has {d_sae:,}; "
+                "name the SAE that they are of.",
+                field="sae",
+            )
+        yield _feature(index, fields, block, labels, layout, about, prompts)
+
+
+_Read = Iterator[tuple[int, _Fields, "_Block", list[ForeignLabel]]]
+
+
+def _read_saedashboard(folder: Path, number: int, prompts: Prompts) -> _Read:
     path = folder / f"batch-{number}.json"
-    found = _json(path)
-    features = found.get("features")
-    if not isinstance(features, list):
-        raise UnreadableDashboards(f"{path} holds no list of features, so it is no batch of SAEDashboard; make it again.")
-    return found
+    for raw in _decoded(path, path, _BATCH).features:
+        feature = _decoded(path, raw, _FEATURE)
+        yield feature.feature_index, feature, _block(path, feature.feature_index, feature.activations, prompts), []
 
 
-def _read_saedashboard(layout: Layout, number: int) -> Iterator[_Raw]:
-    path = layout.folder / f"batch-{number}.json"
-    for feature in _saedashboard(layout.folder, number)["features"]:
-        try:
-            activations = [
-                _Activation(
-                    a["tokens"], a["values"], a["bin_min"], a["bin_max"], a["bin_contains"], a.get("qualifying_token_index"),
-                    a.get("dfa_values"), a.get("dfa_targetIndex"),
-                )
-                for a in feature["activations"]
-            ]  # fmt: skip
-            yield _Raw(int(feature["feature_index"]), float(feature["frac_nonzero"]), feature, activations, [])
-        except (KeyError, TypeError, ValueError) as error:
-            raise UnreadableDashboards(f"A feature in {path} lacks or misstates {error}; make the file again.") from error
-
-
-def _read_neuronpedia(layout: Layout, number: int) -> Iterator[_Raw]:
+def _read_neuronpedia(folder: Path, number: int, prompts: Prompts) -> _Read:
     name = f"batch-{number}.jsonl.gz"
-    path = layout.folder / "activations" / name
-    activations: dict[int, list[_Activation]] = {}
-    try:
-        for a in _lines(path):
-            of = activations.setdefault(int(a["index"]), [])
-            of.append(
-                _Activation(
-                    a["tokens"], a["values"], a.get("binMin") or 0, a.get("binMax") or 0, a.get("binContains") or 0,
-                    a.get("qualifyingTokenIndex"), a.get("dfaValues"), a.get("dfaTargetIndex"),
-                )
-            )  # fmt: skip
-        labels = _explanations(layout.folder / "explanations" / name)
-        path = layout.folder / "features" / name
-        for feature in _lines(path):
-            index = int(feature["index"])
-            of = activations.get(index, [])
-            yield _Raw(index, float(feature.get("frac_nonzero") or 0), feature, of, labels.get(index, []))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnreadableDashboards(f"A line of {path} lacks or misstates {error}; copy the file again.") from error
+    path, blocks = folder / "activations" / name, dict[int, list[_Block]]()
+    for said, lines in groupby(_lines(path, _ACTIVATION), attrgetter("index")):
+        index = _index(said, path)
+        blocks.setdefault(index, []).append(_block(path, index, list(lines), prompts))
+    labels = _explanations(folder / "explanations" / name)
+    path = folder / "features" / name
+    for feature in _lines(path, _FEATURE_LINE):
+        index = _index(feature.index, path)
+        yield index, feature, _joined(blocks.pop(index, [_NOTHING])), labels.get(index, [])
 
 
 def _explanations(path: Path) -> dict[int, list[ForeignLabel]]:
     found: dict[int, list[ForeignLabel]] = {}
-    for line in _lines(path) if path.exists() else ():
-        method = line.get("typeName") or "imported"
-        label = ForeignLabel(line["description"], line.get("explanationModelName") or method, method)
-        found.setdefault(int(line["index"]), []).append(label)
+    for line in _lines(path, _EXPLAINED) if path.exists() else ():
+        method = line.method or "imported"
+        found.setdefault(_index(line.index, path), []).append(ForeignLabel(line.description, line.model or method, method))
     return found
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = from_json(path.read_bytes())
-    except FileNotFoundError as error:
-        raise UnreadableDashboards(f"{path} is missing; copy the whole folder.") from error
-    except (OSError, ValueError) as error:
-        raise UnreadableDashboards(f"{path} cannot be read as JSON ({str(error)[:200]}); copy it again.") from error
-    if not isinstance(found, dict):
-        raise UnreadableDashboards(f"{path} holds no JSON object; copy it again.")
-    return found
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        with gzip.open(path) as file:
-            for line in file:
-                if line.strip():
-                    yield from_json(line)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise UnreadableDashboards(f"{path} cannot be read ({str(error)[:200]}); copy it again.") from error
+def _index(said: int | str, path: Path) -> int:
+    if not isinstance(said, int) and not said.isdecimal():
+        raise UnreadableDashboards(f"A line of {path} says the index {said!r}, which is no number; copy the file again.")
+    return int(said)
 
 
 def _numbers(folder: Path, suffix: str) -> list[int]:
@@ -267,34 +384,128 @@ def missing_features(covered: set[int], layout: Layout, d_sae: int) -> str | Non
 
 # ---- one feature ----
 
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
 
-def _feature(raw: _Raw, layout: Layout, about: About) -> ForeignFeature:
-    examples, bands = _examples(raw.activations)
-    counts = [round(n) for n in raw.fields.get("freq_hist_data_bar_heights") or ()]
-    centres = [float(c) for c in raw.fields.get("freq_hist_data_bar_values") or ()]
-    largest = max((float(e.value.max()) for e in examples), default=0.0)
-    swept = layout.n_tokens
-    n_fired = sum(counts) or max(round(raw.density * swept), 1 if examples else 0)
+
+class _Block(NamedTuple):
+    """Examples of a feature in the order of the file: what fires nowhere is left out."""
+
+    keys: list[bytes]
+    low: Floats
+    high: Floats
+    contains: Floats
+    dest: Ints
+    act: Floats
+    fired: Ints
+    """[n]: how many of `pos` and `value` are each one's."""
+    pos: Ints
+    value: Floats
+    attributed: NDArray[np.bool_]
+    """[n]: whether it has DFA of its own destination."""
+    sources: Ints
+    """[n]: how many of `src` and `dfa` are each one's."""
+    src: Ints
+    dfa: Floats
+
+
+def _block(path: Path, index: int, shown: Sequence[_Shown | _ShownLine], prompts: Prompts) -> _Block:
+    """The examples among what is shown of a feature."""
+    texts = [prompts.of(one.tokens) for one in shown]
+    for one, (_, n) in zip(shown, texts, strict=True):
+        if len(one.values) != n:
+            raise UnreadableDashboards(
+                f"Feature {index} in {path} has values, of which there are {len(one.values)} for {n} tokens; make the file again."
+            )
+    kept = [at for at, one in enumerate(shown) if one.values]
+    if not kept:
+        return _NOTHING
+    shown, keys = [shown[at] for at in kept], [texts[at][0] for at in kept]
+    lengths, group, flat = _flat([one.values for one in shown])
+    begins = np.cumsum(lengths) - lengths
+    fires = flat > 0
+    said = np.array([-1 if one.at is None else one.at for one in shown], np.int64)
+    said = np.where((said >= 0) & (said < lengths), said, 0)
+    hits = np.flatnonzero(flat == np.maximum.reduceat(flat, begins)[group])
+    strongest = hits[np.searchsorted(hits, begins)] - begins  # the first of several
+    stated = np.array([one.at is not None and 0 <= one.at < len(one.values) for one in shown])
+    dest = np.where(stated & fires[begins + said], said, strongest)
+
+    of_dest = [
+        one.dfa if one.dfa and one.dfa_at == at and len(one.dfa) == len(one.values) else []
+        for one, at in zip(shown, dest.tolist(), strict=True)
+    ]
+    given, whose, dfa = _flat(of_dest)
+    src = np.arange(len(dfa)) - (np.cumsum(given) - given)[whose]
+    gave = (dfa != 0) & (src <= dest[whose])  # what is after the destination gave nothing
+    of = np.arange(len(flat)) - begins[group]
+    low, high, contains = (np.array([getattr(one, name) or 0.0 for one in shown], np.float64) for name in BOUNDS)
+    block = _Block(
+        keys, low, high, contains, dest, flat[begins + dest],
+        np.bincount(group[fires], minlength=len(shown)), of[fires], flat[fires],
+        given > 0, np.bincount(whose[gave], minlength=len(shown)), src[gave], dfa[gave],
+    )  # fmt: skip
+    return block if block.fired.all() else _taken(block, np.flatnonzero(block.fired))
+
+
+def _flat(lists: Sequence[list[float]]) -> tuple[Ints, Ints, Floats]:
+    """How long each list is, of which one each number is, and the numbers."""
+    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
+    group = np.repeat(np.arange(len(lists)), lengths)
+    return lengths, group, np.fromiter(chain.from_iterable(lists), np.float64, len(group))
+
+
+def _taken(block: _Block, order: Ints) -> _Block:
+    """Some of a block's examples, in this order."""
+    fired, sources = _of(block.fired, order), _of(block.sources, order)
+    return _Block(
+        [block.keys[at] for at in order.tolist()], block.low[order], block.high[order], block.contains[order], block.dest[order],
+        block.act[order], block.fired[order], block.pos[fired], block.value[fired], block.attributed[order],
+        block.sources[order], block.src[sources], block.dfa[sources],
+    )  # fmt: skip
+
+
+def _of(counts: Ints, order: Ints) -> Ints:
+    """Where the members of groups lie that are taken in this order."""
+    begins, taken = (np.cumsum(counts) - counts)[order], counts[order]
+    found: Ints = np.repeat(begins - (np.cumsum(taken) - taken), taken) + np.arange(int(taken.sum()))
+    return found
+
+
+def _joined(blocks: Sequence[_Block]) -> _Block:
+    if len(blocks) == 1:
+        return blocks[0]
+    keys, *arrays = zip(*blocks, strict=True)
+    return _Block(list(chain.from_iterable(keys)), *(np.concatenate(parts) for parts in arrays))
+
+
+def _feature(
+    index: int, fields: _Fields, block: _Block, labels: list[ForeignLabel], layout: Layout, about: About, prompts: Prompts
+) -> ForeignFeature:
+    examples, bands = _examples(block)
+    counts, centres = [round(n) for n in fields.heights or ()], fields.middles or []
+    swept, density = layout.n_tokens, fields.frac_nonzero or 0.0
+    n_fired = sum(counts) or max(round(density * swept), 1 if len(block.keys) else 0)
     known = len(counts) == len(centres) > 0 and sum(counts) > 0
-    acts = [e.act for e in examples]
-    mean = sum(n * c for n, c in zip(counts, centres, strict=True)) / sum(counts) if known else float(np.mean(acts or [0.0]))
+    mean = (
+        sum(n * c for n, c in zip(counts, centres, strict=True)) / sum(counts)
+        if known
+        else float(block.act.mean() if n_fired and len(block.act) else 0.0)
+    )
     record = feature_record(
-        raw.feature,
+        index,
         about,
         n_fired=n_fired,
-        density=raw.density or (n_fired / swept if swept else 0.0),
-        max_act=max(largest, float(raw.fields.get("maxActApprox") or 0.0)),
+        density=density or (n_fired / swept if swept else 0.0),
+        max_act=max(float(block.value.max(initial=0.0)), fields.largest or 0.0),
         mean_act=mean,
         histogram=_histogram(centres, counts) if known else {},
         bands=[{"low": low, "high": high, "count": round(share * n_fired)} for low, high, share in bands],
-        promoted=_tokens(raw.fields, "pos"),
-        suppressed=_tokens(raw.fields, "neg"),
-        logits=_histogram(
-            [float(c) for c in raw.fields.get("logits_hist_data_bar_values") or ()],
-            [round(n) for n in raw.fields.get("logits_hist_data_bar_heights") or ()],
-        ),
+        promoted=_tokens(fields.pos_str, fields.pos_values),
+        suppressed=_tokens(fields.neg_str, fields.neg_values),
+        logits=_histogram(fields.logit_middles or [], [round(n) for n in fields.logit_heights or ()]),
     )
-    return ForeignFeature(record, examples, raw.labels)
+    return ForeignFeature(record, examples, prompts.taken(), labels)
 
 
 def feature_record(index: int, about: About, **known: Any) -> FeatureRecord:
@@ -323,35 +534,25 @@ def feature_record(index: int, about: About, **known: Any) -> FeatureRecord:
     )
 
 
-def _examples(activations: list[_Activation]) -> tuple[list[ForeignExample], list[tuple[float, float, float]]]:
+def _examples(block: _Block) -> tuple[ForeignExamples, list[tuple[float, float, float]]]:
     """Examples by band, strongest first, and the bands: (low, high, share of the firings)."""
-    groups: dict[tuple[float, float], list[_Activation]] = {}
-    strongest: list[_Activation] = []
-    for one in activations:
-        of = strongest if one.contains == -1 or one.low == -1 else groups.setdefault((one.low, one.high), [])
-        of.append(one)
-    ranges = sorted(groups, key=lambda range_: -range_[1])
-    found: list[ForeignExample] = []
-    for band, members in enumerate([strongest, *(groups[one] for one in ranges)]):
-        made = [example for one in members if (example := _example(one, band)) is not None]
-        made.sort(key=lambda example: -example.act)
-        found += [replace(example, rank=rank) for rank, example in enumerate(made)]
-    return found, [(low, high, float(groups[low, high][0].contains)) for low, high in ranges]
-
-
-def _example(one: _Activation, band: int) -> ForeignExample | None:
-    values = np.asarray(one.values, np.float64)
-    if len(values) != len(one.tokens):
-        raise ValueError(f"values, of which there are {len(values)} for {len(one.tokens)} tokens")
-    pos = np.flatnonzero(values > 0)
-    if not len(pos):
-        return None
-    dest = one.at if one.at is not None and 0 <= one.at < len(values) and values[one.at] > 0 else int(values.argmax())
-    dfa = None
-    if one.dfa and one.dfa_at == dest and len(one.dfa) == len(values):
-        dfa = np.asarray(one.dfa, np.float64)
-        dfa[dest + 1 :] = 0.0  # what is after the destination gave nothing
-    return ForeignExample(band, 0, dest, float(values[dest]), tuple(one.tokens), pos, values[pos], dfa)
+    drawn = (block.contains != -1) & (block.low != -1)
+    ranges = list(zip(block.low.tolist(), block.high.tolist(), strict=True))
+    shares: dict[tuple[float, float], float] = {}
+    for range_, share, is_drawn in zip(ranges, block.contains.tolist(), drawn.tolist(), strict=True):
+        if is_drawn:
+            shares.setdefault(range_, share)
+    bands = sorted(shares, key=lambda range_: -range_[1])
+    number = {range_: band for band, range_ in enumerate(bands, 1)}
+    band = np.array([number[range_] if of else 0 for range_, of in zip(ranges, drawn.tolist(), strict=True)], np.int64)
+    order = np.lexsort((-block.act, band))
+    band, block = band[order], _taken(block, order)
+    rank = np.arange(len(band)) - np.searchsorted(band, band)
+    found = ForeignExamples(
+        band, rank, block.dest, block.act, block.keys, block.fired, block.pos, block.value, block.attributed, block.sources,
+        block.src, block.dfa,
+    )  # fmt: skip
+    return found, [(*range_, shares[range_]) for range_ in bands]
 
 
 def _histogram(centres: list[float], counts: list[int]) -> dict[str, Any]:
@@ -372,7 +573,13 @@ def _in_log(centres: list[float]) -> bool:
     return bool(np.ptp(ratios) < 1e-3 * ratios.mean() and np.ptp(steps) > 0.1 * steps.mean())
 
 
-def _tokens(fields: dict[str, Any], side: str) -> list[list[Any]]:
+def _tokens(texts: list[str] | None, values: list[float] | None) -> list[list[Any]]:
     """Promoted or suppressed tokens; their ids are not known."""
-    texts, values = fields.get(f"{side}_str") or (), fields.get(f"{side}_values") or ()
-    return [[-1, text, float(value)] for text, value in zip(texts, values, strict=False)]
+    return [[-1, text, value] for text, value in zip(texts or (), values or (), strict=False)]
+
+
+_NO_INTS, _NO_FLOATS = np.zeros(0, np.int64), np.zeros(0)
+_NOTHING = _Block(
+    [], _NO_FLOATS, _NO_FLOATS, _NO_FLOATS, _NO_INTS, _NO_FLOATS, _NO_INTS, _NO_INTS, _NO_FLOATS, np.zeros(0, np.bool_), _NO_INTS,
+    _NO_INTS, _NO_FLOATS,
+)  # fmt: skip

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from server.settings import Settings
 from server.store import exports, labels, lists
 from server.store.exports import ExportedFeature
 from server.store.features import FeaturePage, feature_page
-from server.store.imports import ForeignExample
+from server.store.imports import ForeignFeature
 from server.store.lists import list_page
 from server.store.saes import Door, find_sae
 
@@ -46,19 +47,41 @@ def about(features: dict[int, ExportedFeature]) -> dashboards.About:
     return dashboards.About(norms, [[]] * len(norms))
 
 
-def assert_the_same(found: ForeignExample, feature: FeaturePage) -> None:
+class Found(NamedTuple):
+    """One of the examples that were read."""
+
+    band: int
+    rank: int
+    texts: list[str]
+    dest: int
+    acts: dict[int, float]
+    dfa: dict[int, float]
+
+
+def taken_apart(feature: ForeignFeature, texts: dict[bytes, list[str]]) -> Iterator[Found]:
+    of, fired, sources = feature.examples, 0, 0
+    for n, key in enumerate(of.keys):
+        a, b = slice(fired, fired + of.fired[n]), slice(sources, sources + of.sources[n])
+        fired, sources = a.stop, b.stop
+        assert of.attributed[n]
+        acts, dfa = (
+            dict(zip(x.tolist(), y.tolist(), strict=True)) for x, y in ((of.pos[a], of.value[a]), (of.src[b], of.dfa[b]))
+        )
+        yield Found(int(of.band[n]), int(of.rank[n]), texts[key], int(of.dest[n]), acts, dfa)
+
+
+def assert_the_same(found: Found, feature: FeaturePage) -> None:
     mine = next(e for e in feature.examples if (e.band, e.rank) == (found.band, found.rank))
-    assert found.texts == mine.texts
+    assert found.texts == list(mine.texts)
     assert found.dest + mine.start == mine.dest
     shown = {at - mine.start: act for at, act in mine.acts.items() if 0 <= at - mine.start < len(mine.texts)}
-    assert dict(zip(found.pos.tolist(), found.value.tolist(), strict=True)) == pytest.approx(shown, rel=1e-5)
+    assert found.acts == pytest.approx(shown, rel=1e-5)
     by_source: dict[int, float] = defaultdict(float)
     for src, _, value in mine.dfa:
         by_source[src - mine.start] += value
-    assert found.dfa is not None
     least = 1e-6 * max(map(abs, by_source.values()))  # seven digits of the largest are written
-    for src, value in enumerate(found.dfa):
-        assert value == pytest.approx(by_source.get(src, 0.0), rel=1e-5, abs=least)
+    for src in range(len(mine.texts)):
+        assert found.dfa.get(src, 0.0) == pytest.approx(by_source.get(src, 0.0), rel=1e-5, abs=least)
 
 
 @pytest.mark.parametrize("form", ["saedashboard", "neuronpedia"])
@@ -73,17 +96,19 @@ def test_dashboards_that_are_written_and_read_again_are_what_is_stored(
     folder = tmp_path / "out" if form == "saedashboard" else next((tmp_path / "out" / "v1").glob("*/*-att-*"))
     layout = dashboards.look(folder)
     assert layout.has_dfa
-    found = {f.record.idx: f for n in layout.parts for f in dashboards.read(layout, n, about(features))}
+    prompts = dashboards.Prompts()
+    found = {f.record.idx: f for n in layout.parts for f in dashboards.read(layout, n, about(features), prompts)}
+    texts = {key: words for feature in found.values() for key, words in feature.texts.items()}
     live = {index for index, feature in features.items() if feature.n_fired}
     assert set(found) | layout.skipped == set(features)
     assert live <= set(found)
     n = 0
     for index in live:
         feature, record = features[index], found[index].record
-        assert len(found[index].examples) == len(feature.examples)
+        assert len(found[index].examples.keys) == len(feature.examples)
         with db.read() as session:
             shown = feature_page(session, door, index, every=True)
-        for example in found[index].examples:
+        for example in taken_apart(found[index], texts):
             assert_the_same(example, shown)
             n += 1
         assert record.density == pytest.approx(feature.density)
