@@ -14,6 +14,8 @@ from sae_core.records import ExampleRecord
 from server.packing import (
     ERROR,
     FLOOR,
+    ManyActs,
+    ManyDfa,
     decode,
     deflate,
     encode,
@@ -21,6 +23,8 @@ from server.packing import (
     inflate,
     pack_acts,
     pack_dfa,
+    pack_many_acts,
+    pack_many_dfa,
     read_acts,
     read_dfa,
     shorten,
@@ -101,6 +105,32 @@ def test_examples_packed_together_are_packed_as_each_alone() -> None:
     many = [example(i, start=5 * (i % 2), n=3 + 7 * i) for i in range(8)]
     assert written(*many) == [row for e in many for row in written(e)]
     assert pack_acts([]) == []
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 2**32 - 1), sizes=st.lists(st.integers(1, 120), min_size=1, max_size=12))
+def test_arrays_of_many_examples_are_packed_to_the_bytes_of_each_alone(seed: int, sizes: list[int]) -> None:
+    several = [example(seed + i, n_heads=1, start=3 * (i % 2), n=n, dest=20 + n) for i, n in enumerate(sizes)]
+    start, dest = (np.array([getattr(e, name) for e in several]) for name in ("start", "dest"))
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(e, name) for e in several])
+
+    acts = ManyActs(
+        start,
+        dest,
+        np.array([len(e.acts_pos) for e in several]),
+        joined("acts_pos").astype(int),
+        joined("acts_value").astype(float),
+    )
+    sums = (np.array([getattr(e, name) for e in several], float) for name in ("preact", "bias", "abs_dfa"))
+    dfa = ManyDfa(
+        start, dest, np.array([len(e.dfa_src) for e in several]), joined("dfa_src").astype(int), joined("dfa_head").astype(int),
+        joined("dfa_value").astype(float), np.stack([e.dropped for e in several]).astype(float),
+        np.stack([e.before for e in several]).astype(float), *sums,
+    )  # fmt: skip
+    assert pack_many_acts(acts) == [pack_acts([e])[0] for e in several]
+    assert pack_many_dfa(dfa) == [pack_dfa([e])[0] for e in several]
 
 
 def test_a_number_takes_ten_bits_and_a_place_about_its_entropy() -> None:

@@ -43,6 +43,11 @@ class Readers:
         if self._pool:
             self._pool.shutdown(wait=kind is None, cancel_futures=True)
 
+    @property
+    def pids(self) -> list[int]:
+        """Of the processes that read."""
+        return list(self._pool._processes) if self._pool else []
+
     def chunks(self, number: int) -> Iterable[Chunk]:
         """One file's, ready to be written. UnreadableDashboards says what is wrong with it."""
         if self._pool is None:

@@ -2,7 +2,11 @@
 
 import gzip
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +26,13 @@ from server.api.v1 import DOCUMENT
 from server.app import create_app
 from server.cli import app
 from server.exchange import dashboards
+from server.exchange.reading import Readers
 from server.store import registry
 from server.store.features import FeaturePage, feature_page
 from server.store.labels import feature_labels
 from server.store.saes import find_sae
 from tests.core.test_formats import CASES, lens
-from tests.jobs.conftest import Home
+from tests.jobs.conftest import Home, wait_for
 from tests.jobs.test_worker import working
 
 THEIRS = CASES.parent / "dashboards"
@@ -335,3 +340,91 @@ def test_scripts_read_what_was_imported_and_what_lacks_is_null(
     body = {"modelId": "tiny", "source": "1-mine", "index": "0"}
     assert web.post("/api/activation/get", json=body).json() == row["activations"]
     assert len(web.post("/api/features-offset", json={"modelId": "tiny", "layer": "1-mine"}).json()) == 25
+
+
+ABOUT = dashboards.About(np.full((D_SAE, 4), 0.25, np.float32), [[]] * D_SAE)
+
+
+def test_files_read_in_processes_of_their_own_are_those_that_are_read_here(theirs: Path) -> None:
+    layout = dashboards.look(theirs)
+    made = []
+    for processes in (0, 2):
+        with Readers(layout, ABOUT, layout.parts, processes) as readers:
+            made.append([chunk for number in layout.parts for chunk in readers.chunks(number)])
+    here, elsewhere = made
+    assert [chunk.examples for chunk in elsewhere] == [chunk.examples for chunk in here]
+    assert sum(len(chunk.examples) for chunk in here) > 200
+    assert [[record.idx for record in chunk.records] for chunk in elsewhere] == [[r.idx for r in chunk.records] for chunk in here]
+    assert {key for chunk in elsewhere for key in chunk.texts} == {key for chunk in here for key in chunk.texts}
+
+
+def test_what_is_wrong_with_a_file_is_said_by_the_process_that_reads_it(theirs: Path) -> None:
+    broken_off(theirs / "batch-1.json")
+    layout = dashboards.look(theirs)
+    with Readers(layout, ABOUT, layout.parts, 1) as readers:
+        assert len(list(readers.chunks(0))) == 1
+        with pytest.raises(UnreadableDashboards, match=r"batch-1\.json"):
+            list(readers.chunks(1))
+
+
+HOLDS = """
+import sys, time
+from pathlib import Path
+import numpy as np
+from server.exchange import dashboards
+from server.exchange.reading import Readers
+if __name__ == "__main__":
+    layout = dashboards.look(Path(sys.argv[1]))
+    with Readers(layout, dashboards.About(np.full((40, 4), 0.25, np.float32), [[]] * 40), layout.parts, 1) as readers:
+        list(readers.chunks(0))
+        print(*readers.pids, flush=True)
+        time.sleep(600)
+"""
+
+
+def test_processes_that_read_leave_when_their_worker_is_killed(theirs: Path, tmp_path: Path) -> None:
+    script = tmp_path / "holds.py"
+    script.write_text(HOLDS)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen([sys.executable, script, theirs], env=env, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None
+        pids = [int(pid) for pid in worker.stdout.readline().split()]
+        assert len(pids) == 1
+        os.kill(pids[0], 0)
+        worker.send_signal(signal.SIGKILL)
+
+    def gone() -> bool:
+        try:
+            return "State:\tZ" in Path(f"/proc/{pids[0]}/status").read_text()
+        except FileNotFoundError:
+            return True
+
+    wait_for(gone, 30)
+
+
+def test_numbers_that_are_none_are_passed_over_where_they_are_not_needed_and_refused_where_they_are(theirs: Path) -> None:
+    path = theirs / "batch-0.json"
+    batch = json.loads(path.read_text())
+    batch["features"][2]["neuron_alignment_values"] = [float("nan")]
+    path.write_text(json.dumps(batch))
+    layout = dashboards.look(theirs)
+    assert len(list(dashboards.read(layout, 0, ABOUT))) == 20
+    batch["features"][2]["activations"][0]["values"][1] = float("nan")
+    path.write_text(json.dumps(batch))
+    with pytest.raises(UnreadableDashboards, match=r"batch-0\.json.*values\[1\]"):
+        list(dashboards.read(layout, 0, ABOUT))
+
+
+def test_a_neuronpedia_feature_whose_examples_are_scattered_over_the_file_is_put_together(theirs: Path, tmp_path: Path) -> None:
+    bulk = neuronpedia(theirs, tmp_path / "bulk")
+    layout = dashboards.look(bulk)
+    before = {feature.record.idx: feature for feature in dashboards.read(layout, 0, ABOUT)}
+    path = bulk / "activations" / "batch-0.jsonl.gz"
+    lines = gzip.decompress(path.read_bytes()).splitlines()
+    path.write_bytes(gzip.compress(b"\n".join(lines[::2] + lines[1::2])))
+    for feature in dashboards.read(layout, 0, ABOUT):
+        same = before[feature.record.idx]
+        assert feature.record.bands == same.record.bands
+        for name in ("band", "rank", "act"):
+            assert getattr(feature.examples, name).tolist() == getattr(same.examples, name).tolist()
+        assert feature.examples.fired.sum() == same.examples.fired.sum()
