@@ -32,6 +32,8 @@ def token_chip(text: str) -> Markup:
 
 def visible(text: str) -> str:
     """`text` with no character invisible, or able to turn the text around it."""
+    if text.isprintable():  # nearly every text: nothing of it is hidden, nor one of the signs
+        return text
     return "".join(_SIGNS.get(c) or (f"⟨{ord(c):X}⟩" if _hidden(c) else c) for c in text)
 
 

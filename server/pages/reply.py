@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse
 
 from sae_core.errors import UsageError
-from server import charts, panels, rendering
+from server import charts, lines, panels, rendering
 from server.figures import SCHEMES, Figure, collecting, pick, standalone
 from server.markup import token_chip, token_text, written
 from server.proxied import prefixed
@@ -219,5 +219,5 @@ def environment() -> Environment:
     jinja.filters.update(token_text=token_text, token_chip=token_chip, written=written)
     jinja.globals.update(link=link, sae_path=sae_path, feature_path=feature_path, head_path=head_path, heads_path=heads_path)
     jinja.globals.update(asset=asset, version=VERSION, asdict=asdict)
-    jinja.globals.update(rendering=rendering, charts=charts, panels=panels)
+    jinja.globals.update(rendering=rendering, charts=charts, panels=panels, lines=lines)
     return jinja

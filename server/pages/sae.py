@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
 from sae_core.errors import UsageError
 from server.pages.csv_file import csv_stream
 from server.pages.feature import View
-from server.pages.reply import Read, etag, feature_path, link, reply, sae_path, unchanged, wants_part
+from server.pages.reply import Read, etag, feature_path, known_schema, link, reply, sae_path, unchanged, wants_part
 from server.store.features import FeatureQuery, FeatureTable, beside, check_index, feature_table, random_feature, walk_of
 from server.store.heads import HeadLine, head_summaries
 from server.store.labels import ListName, lists_of
@@ -35,23 +36,26 @@ class SaePage:
 
 @router.get("/saes/{sae}", include_in_schema=False)
 @router.get("/saes/{sae}.json", response_model=SaePage)
-def sae_page(request: Request, sae: str, query: Annotated[FeatureQuery, Query()], read: Read) -> Response:
+async def sae_page(request: Request, sae: str, query: Annotated[FeatureQuery, Query()]) -> Response:
     """The overview and the part of the feature table that the address asks for."""
-    door = find_sae(read, sae)
-    # Without a published harvest the page tells how the running one goes, which no tag can follow.
-    tag = etag(request, door.sae.harvest.id, door.sae.sha256, door.metrics, door.revision) if door.sae.harvest else None
-    if tag and (known := unchanged(request, tag)):
-        return known
-    table = feature_table(read, door, query)
+    return await run_in_threadpool(_sae, request, sae, query)
+
+
+def _sae(request: Request, sae: str, query: FeatureQuery) -> Response:
+    # One step into a thread, with a session of its own, as for a feature's page.
+    with known_schema(request).read() as read:
+        door = find_sae(read, sae)
+        # Without a published harvest the page tells how the running one goes, which no tag can follow.
+        tag = etag(request, door.sae.harvest.id, door.sae.sha256, door.metrics, door.revision) if door.sae.harvest else None
+        if tag and (known := unchanged(request, tag)):
+            return known
+        table = feature_table(read, door, query)
+        if not wants_part(request):
+            page = SaePage(sae_overview(read, door), head_summaries(read, door), table, lists_of(read, door.id))
     if wants_part(request):
         address = link(sae_path(sae), **query.asked())
         return reply(request, table, "_features.html", tag=tag, headers={"HX-Push-Url": address}, sae=door.sae)
-    return reply(
-        request,
-        SaePage(sae_overview(read, door), head_summaries(read, door), table, lists_of(read, door.id)),
-        "sae.html",
-        tag=tag,
-    )
+    return reply(request, page, "sae.html", tag=tag)
 
 
 @router.get("/saes/{sae}/random", include_in_schema=False)

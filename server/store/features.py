@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
 from urllib.parse import parse_qsl, urlencode
 
+import numpy as np
 import sqlalchemy as sa
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSchema, field_validator, model_validator
 from sqlalchemy.orm import Session
@@ -242,60 +243,70 @@ def feature_table(session: Session, door: Door, query: TablePart) -> FeatureTabl
     )
 
 
+def _line_statement(head: bool) -> sa.Select[Any]:
+    """What the table's lines tell: with the shares of one `head`, or of each feature's leading heads. Made once and of columns
+    alone, as the page's."""
+    feature, detail, shares = (table.__table__ for table in (Feature, FeatureDetail, FeatureHead))
+    example, context = Example.__table__, Context.__table__
+    strongest = sa.and_(example.c.feature_id == feature.c.id, example.c.band == 0, example.c.rank == 0)
+    tables = feature.join(detail, detail.c.feature_id == feature.c.id).outerjoin(example, strongest)
+    tables = tables.outerjoin(context, context.c.id == example.c.context_id)
+    leads: tuple[Any, ...] = (
+        feature.c.top_head,
+        feature.c.top_head_share,
+        feature.c.top_head_dfa,
+        feature.c.top_head_dfa_share,
+        sa.null(),
+    )
+    if head:
+        asked = sa.bindparam("head", type_=sa.Integer)
+        here = sa.and_(shares.c.harvest_id == feature.c.harvest_id, shares.c.head == asked, shares.c.idx == feature.c.idx)
+        tables = tables.outerjoin(shares, here)
+        leads = (asked, shares.c.norm_share, asked, shares.c.dfa_share, shares.c.dfa)
+    names = ("head", "head_share", "dfa_head", "dfa_share", "mean_dfa")
+    label = shown_label(sa.bindparam("sae"), feature.c.idx).label("label")
+    told = [feature.c[name] for name in ("idx", "family", "n_fired", "density", "max_act", "mean_act", "distance")]
+    packed = [example.c[name] for name in ("dest", "start", "act", "dfa")]
+    wanted = feature.c.idx.in_(sa.bindparam("wanted", expanding=True))
+    return (
+        sa.select(*told, *(column.label(name) for column, name in zip(leads, names, strict=True)), detail.c.promoted)
+        .add_columns(detail.c.verdict, label, *packed, sa.literal(b"", sa.LargeBinary).label("acts"), context.c.texts)
+        .select_from(tables)
+        .where(feature.c.harvest_id == sa.bindparam("harvest"), wanted)
+    )
+
+
+_LINES = {head: _line_statement(head) for head in (False, True)}
+
+
 def feature_rows(session: Session, door: Door, head: int | None, wanted: Sequence[int]) -> tuple[FeatureRow, ...]:
     """The lines of the features `wanted`, in their order: one query."""
     if door.sae.harvest is None or not wanted:
         return ()
-    harvest_id = door.sae.harvest.id
-    norm_share, dfa_share, dfa = _shares(head)
-    first = sa.and_(Example.feature_id == Feature.id, Example.band == 0, Example.rank == 0)
-    statement = (
-        sa.select(
-            Feature,
-            FeatureDetail.promoted,
-            FeatureDetail.verdict,
-            norm_share.label("norm_share"),
-            dfa_share.label("dfa_share"),
-            dfa.label("dfa"),
-        )
-        .add_columns(Example, Context.texts, shown_label(door.id, Feature.idx).label("label"))
-        .join(FeatureDetail, FeatureDetail.feature_id == Feature.id)
-        .outerjoin(Example, first)
-        .outerjoin(Context, Context.id == Example.context_id)
-        .where(Feature.harvest_id == harvest_id, Feature.idx.in_(wanted))
-    )
-    if head is not None:
-        at_head = sa.and_(FeatureHead.harvest_id == harvest_id, FeatureHead.head == head, FeatureHead.idx == Feature.idx)
-        statement = statement.outerjoin(FeatureHead, at_head)
-    rows = session.execute(statement).all()
-    known = [row for row in rows if row.Example is not None]
-    snippets = dict(zip((row[0].idx for row in known), _snippets(known), strict=True))
-    lines = {row[0].idx: _feature_row(row, row[0], head, snippets.get(row[0].idx)) for row in rows}
+    asked = {"sae": door.id, "harvest": door.sae.harvest.id, "wanted": wanted}
+    at = {} if head is None else {"head": head}
+    rows = session.connection().execute(_LINES[head is not None], asked | at).all()
+    known = [row for row in rows if row.dest is not None]
+    snippets = dict(zip((row.idx for row in known), _snippets(known), strict=True))
+    lines = {row.idx: _feature_row(row, snippets.get(row.idx)) for row in rows}
     return tuple(lines[idx] for idx in wanted if idx in lines)
 
 
-def _shares(head: int | None) -> tuple[Any, Any, Any]:
-    """Columns of decoder norm share, DFA share and mean DFA: at `head`, or of each feature's leading heads."""
-    if head is None:
-        return Feature.top_head_share, Feature.top_head_dfa_share, sa.null()
-    return FeatureHead.norm_share, FeatureHead.dfa_share, FeatureHead.dfa
-
-
-def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None, snippet: Snippet | None) -> FeatureRow:
+def _feature_row(row: sa.Row[Any], snippet: Snippet | None) -> FeatureRow:
     return FeatureRow(
-        index=feature.idx,
-        family=feature.family,
+        index=row.idx,
+        family=row.family,
         verdict=row.verdict,
-        n_fired=feature.n_fired,
-        density=feature.density,
-        max_act=feature.max_act,
-        mean_act=feature.mean_act,
-        head=feature.top_head if head is None else head,
-        head_share=row.norm_share,
-        dfa_head=feature.top_head_dfa if head is None else head,
+        n_fired=row.n_fired,
+        density=row.density,
+        max_act=row.max_act,
+        mean_act=row.mean_act,
+        head=row.head,
+        head_share=row.head_share,
+        dfa_head=row.dfa_head,
         dfa_share=row.dfa_share,
-        dfa=row.dfa,
-        distance=feature.distance,
+        dfa=row.mean_dfa,
+        distance=row.distance,
         promoted=tuple(text for _, text, _ in row.promoted[:4]),
         snippet=snippet,
         label=row.label,
@@ -303,28 +314,26 @@ def _feature_row(row: sa.Row[Any], feature: Feature, head: int | None, snippet: 
 
 
 def _snippets(rows: Sequence[sa.Row[Any]]) -> list[Snippet]:
-    """Of rows with an Example and its row's texts."""
+    """Of rows with an example and its row's texts."""
     if not rows:
         return []
-    found, begin, made = read_examples([row.Example for row in rows]), 0, []
-    src, value = found.src.tolist(), found.value.tolist()
-    for row, end in zip(rows, found.end.tolist(), strict=True):
-        dest, texts = row.Example.dest, row.texts
-        by_source: dict[int, float] = {}
-        for source, given in zip(src[begin:end], value[begin:end], strict=True):
-            by_source[source] = by_source.get(source, 0.0) + given
-        most = max(by_source, key=lambda source: (by_source[source], -source), default=dest)
-        known = by_source.get(most, 0.0) > 0
+    found = read_examples(rows)
+    # What each example was given by source, heads summed: [rows, positions]. Zero where nothing is known.
+    width = max(row.dest for row in rows) + 1
+    whose = np.repeat(np.arange(len(rows)), np.diff(found.end, prepend=0))
+    by_source = np.bincount(whose * width + found.src, found.value, len(rows) * width).reshape(len(rows), width)
+    made = []
+    for row, most, given in zip(rows, by_source.argmax(1).tolist(), by_source.max(1).tolist(), strict=True):
+        dest, texts = row.dest, row.texts
         made.append(
             Snippet(
                 before="".join(texts[max(0, dest - 10) : dest]),
                 token=texts[dest],
                 after="".join(texts[dest + 1 : dest + 4]),
-                source=texts[most] if known else None,
-                source_offset=most - dest if known else None,
+                source=texts[most] if given > 0 else None,
+                source_offset=most - dest if given > 0 else None,
             )
         )
-        begin = end
     return made
 
 
@@ -832,6 +841,13 @@ def beside(session: Session, door: Door, index: int, query: FeatureQuery, *, bac
         where = "first" if backward else "last"
         raise NotFound(f"Feature {index} is the {where} of those that the filter selects.", field="index")
     return found[0].idx
+
+
+def _shares(head: int | None) -> tuple[Any, Any, Any]:
+    """Columns of decoder norm share, DFA share and mean DFA: at `head`, or of each feature's leading heads."""
+    if head is None:
+        return Feature.top_head_share, Feature.top_head_dfa_share, sa.null()
+    return FeatureHead.norm_share, FeatureHead.dfa_share, FeatureHead.dfa
 
 
 def place_of(session: Session, door: Door, index: int, query: FeatureQuery) -> Place:
