@@ -10,7 +10,7 @@ from starlette.responses import RedirectResponse
 from sae_core.errors import UsageError
 from server.pages.csv_file import csv_stream
 from server.pages.feature import View
-from server.pages.reply import Read, etag, feature_path, link, reply, sae_path, unchanged, wants_part
+from server.pages.reply import Read, etag, feature_path, known_schema, link, reply, sae_path, unchanged, wants_part
 from server.store.features import FeatureQuery, FeatureTable, beside, check_index, feature_table, random_feature, walk_of
 from server.store.heads import HeadLine, head_summaries
 from server.store.labels import ListName, lists_of
@@ -75,7 +75,7 @@ def features_csv(request: Request, sae: str, query: Annotated[FeatureQuery, Quer
     """All that the filter selects, in the table's order, as a file."""
     door = find_sae(read, sae)
     walk_of(door, query)  # a wrong question is answered before the file begins
-    return csv_stream(f"{sae} features", COLUMNS, _csv_rows(request.app.state.db, door, query))
+    return csv_stream(f"{sae} features", COLUMNS, _csv_rows(known_schema(request), door, query))
 
 
 COLUMNS = (

@@ -12,7 +12,8 @@ from sae_core.errors import NotFound, UsageError
 from server.store.features import FeatureCard, feature_cards
 from server.store.labels import shown_label, touch
 from server.store.people import LONGEST_TITLE, many_lines, one_line
-from server.tables import SAE, FeatureList, ListEntry, now
+from server.store.viewers import Visibility, check_own, check_visibility, noted, own
+from server.tables import SAE, Account, FeatureList, ListEntry, now
 
 CARD_EXAMPLES = 3
 """Strongest examples that an entry shows."""
@@ -34,6 +35,10 @@ class ListLine:
     deleted_by: str | None
     entries: int
     """Features in it."""
+    visibility: Visibility = "shared"
+    """Who sees it, where there are accounts."""
+    owner: str | None = None
+    """Whose it is; None where it was made without accounts."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,8 @@ _COUNT = (
     .where(ListEntry.list_id == FeatureList.id, ListEntry.removed_at.is_(None))
     .scalar_subquery()
 )  # fmt: skip
-_LINES = sa.select(FeatureList, _COUNT.label("entries"))
+_OWNER = sa.select(Account.name).where(Account.id == FeatureList.owner_id).scalar_subquery()
+_LINES = sa.select(FeatureList, _COUNT.label("entries"), _OWNER.label("owner"))
 _MEMBER = aliased(ListEntry)  # `_LINES` counts entries; this is another look at them
 
 
@@ -95,7 +101,7 @@ def lists_page(session: Session) -> ListsPage:
     rows = session.execute(
         _LINES.where(FeatureList.deleted_at.is_(None)).order_by(FeatureList.changed_at.desc(), FeatureList.id.desc())
     )
-    return ListsPage(tuple(_line(row, n) for row, n in rows))
+    return ListsPage(tuple(_line(*row) for row in rows))
 
 
 def list_page(session: Session, list_id: int) -> ListPage:
@@ -127,9 +133,10 @@ def list_page(session: Session, list_id: int) -> ListPage:
     )
 
 
-def _line(row: FeatureList, n: int) -> ListLine:
+def _line(row: FeatureList, n: int, owner: str | None) -> ListLine:
     return ListLine(
-        row.id, row.name, row.description, row.author, row.created_at, row.changed_at, row.deleted_at, row.deleted_by, n
+        row.id, row.name, row.description, row.author, row.created_at, row.changed_at, row.deleted_at, row.deleted_by, n,
+        check_visibility(row.visibility), owner,
     )  # fmt: skip
 
 
@@ -184,8 +191,8 @@ def _memberships(session: Session, *conditions: sa.ColumnElement[bool]) -> tuple
         .order_by(FeatureList.id, _MEMBER.place, _MEMBER.id)
     )
     return tuple(
-        Membership(_line(row, n), entry.id, entry.sae_id, entry.idx, entry.note, entry.author, entry.created_at)
-        for row, n, entry in rows
+        Membership(_line(row, n, owner), entry.id, entry.sae_id, entry.idx, entry.note, entry.author, entry.created_at)
+        for row, n, owner, entry in rows
     )
 
 
@@ -195,6 +202,7 @@ def _memberships(session: Session, *conditions: sa.ColumnElement[bool]) -> tuple
 def create(session: Session, name: str, description: str, author: str) -> int:
     """A new list; its id."""
     row = FeatureList(name=_name(name), description=_description(description), author=author)
+    own(session, row)
     session.add(row)
     session.flush()
     return row.id
@@ -209,7 +217,16 @@ def describe(session: Session, list_id: int, name: str, description: str) -> Non
 def delete(session: Session, list_id: int, author: str) -> None:
     """Mark a list as deleted; it can be brought back."""
     row = _locked(session, list_id)
+    check_own(session, row, "delete this list")
     row.deleted_at, row.deleted_by = now(), author
+
+
+def set_visibility(session: Session, list_id: int, visibility: str) -> None:
+    """Say who sees a list."""
+    row = _locked(session, list_id)
+    check_own(session, row, "say who sees this list")
+    row.visibility = check_visibility(visibility)
+    noted(session, visibility=row.visibility)
 
 
 def restore(session: Session, list_id: int) -> None:
