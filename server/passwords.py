@@ -4,18 +4,28 @@ import hashlib
 import hmac
 import secrets
 import threading
-
-from argon2 import PasswordHasher
-from argon2.exceptions import InvalidHashError, VerificationError
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from sae_core.errors import UsageError
+
+if TYPE_CHECKING:
+    from argon2 import PasswordHasher
 
 SHORTEST, LONGEST = 10, 1000
 """Characters of a password."""
 AT_ONCE = 2
 """Hashes made at a time: each takes 64 MiB for a moment, so many logins at once wait for one another."""
 
-_hasher = PasswordHasher()  # argon2id with the parameters of RFC 9106 for little memory
+
+@lru_cache
+def _hasher() -> "PasswordHasher":
+    """argon2id with the parameters of RFC 9106 for little memory. Loaded by the first who needs it: most have no accounts."""
+    from argon2 import PasswordHasher
+
+    return PasswordHasher()
+
+
 _turns = threading.BoundedSemaphore(AT_ONCE)
 
 
@@ -24,21 +34,23 @@ def hashed(password: str) -> str:
     if not SHORTEST <= len(password) <= LONGEST:
         raise UsageError(f"A password has {SHORTEST} to {LONGEST} characters; this one has {len(password)}.", field="password")
     with _turns:
-        return _hasher.hash(password)
+        return _hasher().hash(password)
 
 
 def is_right(password: str, kept: str | None) -> bool:
     """Whether it is the password of which `kept` was kept. Where there is none, it takes as long to say no."""
+    from argon2.exceptions import InvalidHashError, VerificationError
+
     with _turns:
         try:
-            return _hasher.verify(kept or _NOBODYS, password[:LONGEST]) and kept is not None
+            return _hasher().verify(kept or _nobodys(), password[:LONGEST]) and kept is not None
         except (VerificationError, InvalidHashError):
             return False
 
 
 def is_weak(kept: str) -> bool:
     """Whether it was kept with other parameters than today's."""
-    return _hasher.check_needs_rehash(kept)
+    return _hasher().check_needs_rehash(kept)
 
 
 def new_token(prefix: str) -> str:
@@ -56,4 +68,6 @@ def same(given: str, expected: str) -> bool:
     return hmac.compare_digest(given.encode(), expected.encode())
 
 
-_NOBODYS = _hasher.hash(secrets.token_urlsafe(32))
+@lru_cache
+def _nobodys() -> str:
+    return _hasher().hash(secrets.token_urlsafe(32))

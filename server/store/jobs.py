@@ -196,7 +196,7 @@ def all_open(session: Session) -> list[JobRecord]:
     return [_record(job) for job in session.scalars(everything(_in_status(OPEN)))]
 
 
-def _in_status(statuses: Sequence[str]) -> sa.Select[tuple[Job]]:
+def _in_status(statuses: Sequence[str]) -> sa.Select[Job]:
     return sa.select(Job).where(Job.status.in_(statuses)).order_by(*_AGE)
 
 

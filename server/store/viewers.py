@@ -10,7 +10,7 @@ can read the database itself.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import sqlalchemy as sa
 from sqlalchemy.orm import ORMExecuteState, Session, with_loader_criteria
@@ -81,9 +81,13 @@ def seen_by(db: Database, viewer: Viewer, before_commit: Callable[[Session], Non
     return db.bound(Session if viewer.may("admin") else SeenSession, {"viewer": viewer}, before_commit)
 
 
-def everything(statement: Any) -> Any:
+E = TypeVar("E", bound=sa.Executable)
+
+
+def everything(statement: E) -> E:
     """The statement, reading what its viewer does not see as well: which names are taken must hold for all."""
-    return statement.execution_options(**{_EVERYTHING: True})
+    found: E = statement.execution_options(**{_EVERYTHING: True})
+    return found
 
 
 _EVERYTHING = "headscope_everything"
