@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Literal
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, UsageError
 from server.store.features import FeatureCard, feature_cards
@@ -93,7 +93,6 @@ _COUNT = (
 )  # fmt: skip
 _OWNER = sa.select(Account.name).where(Account.id == FeatureList.owner_id).scalar_subquery()
 _LINES = sa.select(FeatureList, _COUNT.label("entries"), _OWNER.label("owner"))
-_MEMBER = aliased(ListEntry)  # `_LINES` counts entries; this is another look at them
 
 
 def lists_page(session: Session) -> ListsPage:
@@ -167,33 +166,34 @@ def list_line(session: Session, list_id: int) -> ListLine:
 
 def members(session: Session, list_id: int) -> tuple[Membership, ...]:
     """The features of a list, in its order."""
-    return _memberships(session, _MEMBER.list_id == list_id)
+    return _memberships(session, ListEntry.list_id == list_id)
 
 
 def lists_with(session: Session, sae_id: int, index: int) -> tuple[Membership, ...]:
     """The lists that a feature is in."""
-    return _memberships(session, _MEMBER.sae_id == sae_id, _MEMBER.idx == index)
+    return _memberships(session, ListEntry.sae_id == sae_id, ListEntry.idx == index)
 
 
 def membership(session: Session, list_id: int, sae_id: int, index: int) -> Membership:
     """Where a feature stands in a list; NotFound when it is not in it."""
-    found = _memberships(session, _MEMBER.list_id == list_id, _MEMBER.sae_id == sae_id, _MEMBER.idx == index)
+    found = _memberships(session, ListEntry.list_id == list_id, ListEntry.sae_id == sae_id, ListEntry.idx == index)
     if not found:
         raise NotFound(f"Feature {index} is not in list {list_id}.", field="index")
     return found[0]
 
 
 def _memberships(session: Session, *conditions: sa.ColumnElement[bool]) -> tuple[Membership, ...]:
-    rows = session.execute(
-        _LINES.add_columns(_MEMBER)
-        .join(_MEMBER, _MEMBER.list_id == FeatureList.id)
-        .where(*conditions, _MEMBER.removed_at.is_(None), FeatureList.deleted_at.is_(None))
-        .order_by(FeatureList.id, _MEMBER.place, _MEMBER.id)
-    )
+    found = sa.select(ListEntry).join(FeatureList, FeatureList.id == ListEntry.list_id)
+    held = found.where(*conditions, ListEntry.removed_at.is_(None), FeatureList.deleted_at.is_(None))
+    entries = session.scalars(held.order_by(FeatureList.id, ListEntry.place, ListEntry.id)).all()
+    of = session.execute(_LINES.where(FeatureList.id.in_({entry.list_id for entry in entries})))
+    lines = {line.id: line for line in (_line(*row) for row in of)}
     return tuple(
-        Membership(_line(row, n, owner), entry.id, entry.sae_id, entry.idx, entry.note, entry.author, entry.created_at)
-        for row, n, owner, entry in rows
-    )
+        Membership(
+            lines[entry.list_id], entry.id, entry.sae_id, entry.idx, entry.note, entry.author, entry.created_at
+        )
+        for entry in entries
+    )  # fmt: skip
 
 
 # ---- writing ----

@@ -67,8 +67,8 @@ def settle(settings: Settings) -> Lab:
             )  # fmt: skip
             add_sae(session, shape)
     with db.read() as session:
-        harvests = dict(session.execute(sa.select(SAE.name, SAE.harvest_id)).tuples().all())
-    for harvest in harvests.values():
+        harvests = session.scalars(sa.select(SAE.harvest_id)).all()
+    for harvest in harvests:
         assert harvest is not None
         search.write(db, harvest, search.unfenced)
     with db.write() as session:
@@ -88,7 +88,7 @@ def _told(session: Session, settings: Settings) -> Lab:
         harvest, job = session.get_one(Harvest, row.harvest_id), session.get_one(Job, row.job_id or "")
         harvest.name, job.owner_id, job.visibility = f"{word} harvest", ola, seen
         session.add(JobLog(job_id=job.id, text=f"a {word} was seen"))
-        session.add(FormerName(name=f"former-{word}", sae_id=row.id))
+        session.add(FormerName(name=f"former-{word}-{seen}", sae_id=row.id))
         session.flush()
         door = find_sae(session, NAMES[seen])
         lab.saes[seen], lab.harvests[seen], lab.jobs[seen] = row.id, harvest.id, job.id

@@ -20,15 +20,9 @@ from tests.web.conftest import at
 
 STRANGERS = ("Ines", "Rita", "anonymous")
 ASKED = (
-    "",
-    "?q=zebrafish",
-    "?q=sae",
-    "?list={list}",
-    "?sae=private-sae",
-    "?starred=true",
-    "?author=Ola",
-    "?a=private-sae&b=shared-sae",
-)
+    "", "?q=zebrafish", "?q=sae", "?list={list}", "?sae=private-sae", "?starred=true", "?author=Ola",
+    "?a=private-sae&b=shared-sae", "?starred=true&q=label",
+)  # fmt: skip
 """Questions put to every address."""
 SENT = {
     "name": "x", "description": "x", "label": "x", "note": "x", "text": "x", "on": "1", "visibility": "public", "role": "admin",
@@ -50,24 +44,27 @@ def people(lab: Lab) -> Iterator[dict[str, TestClient]]:
 
 def routes(app: FastAPI) -> list[tuple[str, str, APIRoute]]:
     """(method, path, route) of all that can be asked."""
-    found, waiting = [], list(app.routes)
+    found = []
+    waiting: list[tuple[str, Any]] = [("", route) for route in app.routes]
     while waiting:
-        route: Any = waiting.pop(0)
+        before, route = waiting.pop(0)
         if isinstance(route, APIRoute):
-            found += [(method, route.path_format, route) for method in sorted(route.methods or ())]
-        elif (inner := getattr(getattr(route, "original_router", None), "routes", None)) is not None:
-            waiting += inner
+            found += [(method, before + route.path_format, route) for method in sorted(route.methods or ())]
+        elif (inner := getattr(route, "original_router", None)) is not None:
+            # A router's own prefix is in its routes' paths, but not in those of the routers within it.
+            waiting += [(before + ("" if isinstance(one, APIRoute) else inner.prefix), one) for one in inner.routes]
     return found
 
 
 def address(lab: Lab, path: str, seen: str) -> str:
     """The route's path with names and numbers of what has this visibility."""
+    source = f"{10 + VISIBILITIES.index(seen)}-{NAMES[seen]}"
     values = {
-        "sae": NAMES[seen], "index": 3, "head": 0, "band": 0, "rank": 0, "list_id": lab.lists[seen], "entry_id": lab.entries[seen],
-        "job_id": lab.jobs[seen], "job": lab.jobs[seen], "study_id": lab.studies[seen], "review_id": lab.reviews[seen],
-        "harvest_id": lab.harvests[seen], "harvest": lab.harvests[seen], "label_id": lab.labels[seen], "note_id": lab.notes[seen],
-        "model": "smollm2-135m", "kind": "harvest", "model_id": "smollm2-135m", "layer": f"{10 + VISIBILITIES.index(seen)}-{NAMES[seen]}",
-        "source": f"{10 + VISIBILITIES.index(seen)}-{NAMES[seen]}", "sweep_id": lab.jobs[seen],
+        "sae": NAMES[seen], "index": 3, "head": 0, "band": 0, "rank": 0, "list_id": lab.lists[seen],
+        "entry_id": lab.entries[seen], "job_id": lab.jobs[seen], "job": lab.jobs[seen], "study_id": lab.studies[seen],
+        "review_id": lab.reviews[seen], "harvest_id": lab.harvests[seen], "harvest": lab.harvests[seen],
+        "label_id": lab.labels[seen], "note_id": lab.notes[seen], "model": "smollm2-135m", "kind": "harvest",
+        "model_id": "smollm2-135m", "layer": source, "source": source, "sweep_id": lab.jobs[seen],
     }  # fmt: skip
     return re.sub(r"\{(\w+)(?::\w+)?\}", lambda found: str(values.get(found[1], 3)), path)
 
@@ -82,13 +79,8 @@ def test_every_route_is_walked(lab: Lab) -> None:
 
 def test_the_word_is_there_for_whoever_may_see_it(lab: Lab, people: dict[str, TestClient]) -> None:
     for name in ("Ola", "Ada"):
-        told = [
-            path
-            for method, path, _ in routes(lab_app(lab.settings))
-            if method == "GET"
-            and not ENDLESS.search(path)
-            and WORD in people[name].get(address(lab, path, "private")).text.lower()
-        ]
+        found = [address(lab, path, "private") for method, path, _ in routes(lab_app(lab.settings)) if method == "GET"]
+        told = [one for one in found if not ENDLESS.search(one) and WORD in people[name].get(one).text.lower()]
         assert len(told) > 25, told
 
 
@@ -114,14 +106,14 @@ def test_no_answer_to_a_stranger_tells_of_what_is_private(lab: Lab, people: dict
 
 @pytest.mark.parametrize("name", STRANGERS)
 def test_what_is_not_seen_is_not_found(lab: Lab, people: dict[str, TestClient], name: str) -> None:
-    of = re.compile(r"\{(sae|list_id|job_id|job|study_id|review_id|harvest_id|harvest)(:\w+)?\}")
+    of = re.compile(r"^/(?!api/(?!v1)).*\{(sae|list_id|job_id|job|study_id|review_id|harvest_id|harvest)(:\w+)?\}")
     found = {
         path: people[name].get(address(lab, path, "private")).status_code
         for method, path, _ in routes(lab_app(lab.settings))
         if method == "GET" and of.search(path)
     }
     assert len(found) > 40
-    told = {path: status for path, status in found.items() if status not in (404, 405)}
+    told = {path: status for path, status in found.items() if status not in (404, 405, 422)}
     # Who is not logged in is asked to, before it is looked whether there is such a thing.
     assert {path: status for path, status in told.items() if status not in (303, 401) or name != "anonymous"} == {}
 
@@ -155,7 +147,7 @@ def test_only_marked_routes_are_less_than_an_editors(lab: Lab) -> None:
 def test_an_editor_changes_nothing_of_what_is_hidden(lab: Lab, people: dict[str, TestClient]) -> None:
     before = snapshot(lab)
     for method, path, _ in routes(lab_app(lab.settings)):
-        if method != "GET" and path not in ("/logout", "/logout/"):
+        if method != "GET" and path not in ("/logout", "/lists", "/api/v1/lists") and "/list/new" not in path:
             people["Ines"].request(method, address(lab, path, "private"), data={**SENT, "list": str(lab.lists["private"])})
             people["Ines"].request(method, address(lab, path, "private"), json={**SENT, "sae": NAMES["private"], "index": 3})
     assert snapshot(lab) == before
