@@ -192,11 +192,6 @@ def let_in(request: Request, response: Response, token: str) -> None:
         _set(request, response, start_cookie(settings), token, timedelta(days=settings.login_days))
 
 
-def start_address(settings: Settings, base: str) -> str:
-    """The address that lets a browser in."""
-    return f"{base}/start?token={settings.token}" if settings.token else base
-
-
 # ---- logging in ----
 
 

@@ -90,8 +90,8 @@ class Settings(BaseSettings):
     admin_password_file: Path | None = None
     """File with the password of the account `admin`, which is made with it at the start while nobody is an admin."""
     start_token: SecretStr | None = None
-    """What lets a browser in while there are no accounts; unset makes one and keeps it in the data folder, readable by its
-    owner only. `off` lets everybody in who can reach the port, which is every user of this machine."""
+    """What lets a browser in while there are no accounts. Unset, `up` and `demo` make one and keep it in the data folder, readable
+    by its owner only, and `serve` asks for none; `off` lets every user of this machine in."""
     login_days: Annotated[float, Field(gt=0, le=3650)] = 30.0
     """Days after which a browser has to log in again."""
     live_per_minute: Annotated[int, Field(ge=1)] = 60
@@ -140,6 +140,11 @@ class Settings(BaseSettings):
     def address(self) -> str:
         """Where people find the pages, without a slash at the end."""
         return (self.public_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+    @property
+    def entrance(self) -> str:
+        """The address that lets a browser in: with the start token, where one is asked for."""
+        return f"{self.address}/start?token={self.token}" if self.token else self.address
 
     @property
     def prefix(self) -> str:

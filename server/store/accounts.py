@@ -18,7 +18,6 @@ AllowedRole = Literal["reader", "editor", "admin"]
 GIVEN: tuple[AllowedRole, ...] = get_args(AllowedRole)
 """Roles that an account can have."""
 _MOST_ROLE: dict[Scope, Role] = {"read": "reader", "write": "editor", "admin": "admin"}
-COMMAND_LINE = Viewer(role="admin", name="", way="command line", address="")
 
 
 @dataclass(frozen=True)
