@@ -90,8 +90,8 @@ class Settings(BaseSettings):
     admin_password_file: Path | None = None
     """File with the password of the account `admin`, which is made with it at the start while nobody is an admin."""
     start_token: SecretStr | None = None
-    """What lets a browser in while there are no accounts. Unset, `up` and `demo` make one and keep it in the data folder, readable
-    by its owner only, and `serve` asks for none; `off` lets every user of this machine in."""
+    """What lets a browser in while there are no accounts. Unset, `up` and `demo` make one and keep it in the data folder, only
+    for its owner to read, and `serve` asks for none; `off` lets every user of this machine in."""
     login_days: Annotated[float, Field(gt=0, le=3650)] = 30.0
     """Days after which a browser has to log in again."""
     live_per_minute: Annotated[int, Field(ge=1)] = 60
