@@ -34,6 +34,9 @@ HeadscopeError
 │   ├── Cancelled           a person cancelled the job; not a fault
 │   └── Fenced              another worker took this job over; this one must stop
 ├── Outdated                somebody else changed it meanwhile
+├── LoginNeeded             nobody knows who asks
+├── Forbidden               whoever asks may not
+├── TooOften                so often that others would wait
 └── NotFound                no such SAE, feature, page
     └── Renamed             it has another name now
 
@@ -200,6 +203,29 @@ class Outdated(HeadscopeError):
     """Somebody else changed it meanwhile, so what was asked for was not done."""
 
     status = 409
+
+
+class LoginNeeded(HeadscopeError):
+    """Only somebody with an account may do this, and nobody knows who asks."""
+
+    status = 401
+
+
+class Forbidden(HeadscopeError):
+    """Whoever asks may not do this."""
+
+    status = 403
+
+
+class TooOften(HeadscopeError):
+    """It was asked so often that it has to wait."""
+
+    status = 429
+
+    def __init__(self, message: str, wait: int) -> None:
+        super().__init__(message)
+        self.wait = wait
+        """Seconds until it may be asked again."""
 
 
 class NotFound(HeadscopeError):

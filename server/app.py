@@ -14,6 +14,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Scope
 
 from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
+from server.access import Limits, guard
 from server.api import neuronpedia, v1
 from server.api import page as api_page
 from server.db import Database
@@ -26,9 +27,12 @@ from server.pages import (
     health,
     home,
     jobs,
+    keys,
     labels,
     lists,
+    login,
     manage,
+    people,
     ratings,
     sae,
     search,
@@ -66,12 +70,13 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # Swagger's page loads a CDN; /openapi.json is there for tools
         redoc_url=None,
         lifespan=lifespan,
-        dependencies=[Depends(refuse_cross_origin)],
+        dependencies=[Depends(refuse_cross_origin), Depends(guard)],
         max_body_size=LARGEST_BODY,
     )
     app.state.settings = settings
     app.state.db = Database(settings.url)
     app.state.live = None
+    app.state.limits = Limits(settings)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=GZIP_LEVEL)
@@ -81,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.mount("/static", Assets(directory=resource_path("static")))
     about_saes = (sae, manage, head, feature, embed, components, labels, lists, ratings)
     pages = (home, search, *about_saes, compare, start, jobs, sweep, study)
-    for page in (health, writing, *pages):
+    for page in (health, login, keys, people, writing, *pages):
         app.include_router(page.router)
     app.include_router(neuronpedia.router)
     v1.mount(app)

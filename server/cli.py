@@ -57,8 +57,9 @@ from server.db import Database, sqlite_path
 from server.fields import split_texts
 from server.jobs import Jobs, slug
 from server.options import built, given, options, takes
+from server.passwords import hashed
 from server.settings import Settings, read_secret
-from server.store import manage, registry, search, stored_harvests, studies, sweeps
+from server.store import accounts, manage, registry, search, stored_harvests, studies, sweeps
 from server.store.saes import find_sae
 
 if TYPE_CHECKING:
@@ -89,6 +90,10 @@ harvests_app = typer.Typer(help="Harvests that are stored.", no_args_is_help=Tru
 app.add_typer(harvests_app, name="harvests")
 saes_app = typer.Typer(help="SAEs that are there.", no_args_is_help=True)
 app.add_typer(saes_app, name="saes")
+user_app = typer.Typer(help="People who may log in.", no_args_is_help=True)
+app.add_typer(user_app, name="user")
+key_app = typer.Typer(help="Keys for scripts.", no_args_is_help=True)
+app.add_typer(key_app, name="key")
 app.add_typer(study_app, name="study")
 
 Data = Annotated[
@@ -137,9 +142,11 @@ def up_(data: Data = None, host: Host = None, port: Port = None) -> None:
 def serve(data: Data = None, host: Host = None, port: Port = None) -> None:
     """Start the web pages alone. Needs no torch."""
     settings = _settings(data=data, host=host, port=port)
-    with _opened(settings):
+    with _opened(settings) as (_, db):
+        from server.access import ensure_admin
         from server.app import create_app
 
+        ensure_admin(settings, db)
         _uvicorn(create_app(settings), settings, settings.host, settings.port, "Headscope's pages are")
 
 
@@ -895,6 +902,129 @@ def saes_archive(sae: SaeName, undo: Undo = False, data: Data = None) -> None:
     with _opened(_settings(data=data)) as (_, db), db.write() as session:
         manage.archive(session, find_sae(session, sae), not undo)
     _say(f"{sae} is {'brought back' if undo else 'archived'}.")
+
+
+@saes_app.command("visibility", epilog="Example: [bold]headscope saes visibility mine private --owner Ola[/bold]")
+def saes_visibility(
+    sae: SaeName,
+    visibility: Annotated[str, typer.Argument(help="private, shared or public.")],
+    owner: Annotated[str | None, typer.Option("--owner", help="Account that it belongs to from now on.")] = None,
+    data: Data = None,
+) -> None:
+    """Say who sees an SAE, where there are accounts: its owner and admins, everybody with an account, or everybody."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        door = find_sae(session, sae)
+        if owner is not None:
+            manage.give(session, door, accounts.account_id(session, owner))
+        manage.set_visibility(session, door, visibility)
+        accounts.record(session, "set the visibility", sae)
+    _say(f"{sae} is {visibility}.")
+
+
+# ---------------------------------------------------------------------------------------------------------------- people
+
+AccountName = Annotated[str, typer.Argument(help="Name of the account.")]
+GivenRole = Annotated[str, typer.Argument(help="reader, editor or admin.")]
+RoleName = Annotated[str, typer.Option("--role", help="reader, editor or admin.")]
+PasswordFile = Annotated[
+    Path | None, typer.Option("--password-file", help="File with the password.", show_default="asked for on the terminal")
+]
+
+
+def _password(path: Path | None) -> str:
+    if path is None:
+        return hashed(str(typer.prompt("Password", hide_input=True, confirmation_prompt=True)))
+    try:
+        return hashed(path.read_text().strip())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error.strerror}).", field="password-file") from error
+
+
+@user_app.command("add", epilog="Example: [bold]headscope user add Maren --role editor --password-file maren.txt[/bold]")
+def user_add(name: AccountName, role: RoleName = "reader", password_file: PasswordFile = None, data: Data = None) -> None:
+    """Make an account."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        made = accounts.add(session, name, role, _password(password_file))
+    _say(f"{made.name} may log in, as {made.role}.")
+
+
+@user_app.command("list")
+def user_list(data: Data = None) -> None:
+    """List the accounts."""
+    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        rows = [(one.name, one.role, "kept out" if one.disabled_at else "") for one in accounts.people(session)]
+    _table(("name", "role", ""), rows, "There are no accounts yet.")
+
+
+@user_app.command("role", epilog="Example: [bold]headscope user role Maren admin[/bold]")
+def user_role(name: AccountName, role: GivenRole, data: Data = None) -> None:
+    """Let somebody do more, or less."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        accounts.set_role(session, name, role)
+    _say(f"{name} is {role} now.")
+
+
+@user_app.command("password")
+def user_password(name: AccountName, password_file: PasswordFile = None, data: Data = None) -> None:
+    """Give an account another password: all its browsers have to log in again."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        accounts.set_password(session, name, _password(password_file))
+    _say(f"{name} has a new password.")
+
+
+@user_app.command("remove")
+def user_remove(name: AccountName, data: Data = None) -> None:
+    """Take an account away with its browsers and keys; what it wrote stays under its name."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        accounts.remove(session, name)
+    _say(f"{name} has no account any more.")
+
+
+@key_app.command("add", epilog="Example: [bold]headscope key add Maren notebook --scope read --days 90[/bold]")
+def key_add(
+    name: AccountName,
+    key_name: Annotated[str, typer.Argument(help="What the key is for.")],
+    scope: Annotated[str, typer.Option("--scope", help="read, write or admin; never more than the account's role.")] = "read",
+    days: Annotated[int, typer.Option("--days", min=1, max=3650, help="Days until it runs out.")] = 90,
+    data: Data = None,
+) -> None:
+    """Make a key for scripts. It is shown now and never again."""
+    from server.access import new_key
+
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        key, _made = new_key(session, accounts.account_id(session, name), key_name, scope, str(days))
+    _say(key)
+
+
+@key_app.command("list")
+def key_list(data: Data = None) -> None:
+    """List everybody's keys."""
+    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        kept = accounts.keys(session)
+    until = ["revoked" if one.revoked_at else f"{one.expires_at:%Y-%m-%d}" if one.expires_at else "for good" for one in kept]
+    rows = [(str(one.id), one.account, one.name, one.hint, one.scope, ends) for one, ends in zip(kept, until, strict=True)]
+    _table(("id", "account", "name", "begins with", "may", "until"), rows, "There are no keys yet.")
+
+
+@key_app.command("revoke")
+def key_revoke(key: Annotated[int, typer.Argument(help="Id of the key, as `key list` shows it.")], data: Data = None) -> None:
+    """Shut a key out."""
+    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+        accounts.revoke_key(session, key)
+    _say(f"Key {key} is revoked.")
+
+
+@app.command("audit", epilog="Example: [bold]headscope audit --who Maren[/bold]")
+def audit(
+    who: Annotated[str, typer.Option("--who", help="Only this person's changes.", show_default="everybody's")] = "",
+    limit: Annotated[int, typer.Option("--limit", min=1, help="How many, newest first.")] = 100,
+    data: Data = None,
+) -> None:
+    """Show what was changed, by whom and from where."""
+    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        page = accounts.audit_page(session, who=who, limit=limit)
+    rows = [(f"{one.at:%Y-%m-%d %H:%M}", one.who, one.way, one.address, one.action, one.target) for one in page.changes]
+    _table(("when", "who", "how", "from", "what", "of what"), rows, "Nothing was changed yet.")
 
 
 @saes_app.command("delete", epilog="Example: [bold]headscope saes delete mine --yes[/bold]")

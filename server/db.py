@@ -1,10 +1,11 @@
 """Makes the one SQLAlchemy engine, its sessions, and brings the schema up to date. No torch."""
 
+import copy
 import json
 import re
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy.dialects.sqlite.base import SQLiteCompiler
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session
 
 from sae_core.errors import DatabaseAway, DatabaseTooNew, DatabaseTooOld, HeadscopeError
 from server.resources import resource_path
@@ -82,20 +83,32 @@ class Database:
     def __init__(self, url: sa.URL) -> None:
         self.url = url
         self.engine = make_engine(url)
-        self._read = sessionmaker(self.engine, expire_on_commit=False)
-        self._write = sessionmaker(self.engine.execution_options(write=True), expire_on_commit=False)
+        self._writer = self.engine.execution_options(write=True)
+        self._session: type[Session] = Session
+        self._info: Mapping[str, object] = {}
+        self._before_commit: Callable[[Session], None] | None = None
+
+    def bound(
+        self, session: type[Session], info: Mapping[str, object], before_commit: Callable[[Session], None] | None
+    ) -> "Database":
+        """The same database, with sessions of another class that carry `info`; `before_commit` ends each that writes."""
+        other = copy.copy(self)
+        other._session, other._info, other._before_commit = session, info, before_commit
+        return other
 
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session that only reads."""
-        with self._read() as session:
+        with self._session(self.engine, expire_on_commit=False, info=dict(self._info)) as session:
             yield session
 
     @contextmanager
     def write(self) -> Iterator[Session]:
         """A transaction: committed at the end, rolled back by an exception."""
-        with self._write.begin() as session:
+        with self._session(self._writer, expire_on_commit=False, info=dict(self._info)) as session, session.begin():
             yield session
+            if self._before_commit is not None:
+                self._before_commit(session)
 
     def close(self) -> None:
         """Give every connection back."""

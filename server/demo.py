@@ -58,13 +58,13 @@ def demo_config(*, slow: bool) -> TrainConfig:
 def run(settings: Settings) -> None:
     """Fetch, start web, worker and engine, train, publish, and serve until Ctrl-C."""
     doctor.need_worker_extra()
-    settings.prepare()
+    settings = settings.prepare().guarded()
     console = Console(highlight=False, soft_wrap=True)
     fresh = _is_fresh(settings)
     cfg = _announce(settings, console) if fresh else demo_config(slow=False)
     with Supervisor(settings, lambda text: console.print(text, markup=False)) as supervisor:
         db = Database(settings.url)
-        console.print(f"[bold]Headscope is at {supervisor.address}[/] (Ctrl-C stops it; the next start goes on where it was)")
+        console.print(f"[bold]Headscope is at {settings.entrance}[/] (Ctrl-C stops it; the next start goes on where it was)")
         if not supervisor.stopping.is_set():
             _register(settings, db, console)
         if not supervisor.stopping.is_set():

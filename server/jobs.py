@@ -154,7 +154,7 @@ class Jobs:
                 registry.sae(session, name)
             registry.corpus(session, cfg.corpus)
             base = f"evaluate-{cfg.sae}-{cfg.hash()}"
-            n = 1 + sum(store.get(session, job_id).ended for job_id in store.ids_like(session, f"{base}-"))
+            n = 1 + store.n_ended(session, f"{base}-")
             title = f"Evaluate {cfg.sae} on {cfg.corpus}"
             store.create(session, f"{base}-{n}", "evaluate", title, cfg.model_dump(mode="json"), seconds_left=seconds_left)
         self.release()
@@ -309,7 +309,7 @@ def sae_name(job_id: str) -> str:
 def names_taken(session: Session) -> set[str]:
     """Names of the SAEs that are there, and of those that open jobs will make."""
     names = registry.sae_names(session)
-    for job in store.of_status(session, store.OPEN):
+    for job in store.all_open(session):
         if job.id.startswith(("train-", "import-")):
             names.add(sae_name(job.id))
         elif job.kind == "sweep":

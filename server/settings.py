@@ -85,6 +85,18 @@ class Settings(BaseSettings):
     wandb: str | None = None
     """Project of Weights & Biases to which workers send the curves of trainings; unset sends nothing anywhere."""
 
+    accounts: bool = False
+    """Ask people to log in. Needed to listen on another address than 127.0.0.1."""
+    admin_password_file: Path | None = None
+    """File with the password of the account `admin`, which is made with it at the start while nobody is an admin."""
+    start_token: SecretStr | None = None
+    """What lets a browser in while there are no accounts. Unset, `up` and `demo` make one and keep it in the data folder, only
+    for its owner to read, and `serve` asks for none; `off` lets every user of this machine in."""
+    login_days: Annotated[float, Field(gt=0, le=3650)] = 30.0
+    """Days after which a browser has to log in again."""
+    live_per_minute: Annotated[int, Field(ge=1)] = 60
+    """Live questions that each person may ask in a minute, where there are accounts."""
+
     webhook: str | None = None
     """Address (http or https) to which a worker POSTs JSON when a job has ended; unset calls nobody."""
 
@@ -99,9 +111,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _safe(self) -> Self:
-        if self.host not in ("127.0.0.1", "localhost", "::1"):
+        if self.host not in ("127.0.0.1", "localhost", "::1") and not self.accounts:
             raise UsageError(
-                f"Headscope has no login yet, so it will not listen on {self.host}; use 127.0.0.1 and a tunnel.", field="host"
+                f"Without accounts Headscope will not listen on {self.host}: set HEADSCOPE_ACCOUNTS=true and "
+                "HEADSCOPE_ADMIN_PASSWORD_FILE, or use 127.0.0.1 and a tunnel.",
+                field="host",
             )
         called = urlsplit(self.webhook or "http://nowhere")
         if called.scheme not in ("http", "https") or not called.hostname:
@@ -126,6 +140,11 @@ class Settings(BaseSettings):
     def address(self) -> str:
         """Where people find the pages, without a slash at the end."""
         return (self.public_url or f"http://{self.host}:{self.port}").rstrip("/")
+
+    @property
+    def entrance(self) -> str:
+        """The address that lets a browser in: with the start token, where one is asked for."""
+        return f"{self.address}/start?token={self.token}" if self.token else self.address
 
     @property
     def prefix(self) -> str:
@@ -158,14 +177,19 @@ class Settings(BaseSettings):
             return self.engine_secret.get_secret_value()
         if self.engine_secret_file:
             return read_secret(self.engine_secret_file, "engine_secret_file")
-        path = self.data / "engine.secret"
-        try:
-            handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-        except FileExistsError:
-            return path.read_text()
-        with os.fdopen(handle, "w") as file:
-            file.write(os.urandom(32).hex())
-        return path.read_text()
+        return _kept_secret(self.data / "engine.secret")
+
+    def guarded(self) -> Self:
+        """The same, with the token that lets a browser in where there are no accounts."""
+        if self.accounts or self.start_token is not None:
+            return self
+        return self.model_copy(update={"start_token": SecretStr(_kept_secret(self.data / "start.token"))})
+
+    @property
+    def token(self) -> str | None:
+        """What lets a browser in; None where nothing is asked."""
+        token = None if self.accounts or self.start_token is None else self.start_token.get_secret_value()
+        return None if token == "off" else token  # noqa: S105 - a word, not a secret
 
     def prepare(self) -> Self:
         """Make the data and cache folders and see that they can be written; a sentence when they cannot."""
@@ -183,3 +207,14 @@ class Settings(BaseSettings):
                     f"{folder} cannot be written ({error.strerror}); set HEADSCOPE_DATA and HEADSCOPE_CACHE to folders of yours."
                 ) from error
         return self
+
+
+def _kept_secret(path: Path) -> str:
+    """The secret in a file that only its owner reads; made when it is first asked for."""
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return path.read_text()
+    with os.fdopen(handle, "w") as file:
+        file.write(os.urandom(32).hex())
+    return path.read_text()

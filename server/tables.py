@@ -136,6 +136,8 @@ class SAE(Base):
     description: Mapped[str | None] = mapped_column(sa.Text)
     archived_at: Mapped[datetime | None]  # since when the first page leaves it out
     revision: Mapped[int] = mapped_column(default=0)  # raised by what people write about it and its features
+    owner_id: Mapped[int | None] = mapped_column(sa.ForeignKey("account.id", ondelete="SET NULL"))
+    visibility: Mapped[str] = mapped_column(sa.String(10), default="shared", server_default="shared")  # private, shared, public
     __table_args__ = (sa.UniqueConstraint("job_id", "run"),)
 
 
@@ -365,6 +367,16 @@ class Job(Base):
     started_at: Mapped[datetime | None]
     updated_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+    owner_id: Mapped[int | None] = mapped_column(sa.ForeignKey("account.id", ondelete="SET NULL"))
+    visibility: Mapped[str] = mapped_column(sa.String(10), default="shared", server_default="shared")  # private, shared, public
+
+
+class JobSae(Base):
+    """An SAE that a job reads: who may not see the SAE sees nothing of the job. Those that it makes name the job themselves."""
+
+    __tablename__ = "job_sae"
+    job_id: Mapped[str] = mapped_column(sa.ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    sae_id: Mapped[int] = mapped_column(sa.ForeignKey("sae.id", ondelete="CASCADE"), primary_key=True, index=True)
 
 
 class JobPoint(Base):
@@ -397,7 +409,7 @@ class Worker(Base):
     last_seen: Mapped[datetime]
 
 
-# What people write belongs to (sae, index), not to a harvest, and outlives it. Who wrote is a name until there are accounts.
+# What people write belongs to (sae, index), not to a harvest, and outlives it. Who wrote is a name: without accounts, any name.
 
 
 class Label(Base):
@@ -454,6 +466,8 @@ class FeatureList(Base):
     changed_at: Mapped[datetime] = mapped_column(default=now)
     deleted_at: Mapped[datetime | None]
     deleted_by: Mapped[str | None] = mapped_column(sa.String(60))
+    owner_id: Mapped[int | None] = mapped_column(sa.ForeignKey("account.id", ondelete="SET NULL"))
+    visibility: Mapped[str] = mapped_column(sa.String(10), default="shared", server_default="shared")  # private, shared, public
 
 
 class ListEntry(Base):
@@ -505,3 +519,63 @@ class Rating(Base):
     label: Mapped[str] = mapped_column(sa.String(200))
     note: Mapped[str] = mapped_column(sa.Text)
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+# Who may come in. Of what lets somebody in, only a hash is kept.
+
+
+class Account(Base):
+    """A person who may log in."""
+
+    __tablename__ = "account"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    name: Mapped[str] = mapped_column(sa.String(60), unique=True)  # what they write is signed with
+    folded: Mapped[str] = mapped_column(sa.String(120), unique=True)  # the name without capitals, so that no two look alike
+    role: Mapped[str] = mapped_column(sa.String(10))  # reader, editor, admin
+    password: Mapped[str | None] = mapped_column(sa.Text)  # argon2id; None where another service says who it is
+    subject: Mapped[str | None] = mapped_column(sa.String(300), unique=True)  # who it is there: issuer and subject
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    disabled_at: Mapped[datetime | None]  # since when they may not come in
+
+
+class Login(Base):
+    """A browser that is logged in."""
+
+    __tablename__ = "login"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    account_id: Mapped[int] = mapped_column(sa.ForeignKey("account.id", ondelete="CASCADE"), index=True)
+    digest: Mapped[str] = mapped_column(sa.String(64), unique=True)  # SHA-256 of the cookie
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime]
+    address: Mapped[str] = mapped_column(sa.String(60))
+    browser: Mapped[str] = mapped_column(sa.String(200))
+
+
+class ApiKey(Base):
+    """A key for scripts: it does at most what its scope and its owner's role allow."""
+
+    __tablename__ = "api_key"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    account_id: Mapped[int] = mapped_column(sa.ForeignKey("account.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str] = mapped_column(sa.String(60))
+    scope: Mapped[str] = mapped_column(sa.String(10))  # read, write, admin
+    digest: Mapped[str] = mapped_column(sa.String(64), unique=True)  # SHA-256 of the key
+    hint: Mapped[str] = mapped_column(sa.String(20))  # how it begins, to know it again
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+
+class Audit(Base):
+    """A change that somebody made. Written with the change, in one transaction."""
+
+    __tablename__ = "audit"
+    id: Mapped[int] = mapped_column(BigId, primary_key=True)
+    at: Mapped[datetime] = mapped_column(default=now, index=True)
+    account_id: Mapped[int | None] = mapped_column(sa.ForeignKey("account.id", ondelete="SET NULL"))
+    who: Mapped[str] = mapped_column(sa.String(60))  # the name as it was
+    way: Mapped[str] = mapped_column(sa.String(60))  # login, key <name>, command line
+    address: Mapped[str] = mapped_column(sa.String(60))  # where from
+    action: Mapped[str] = mapped_column(sa.String(200))  # what: a method and the route's path, or words
+    target: Mapped[str] = mapped_column(sa.String(300))  # of what
+    detail: Mapped[dict[str, Any]] = mapped_column(default=dict)

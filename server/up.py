@@ -206,9 +206,10 @@ class Supervisor:
 
 def run(settings: Settings, say: Say, then: Callable[[Supervisor], None] | None = None) -> None:
     """Start all three, print the address, do `then`, and stay until stopped."""
+    settings = settings.guarded()
     with Supervisor(settings, say) as supervisor:
         if not supervisor.stopping.is_set():
-            say(f"Headscope is at {supervisor.address} (Ctrl-C stops it; nothing is lost).")
+            say(f"Headscope is at {settings.entrance} (Ctrl-C stops it; nothing is lost).")
             if then:
                 then(supervisor)
             supervisor.stay()

@@ -124,8 +124,21 @@ def test_only_command_line_and_starters_reach_for_worker_and_engine() -> None:
 @pytest.mark.parametrize("folder", ["server/pages", "server/api"])
 def test_pages_and_api_import_only_what_they_may(folder: str) -> None:
     may = (
-        *("store", "jobs", "live", "security", "rendering", "markup", "charts", "lines", "panels", "figures", "preview", "forms"),
-        *("pages", "api", "settings", "resources", "proxied"),
+        *(
+            "store",
+            "jobs",
+            "live",
+            "security",
+            "access",
+            "rendering",
+            "markup",
+            "charts",
+            "lines",
+            "panels",
+            "figures",
+            "preview",
+        ),
+        *("forms", "pages", "api", "settings", "resources", "proxied"),
     )
 
     def allowed(_: Path, name: str) -> bool:

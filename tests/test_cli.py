@@ -380,7 +380,7 @@ def test_a_wrong_variable_and_a_missing_token_file_are_named(
     assert "HEADSCOPE_PORT=eight" in refused(headscope("model", "list"))
     environment["HEADSCOPE_PORT"] = "8000"
     environment["HEADSCOPE_HOST"] = "0.0.0.0"
-    assert "no login yet" in refused(headscope("serve"))
+    assert "Without accounts" in refused(headscope("serve"))
     environment["HEADSCOPE_HOST"] = "127.0.0.1"
     environment["HEADSCOPE_HF_TOKEN_FILE"] = str(tmp_path / "no-token")
     assert "no-token" in refused(headscope("model", "add", "m", model))

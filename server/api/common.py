@@ -15,7 +15,8 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
 
-from sae_core.errors import HeadscopeError, UsageError
+from sae_core.errors import HeadscopeError, LoginNeeded, UsageError
+from server.access import shown
 from server.api.described import describe
 from server.jobs import Jobs
 from server.pages.reply import VERSION, known_schema, to_json
@@ -81,7 +82,8 @@ SCHEMA = "#/components/schemas/{model}"
 SAID: Mapping[int | str, str] = {
     304: "Nothing has changed since the ETag that `If-None-Match` names.",
     400: "It cannot be done now.",
-    403: "Sent by a page of another site.",
+    401: "Only for people with an account; send a key.",
+    403: "Sent by a page of another site, or more than whoever asks may do.",
     404: "There is no such thing.",
     409: "Somebody else changed it meanwhile.",
     413: "The body is too large.",
@@ -210,9 +212,12 @@ def signed(
         ),
     ] = None,
 ) -> str:
-    """Who writes: the header `X-Author`, percent-encoded where it is not plain ASCII, or the name that the browser keeps.
-    There are no accounts yet: anybody may say any name."""
-    known = author_name(unquote(name)) if name is not None else typed_author(request)
+    """Who writes: the account's name; without accounts the header `X-Author`, percent-encoded where it is not plain ASCII, or
+    the name that the browser keeps, any name."""
+    with_accounts = shown(request) is not None
+    known = typed_author(request) if with_accounts or name is None else author_name(unquote(name))
+    if known is None and with_accounts:
+        raise LoginNeeded("Send a key in the header Authorization: Bearer; what you write is signed with your name.")
     if known is None:
         raise UsageError("Say who writes: send your name in the header X-Author.", field="X-Author")
     return known

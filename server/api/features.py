@@ -8,6 +8,7 @@ from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import NotFound
+from server.access import needs
 from server.api import parts
 from server.api.common import LONGEST_NAME, Index, SaeName, api_router, facts, replies, respond
 from server.api.export import MEDIA, Selection, Source, exported
@@ -123,6 +124,7 @@ class Features:
         }
     },
 )
+@needs("anonymous")
 def read_batch(batch: Batch, read: Read) -> Response:
     """The features named, in their order, with the parts that `include` names. It reads only; POST is for the size of the
     question. A feature that is not there makes the whole answer a 404 that says which."""

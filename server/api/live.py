@@ -3,6 +3,7 @@
 from fastapi import Request
 
 from sae_core.errors import UsageError
+from server.access import needs
 from server.api.common import api_router, replies
 from server.live import (
     ComponentsQuestion,
@@ -23,6 +24,7 @@ ASKS = replies(403, 404, 413, 415)
 
 
 @router.post("/live/firings", responses=ASKS, summary="What fires on a text")
+@needs("reader", live=True)
 def firings(request: Request, question: FiringQuestion, read: Read) -> LiveFirings:
     """The strongest features at each position of a typed text and of all of it, and the activations of chosen ones. Asked of
     the engine, which loads the model on the first question; nothing is stored."""
@@ -31,6 +33,7 @@ def firings(request: Request, question: FiringQuestion, read: Read) -> LiveFirin
 
 
 @router.post("/live/attribution", responses=ASKS, summary="Which heads and tokens make a feature fire")
+@needs("reader", live=True)
 def attribution(request: Request, question: LiveQuestion, read: Read) -> LiveAttribution:
     """One feature's activations on a typed text, and its whole DFA at one destination: what each head and source token gave,
     with the bias terms the pre-activation, to within `gap`."""
@@ -39,6 +42,7 @@ def attribution(request: Request, question: LiveQuestion, read: Read) -> LiveAtt
 
 
 @router.post("/live/components", responses=ASKS, summary="Which earlier parts of the model make a feature fire")
+@needs("reader", live=True)
 def components(request: Request, question: ComponentsQuestion, read: Read) -> LiveComponents:
     """The same DFA by component: what the embedding and each earlier attention and MLP put into each source."""
     _checked(read, question, question.index)

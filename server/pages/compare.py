@@ -13,7 +13,7 @@ from sae_core.config import CompareJob
 from sae_core.errors import UsageError
 from server.jobs import Jobs
 from server.pages.feature import View
-from server.pages.reply import Read, link, reply
+from server.pages.reply import Read, known_schema, link, reply
 from server.pages.writing import Form
 from server.store.compare import (
     Chosen,
@@ -101,7 +101,7 @@ def match(request: Request, sent: Form) -> Response:
         cfg = CompareJob(sae=sent.get("a", ""), against=sent.get("b", ""))
     except ValidationError as error:
         raise UsageError(error.errors()[0]["msg"].removeprefix("Value error, ") + ".", field="b") from error
-    with closing(Jobs(request.app.state.settings, request.app.state.db)) as jobs:
+    with closing(Jobs(request.app.state.settings, known_schema(request))) as jobs:
         job = jobs.get(jobs.enqueue_compare(cfg))
     done = link("/compare", a=cfg.sae, b=cfg.against)
     return RedirectResponse(done if job.status == "done" else f"/jobs/{job.id}", 303)

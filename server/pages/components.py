@@ -7,6 +7,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_core.errors import EngineAway, UsageError
+from server.access import needs
 from server.live import ComponentsQuestion, LiveComponents
 from server.pages.feature import engine
 from server.pages.reply import Read, reply
@@ -99,6 +100,7 @@ class ComponentsPage:
 
 @router.get("/saes/{sae}/features/{index:int}/components", include_in_schema=False)
 @router.get("/saes/{sae}/features/{index:int}/components.json", response_model=ComponentsPage)
+@needs("reader", live=True)
 def show_components(request: Request, sae: str, index: int, asked: Annotated[Asked, Query()], read: Read) -> Response:
     """An example split by component; nothing of it is stored, so nothing is cached."""
     door = find_sae(read, sae)

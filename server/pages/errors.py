@@ -5,8 +5,9 @@ import re
 from fastapi import Request, Response
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 
-from sae_core.errors import HeadscopeError, Renamed
-from server.pages.reply import VARY, render, sae_path, wants_json, wants_part
+from sae_core.errors import HeadscopeError, LoginNeeded, Renamed, TooOften
+from server.access import shown
+from server.pages.reply import VARY, link, render, sae_path, wants_json, wants_part
 
 
 class MethodNotAllowed(HeadscopeError):
@@ -28,10 +29,12 @@ class InternalError(HeadscopeError):
 
 
 TITLES = {
+    401: "Who are you?",
     403: "Refused",
     404: "Not found",
     405: "Not possible",
     422: "That cannot be",
+    429: "Too often",
     500: "Something went wrong",
     503: "Not now",
 }
@@ -42,14 +45,25 @@ def error_response(request: Request, error: HeadscopeError) -> Response:
     headers = {"Vary": VARY, "Cache-Control": "no-store"}
     if isinstance(error, Renamed) and (address := renamed(request, error)):
         return RedirectResponse(address, 307, headers)
+    if isinstance(error, TooOften):
+        headers["Retry-After"] = str(error.wait)
     if speaks_neuronpedia(request):
         status = 400 if error.status == 422 else error.status
         return JSONResponse({"error": str(error), "message": str(error)}, status, headers)
     if wants_json(request) or "application/json" in request.headers.get("accept", ""):
         body = {"error": {"code": error.code, "message": str(error), "field": error.field}}
         return JSONResponse(body, error.status, headers)
+    if (
+        isinstance(error, LoginNeeded)
+        and request.app.state.settings.accounts
+        and request.method == "GET"
+        and not wants_part(request)
+    ):
+        return RedirectResponse(link("/login", back=request.url.path), 303, headers)
     template = "_error.html" if wants_part(request) else "error.html"
-    html = render(template, title=TITLES.get(error.status, "Not done"), message=str(error), status=error.status)
+    html = render(
+        template, title=TITLES.get(error.status, "Not done"), message=str(error), status=error.status, viewer=shown(request)
+    )
     return HTMLResponse(html, error.status, headers)
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from sae_core.errors import HeadscopeError, UsageError
+from server.access import needs
 from server.live import Live, LiveAttribution, LiveQuestion
 from server.pages.reply import Read, etag, known_schema, link, reply, unchanged, wants_json
 from server.pages.writing import Form
@@ -130,6 +131,7 @@ def about(
 
 
 @router.post("/saes/{sae}/features/{index:int}", include_in_schema=False)
+@needs("reader", live=True)
 def try_text(request: Request, sae: str, index: int, read: Read, form: Form) -> Response:
     """The typed text taken apart by the engine. Nothing of it is stored."""
     door = find_sae(read, sae)

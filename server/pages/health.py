@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from fastapi import APIRouter
 
+from server.access import needs
 from server.pages.reply import VERSION, Read
 
 router = APIRouter()
@@ -20,6 +21,7 @@ class Health:
 
 
 @router.get("/healthz")
+@needs("nobody")
 def healthz(read: Read) -> Health:
     """200 when pages can be served; otherwise the error says why not."""
     read.execute(sa.text("select 1"))

@@ -14,7 +14,7 @@ from starlette.responses import RedirectResponse
 
 from server.figures import collecting
 from server.jobs import Jobs
-from server.pages.reply import Read, render, reply
+from server.pages.reply import Read, known_schema, render, reply
 from server.pages.start import KINDS, form_for
 from server.store import jobs as store
 from server.store import studies
@@ -93,7 +93,7 @@ def look(session: Session, job_id: str) -> JobPage:
 @router.post("/jobs/{job_id}/cancel", include_in_schema=False)
 def cancel(request: Request, job_id: str) -> Response:
     """Ask the job's worker to stop, then show the job."""
-    with closing(Jobs(request.app.state.settings, request.app.state.db)) as jobs:
+    with closing(Jobs(request.app.state.settings, known_schema(request))) as jobs:
         jobs.cancel(job_id)
     return RedirectResponse(f"/jobs/{job_id}", 303)
 
@@ -101,14 +101,14 @@ def cancel(request: Request, job_id: str) -> Response:
 @router.post("/jobs/{job_id}/retry", include_in_schema=False)
 def retry(request: Request, job_id: str) -> Response:
     """Run a failed or cancelled job again, from what it left on disk."""
-    with closing(Jobs(request.app.state.settings, request.app.state.db)) as jobs:
+    with closing(Jobs(request.app.state.settings, known_schema(request))) as jobs:
         jobs.retry(job_id)
     return RedirectResponse(f"/jobs/{job_id}", 303)
 
 
 def known_job(request: Request, job_id: str) -> str:
     """The id, once it is sure that there is such a job: an event stream cannot answer 404."""
-    with request.app.state.db.read() as session:
+    with known_schema(request).read() as session:
         return store.get(session, job_id).id
 
 
@@ -128,7 +128,7 @@ async def events(request: Request, job_id: Annotated[str, Depends(known_job)]) -
 
 
 def _block(request: Request, job_id: str) -> tuple[str, bool]:
-    with request.app.state.db.read() as session:
+    with known_schema(request).read() as session:
         page = look(session, job_id)
     with collecting():
         return render("_job.html", page=page), page.job.ended

@@ -93,6 +93,12 @@ def describe(request: Request, list_id: int, form: Form, author: Signed) -> Resp
     return change(request, list_id, author, form, lambda s: store.describe(s, list_id, name, description))
 
 
+@router.post("/lists/{list_id:int}/visibility", include_in_schema=False)
+def set_visibility(request: Request, list_id: int, form: Form, author: Signed) -> Response:
+    """Say who sees the list."""
+    return change(request, list_id, author, form, lambda s: store.set_visibility(s, list_id, form.get("visibility", "")))
+
+
 @router.post("/lists/{list_id:int}/delete", include_in_schema=False)
 def delete(request: Request, list_id: int, form: Form, author: Signed) -> Response:
     """Mark the list as deleted; its page offers to bring it back."""

@@ -51,6 +51,14 @@ def describe(request: Request, sae: str, form: Form) -> Response:
     return see(f"{sae_path(name)}/manage")
 
 
+@router.post("/saes/{sae}/visibility", include_in_schema=False)
+def set_visibility(request: Request, sae: str, form: Form) -> Response:
+    """Say who sees it."""
+    with writing(request) as session:
+        store.set_visibility(session, find_sae(session, sae), form.get("visibility", ""))
+    return see(f"{sae_path(sae)}/manage")
+
+
 @router.post("/saes/{sae}/archive", include_in_schema=False)
 def archive(request: Request, sae: str, form: Form) -> Response:
     """Leave it out of the first page, or bring it back."""

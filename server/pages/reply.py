@@ -19,7 +19,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import HTMLResponse
 
 from sae_core.errors import UsageError
-from server import charts, lines, panels, rendering
+from server import access, charts, lines, panels, rendering
 from server.figures import SCHEMES, Figure, collecting, pick, standalone
 from server.markup import token_chip, token_text, written
 from server.proxied import prefixed
@@ -41,13 +41,8 @@ def read(request: Request) -> Iterator[Session]:
 
 
 def known_schema(request: Request) -> "Database":
-    """The app's database, once it is sure that its schema is the one we know."""
-    state = request.app.state
-    db: Database = state.db
-    if not getattr(state, "schema_checked", False):
-        db.check_version()
-        state.schema_checked = True
-    return db
+    """The app's database as whoever asks sees it, once it is sure that its schema is the one we know."""
+    return access.seen(request)
 
 
 Read = Annotated[Session, Depends(read)]
@@ -69,10 +64,10 @@ def wants_part(request: Request) -> bool:
 
 
 def etag(request: Request, *facts: object) -> str:
-    """Changes whenever the answer may: with the facts, the version, the templates, and the kind of answer. It is weak: the same
-    answer may be sent compressed or not."""
+    """Changes whenever the answer may: with the facts, the version, the templates, the kind of answer, and who asks. It is weak:
+    the same answer may be sent compressed or not."""
     variant = "json" if wants_json(request) else "part" if wants_part(request) else "page"
-    text = repr((VERSION, build(), request.app.state.settings.prefix, variant, facts))
+    text = repr((VERSION, build(), request.app.state.settings.prefix, variant, access.tag_of(request), facts))
     return f'W/"{hashlib.sha256(text.encode()).hexdigest()[:20]}"'
 
 
@@ -103,7 +98,7 @@ def reply(
     asked = request.query_params.get("figure")
     chosen = block if block and wants_part(request) and not asked else template
     with collecting(request.url.query) as figures:
-        text = render(chosen, page=page, origin=origin(request), **view)
+        text = render(chosen, page=page, origin=origin(request), viewer=access.shown(request), **view)
     if asked:
         return _file(*pick(figures, asked), request.query_params.get("scheme", "light"))
     return HTMLResponse(text, status, headers)
@@ -218,6 +213,6 @@ def environment() -> Environment:
     jinja.filters.update({name: getattr(rendering, name) for name in names})
     jinja.filters.update(token_text=token_text, token_chip=token_chip, written=written)
     jinja.globals.update(link=link, sae_path=sae_path, feature_path=feature_path, head_path=head_path, heads_path=heads_path)
-    jinja.globals.update(asset=asset, version=VERSION, asdict=asdict)
+    jinja.globals.update(asset=asset, version=VERSION, asdict=asdict, viewer=None)
     jinja.globals.update(rendering=rendering, charts=charts, panels=panels, lines=lines)
     return jinja

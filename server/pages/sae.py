@@ -79,7 +79,7 @@ def features_csv(request: Request, sae: str, query: Annotated[FeatureQuery, Quer
     """All that the filter selects, in the table's order, as a file."""
     door = find_sae(read, sae)
     walk_of(door, query)  # a wrong question is answered before the file begins
-    return csv_stream(f"{sae} features", COLUMNS, _csv_rows(request.app.state.db, door, query))
+    return csv_stream(f"{sae} features", COLUMNS, _csv_rows(known_schema(request), door, query))
 
 
 COLUMNS = (

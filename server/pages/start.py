@@ -25,7 +25,7 @@ from sae_core.config import (
 from sae_core.errors import HeadscopeError, NotFound, UsageError
 from server.forms import filled, groups, refused, typed
 from server.jobs import Jobs
-from server.pages.reply import Read, reply
+from server.pages.reply import Read, known_schema, reply
 from server.pages.writing import Form
 from server.store import jobs as store
 from server.store import registry
@@ -168,7 +168,7 @@ def send(request: Request, kind: str, read: Read, sent: Form) -> Response:
     errors = result.errors
     if result.config is not None:
         try:
-            with closing(Jobs(request.app.state.settings, request.app.state.db)) as jobs:
+            with closing(Jobs(request.app.state.settings, known_schema(request))) as jobs:
                 return RedirectResponse(f"/jobs/{starts.enqueue(jobs, result.config, name or None)}", 303)
         except HeadscopeError as error:
             errors = refused(starts.model, sent, error)
@@ -192,7 +192,7 @@ def _shown(
 ) -> Response:
     models = [record.name for record in registry.models(session)]
     corpora = [record.name for record in registry.corpora(session)]
-    saes = sorted(registry.sae_names(session))
+    saes = registry.seen_names(session)
     known = {"model": models, "corpus": corpora, "sae": saes, "saes": saes, "against": saes}
     made = groups(starts.model, values, errors, first=starts.first, known=known, usual=starts.begins)
     needed = {one.name.rpartition(".")[2] for group in made for one in group.inputs if one.required}

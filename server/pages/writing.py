@@ -9,8 +9,9 @@ from fastapi import APIRouter, Depends, Request, Response
 from sqlalchemy.orm import Session
 from starlette.responses import RedirectResponse
 
-from sae_core.errors import NotFound, UsageError
-from server.pages.reply import known_schema, reply
+from sae_core.errors import LoginNeeded, NotFound, UsageError
+from server.access import needs, shown
+from server.pages.reply import known_schema, link, reply
 from server.store.people import author_name
 
 router = APIRouter()
@@ -29,7 +30,10 @@ Form = Annotated[dict[str, str], Depends(form)]
 
 
 def author(request: Request) -> str | None:
-    """The name that the visitor once typed; None before. There are no accounts yet: anybody may type any name."""
+    """The account's name; without accounts the name that the visitor once typed, which may be any, and None before."""
+    who = shown(request)
+    if who is not None:
+        return who.name
     try:
         return author_name(unquote(request.cookies.get(COOKIE, "")))
     except UsageError:
@@ -40,6 +44,8 @@ def signed(request: Request) -> str:
     """The visitor's name; UsageError before there is one."""
     name = author(request)
     if name is None:
+        if shown(request) is not None:
+            raise LoginNeeded("Log in first, at /login: what you write is signed with your name.")
         raise UsageError("Say who you are first, at /author: what you write is signed with your name.", field="author")
     return name
 
@@ -77,11 +83,14 @@ def see(address: str) -> Response:
 
 @router.get("/author", include_in_schema=False)
 def author_page(request: Request, name: Author, back: str = "/") -> Response:
-    """Where one says who one is."""
+    """Where one says who one is; with accounts, by logging in."""
+    if shown(request) is not None:
+        return see(link("/login", back=local(back)))
     return reply(request, None, "author.html", author=name, back=local(back), trouble="", typed=name or "")
 
 
 @router.post("/author", include_in_schema=False)
+@needs("anonymous")
 def remember(request: Request, form: Form) -> Response:
     """Remember the name in a cookie, and go back to where it was asked for."""
     back, typed = local(form.get("back", "/")), form.get("author", "")

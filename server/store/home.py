@@ -13,6 +13,7 @@ from server.store.heads import HeadLine, summaries_of
 from server.store.jobs import JobRecord
 from server.store.saes import Count, SaeRef, sae_ref
 from server.store.sweeps import SweepLine, sweeps
+from server.store.viewers import seen_metrics
 from server.tables import SAE, Corpus, Feature, Harvest, Job, Model
 
 
@@ -122,7 +123,10 @@ def _cards(session: Session) -> list[tuple[SaeCard, bool]]:
 
 def _read_cards(session: Session, listed: sa.Select[*tuple[Any, ...]]) -> list[tuple[SaeCard, bool]]:
     return [
-        (SaeCard(sae_ref(row, model, harvest, corpus), row.metrics, row.created_at), row.archived_at is not None)
+        (
+            SaeCard(sae_ref(row, model, harvest, corpus), seen_metrics(session, row.metrics), row.created_at),
+            row.archived_at is not None,
+        )
         for row, model, harvest, corpus in session.execute(listed)
     ]
 

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 
 from sae_core.errors import Cancelled, Fenced, JobError, UnknownJob
 from sae_core.progress import Progress
-from server.tables import Job, JobLog, JobPoint, Worker, now
+from server.store.viewers import check_own, everything, own, viewer_of
+from server.tables import SAE, FormerName, Job, JobLog, JobPoint, JobSae, Worker, now
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 OPEN = (QUEUED, RUNNING)
@@ -104,18 +105,35 @@ def create(
     parent_id: str | None = None,
     seconds_left: float | None = None,
 ) -> bool:
-    """Put a job in the book as queued; False, and no change, when one of that id is there."""
-    if session.get(Job, job_id) is not None:
+    """Put a job in the book as queued; False, and no change, when one of that id is there. It belongs to whoever asks, or, where
+    it follows from another, to whom that one belongs."""
+    if session.scalar(everything(sa.select(Job.id).where(Job.id == job_id))) is not None:
         return False
     job = Job(id=job_id, kind=kind, title=title, config=config, parent_id=parent_id, status=QUEUED, seconds_left=seconds_left)
+    parent = session.get(Job, parent_id) if parent_id else None
+    if parent is None:
+        own(session, job)
+    else:
+        job.owner_id, job.visibility = parent.owner_id, parent.visibility
     session.add(job)
     session.flush()
+    session.add_all(JobSae(job_id=job_id, sae_id=sae_id) for sae_id in _read_by(session, config))
+    session.flush()
     return True
+
+
+def _read_by(session: Session, config: dict[str, Any]) -> set[int]:
+    """Ids of the SAEs that a job reads."""
+    against = config.get("against") or ()
+    names = {*saes_of(config), *((against,) if isinstance(against, str) else against)}
+    now_called = session.scalars(sa.select(SAE.id).where(SAE.name.in_(names)))
+    return {*now_called, *session.scalars(sa.select(FormerName.sae_id).where(FormerName.name.in_(names)))} if names else set()
 
 
 def cancel(session: Session, job_id: str) -> bool:
     """Cancel a job that is queued or running; False when it has ended already."""
     job = _locked(session, job_id)
+    _check_may_change(session, job)
     if job.status in ENDED:
         return False
     job.status, job.finished_at, job.seconds_left, job.rate = CANCELLED, now(), None, 0.0
@@ -126,11 +144,17 @@ def cancel(session: Session, job_id: str) -> bool:
 def requeue(session: Session, job_id: str, *, even_done: bool = False) -> None:
     """Queue a failed or cancelled job again, or one that is done when what it made is gone; what it has on disk is used."""
     job = _locked(session, job_id)
+    _check_may_change(session, job)
     if job.status not in (FAILED, CANCELLED) and not (even_done and job.status == DONE):
         raise JobError(f"Job {job_id} is {job.status}; only a failed or cancelled job can be run again.")
     job.status, job.error, job.phase, job.finished_at, job.done, job.total = QUEUED, None, None, None, 0, 0
     job.attempt += 1  # whoever still works on an earlier attempt is shut out from now on
     _say(session, job_id, "Queued again.")
+
+
+def _check_may_change(session: Session, job: Job) -> None:
+    if job.owner_id is not None or not viewer_of(session).may("editor"):
+        check_own(session, job, "cancel this job or run it again")
 
 
 def get(session: Session, job_id: str) -> JobRecord:
@@ -164,7 +188,16 @@ def newest(
 
 def of_status(session: Session, statuses: Sequence[str]) -> list[JobRecord]:
     """Jobs in one of the statuses, oldest first."""
-    return [_record(job) for job in session.scalars(sa.select(Job).where(Job.status.in_(statuses)).order_by(*_AGE))]
+    return [_record(job) for job in session.scalars(_in_status(statuses))]
+
+
+def all_open(session: Session) -> list[JobRecord]:
+    """Every job that is queued or running, oldest first, seen or not: the queue is one for all."""
+    return [_record(job) for job in session.scalars(everything(_in_status(OPEN)))]
+
+
+def _in_status(statuses: Sequence[str]) -> sa.Select[Job]:
+    return sa.select(Job).where(Job.status.in_(statuses)).order_by(*_AGE)
 
 
 def children(session: Session, job_id: str) -> list[JobRecord]:
@@ -173,15 +206,21 @@ def children(session: Session, job_id: str) -> list[JobRecord]:
 
 
 def ids_like(session: Session, prefix: str) -> set[str]:
-    """Ids of the jobs whose id begins with `prefix`."""
-    return set(session.scalars(sa.select(Job.id).where(Job.id.startswith(prefix, autoescape=True))))
+    """Ids of the jobs whose id begins with `prefix`, seen or not."""
+    return set(session.scalars(everything(sa.select(Job.id).where(Job.id.startswith(prefix, autoescape=True)))))
+
+
+def n_ended(session: Session, prefix: str) -> int:
+    """How many jobs whose id begins with `prefix` have ended, seen or not."""
+    mine = sa.select(sa.func.count(Job.id)).where(Job.id.startswith(prefix, autoescape=True), Job.status.in_(ENDED))
+    return session.scalars(everything(mine)).one()
 
 
 def ready(session: Session) -> list[JobRecord]:
     """Queued jobs that may start: no older job of the same parent with one of its SAEs is open, since harvests replace each
     other in order."""
     free, taken = [], set[tuple[str, str]]()
-    for job in of_status(session, OPEN):
+    for job in all_open(session):
         line = {(job.parent_id, sae) for sae in (saes_of(job.config) or ("",))} if job.parent_id else set()
         if job.status == QUEUED and line.isdisjoint(taken):
             free.append(job)

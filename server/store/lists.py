@@ -6,13 +6,14 @@ from datetime import datetime
 from typing import Literal
 
 import sqlalchemy as sa
-from sqlalchemy.orm import Session, aliased
+from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, UsageError
 from server.store.features import FeatureCard, feature_cards
 from server.store.labels import shown_label, touch
 from server.store.people import LONGEST_TITLE, many_lines, one_line
-from server.tables import SAE, FeatureList, ListEntry, now
+from server.store.viewers import Visibility, check_own, check_visibility, noted, own
+from server.tables import SAE, Account, FeatureList, ListEntry, now
 
 CARD_EXAMPLES = 3
 """Strongest examples that an entry shows."""
@@ -34,6 +35,10 @@ class ListLine:
     deleted_by: str | None
     entries: int
     """Features in it."""
+    visibility: Visibility = "shared"
+    """Who sees it, where there are accounts."""
+    owner: str | None = None
+    """Whose it is; None where it was made without accounts."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +91,8 @@ _COUNT = (
     .where(ListEntry.list_id == FeatureList.id, ListEntry.removed_at.is_(None))
     .scalar_subquery()
 )  # fmt: skip
-_LINES = sa.select(FeatureList, _COUNT.label("entries"))
-_MEMBER = aliased(ListEntry)  # `_LINES` counts entries; this is another look at them
+_OWNER = sa.select(Account.name).where(Account.id == FeatureList.owner_id).scalar_subquery()
+_LINES = sa.select(FeatureList, _COUNT.label("entries"), _OWNER.label("owner"))
 
 
 def lists_page(session: Session) -> ListsPage:
@@ -95,7 +100,7 @@ def lists_page(session: Session) -> ListsPage:
     rows = session.execute(
         _LINES.where(FeatureList.deleted_at.is_(None)).order_by(FeatureList.changed_at.desc(), FeatureList.id.desc())
     )
-    return ListsPage(tuple(_line(row, n) for row, n in rows))
+    return ListsPage(tuple(_line(*row) for row in rows))
 
 
 def list_page(session: Session, list_id: int) -> ListPage:
@@ -127,9 +132,10 @@ def list_page(session: Session, list_id: int) -> ListPage:
     )
 
 
-def _line(row: FeatureList, n: int) -> ListLine:
+def _line(row: FeatureList, n: int, owner: str | None) -> ListLine:
     return ListLine(
-        row.id, row.name, row.description, row.author, row.created_at, row.changed_at, row.deleted_at, row.deleted_by, n
+        row.id, row.name, row.description, row.author, row.created_at, row.changed_at, row.deleted_at, row.deleted_by, n,
+        check_visibility(row.visibility), owner,
     )  # fmt: skip
 
 
@@ -160,33 +166,34 @@ def list_line(session: Session, list_id: int) -> ListLine:
 
 def members(session: Session, list_id: int) -> tuple[Membership, ...]:
     """The features of a list, in its order."""
-    return _memberships(session, _MEMBER.list_id == list_id)
+    return _memberships(session, ListEntry.list_id == list_id)
 
 
 def lists_with(session: Session, sae_id: int, index: int) -> tuple[Membership, ...]:
     """The lists that a feature is in."""
-    return _memberships(session, _MEMBER.sae_id == sae_id, _MEMBER.idx == index)
+    return _memberships(session, ListEntry.sae_id == sae_id, ListEntry.idx == index)
 
 
 def membership(session: Session, list_id: int, sae_id: int, index: int) -> Membership:
     """Where a feature stands in a list; NotFound when it is not in it."""
-    found = _memberships(session, _MEMBER.list_id == list_id, _MEMBER.sae_id == sae_id, _MEMBER.idx == index)
+    found = _memberships(session, ListEntry.list_id == list_id, ListEntry.sae_id == sae_id, ListEntry.idx == index)
     if not found:
         raise NotFound(f"Feature {index} is not in list {list_id}.", field="index")
     return found[0]
 
 
 def _memberships(session: Session, *conditions: sa.ColumnElement[bool]) -> tuple[Membership, ...]:
-    rows = session.execute(
-        _LINES.add_columns(_MEMBER)
-        .join(_MEMBER, _MEMBER.list_id == FeatureList.id)
-        .where(*conditions, _MEMBER.removed_at.is_(None), FeatureList.deleted_at.is_(None))
-        .order_by(FeatureList.id, _MEMBER.place, _MEMBER.id)
-    )
+    found = sa.select(ListEntry).join(FeatureList, FeatureList.id == ListEntry.list_id)
+    held = found.where(*conditions, ListEntry.removed_at.is_(None), FeatureList.deleted_at.is_(None))
+    entries = session.scalars(held.order_by(FeatureList.id, ListEntry.place, ListEntry.id)).all()
+    of = session.execute(_LINES.where(FeatureList.id.in_({entry.list_id for entry in entries})))
+    lines = {line.id: line for line in (_line(*row) for row in of)}
     return tuple(
-        Membership(_line(row, n), entry.id, entry.sae_id, entry.idx, entry.note, entry.author, entry.created_at)
-        for row, n, entry in rows
-    )
+        Membership(
+            lines[entry.list_id], entry.id, entry.sae_id, entry.idx, entry.note, entry.author, entry.created_at
+        )
+        for entry in entries
+    )  # fmt: skip
 
 
 # ---- writing ----
@@ -195,6 +202,7 @@ def _memberships(session: Session, *conditions: sa.ColumnElement[bool]) -> tuple
 def create(session: Session, name: str, description: str, author: str) -> int:
     """A new list; its id."""
     row = FeatureList(name=_name(name), description=_description(description), author=author)
+    own(session, row)
     session.add(row)
     session.flush()
     return row.id
@@ -209,7 +217,16 @@ def describe(session: Session, list_id: int, name: str, description: str) -> Non
 def delete(session: Session, list_id: int, author: str) -> None:
     """Mark a list as deleted; it can be brought back."""
     row = _locked(session, list_id)
+    check_own(session, row, "delete this list")
     row.deleted_at, row.deleted_by = now(), author
+
+
+def set_visibility(session: Session, list_id: int, visibility: str) -> None:
+    """Say who sees a list."""
+    row = _locked(session, list_id)
+    check_own(session, row, "say who sees this list")
+    row.visibility = check_visibility(visibility)
+    noted(session, visibility=row.visibility)
 
 
 def restore(session: Session, list_id: int) -> None:

@@ -18,7 +18,8 @@ from server.store.jobs import OPEN, saes_of
 from server.store.labels import touch
 from server.store.people import LONGEST_TITLE, many_lines, one_line
 from server.store.saes import Door, SaeRef
-from server.tables import SAE, Corpus, FormerName, Harvest, Job, Label, ListEntry, Model, Note, Review, Star, Study, now
+from server.store.viewers import Visibility, check_own, check_visibility, everything, noted
+from server.tables import SAE, Account, Corpus, FormerName, Harvest, Job, Label, ListEntry, Model, Note, Review, Star, Study, now
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -86,6 +87,10 @@ class ManagePage:
     belongings: Belongings
     job: str | None
     """An open job that works on it: until it ends nothing is renamed or deleted."""
+    visibility: Visibility = "shared"
+    """Who sees it, where there are accounts."""
+    owner: str | None = None
+    """Whose it is; None where it was made without accounts."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,9 @@ class ArchivePage:
 
 
 def manage_page(session: Session, door: Door) -> ManagePage:
-    """All there is to keep in order: four queries."""
+    """All there is to keep in order: five queries."""
+    whose = sa.select(SAE.visibility, Account.name).outerjoin(Account, Account.id == SAE.owner_id).where(SAE.id == door.id)
+    visibility, owner = session.execute(whose).one()
     former = session.scalars(sa.select(FormerName.name).where(FormerName.sae_id == door.id).order_by(FormerName.created_at))
     harvests = harvest_lines(session, door)
     return ManagePage(
@@ -110,6 +117,8 @@ def manage_page(session: Session, door: Door) -> ManagePage:
         harvests=harvests,
         belongings=_belongings(session, door.id),
         job=_open_job(session, door.sae.name, door.job_id),
+        visibility=check_visibility(visibility),
+        owner=owner,
     )
 
 
@@ -167,7 +176,7 @@ def _belongings(session: Session, sae_id: int) -> Belongings:
 
 def _open_job(session: Session, name: str, made_by: str | None) -> str | None:
     """An open job that made, measures or sweeps the SAE."""
-    jobs = session.execute(sa.select(Job.id, Job.config).where(Job.status.in_(OPEN)).order_by(Job.created_at))
+    jobs = session.execute(everything(sa.select(Job.id, Job.config).where(Job.status.in_(OPEN)).order_by(Job.created_at)))
     return next((job for job, config in jobs if job == made_by or name in (*saes_of(config), *config.get("against", ()))), None)
 
 
@@ -177,6 +186,7 @@ def _open_job(session: Session, name: str, made_by: str | None) -> str | None:
 def describe(session: Session, door: Door, name: str, description: str) -> str:
     """Give an SAE another name and description; its name now. A name that it gives up still leads to it."""
     row = _idle(session, door) if name.strip() != door.sae.name else session.get_one(SAE, door.id, with_for_update=True)
+    check_own(session, row, f"rename or describe {row.name}")
     row.description = many_lines(description, "description", field="description", empty=True) or None
     if name.strip() != row.name:
         _rename(session, row, name.strip())
@@ -191,8 +201,8 @@ def _rename(session: Session, row: SAE, name: str) -> None:
             "a digit first, and not .json at the end.",
             field="name",
         )
-    former = session.get(FormerName, name)
-    if session.scalar(sa.select(SAE.id).where(SAE.name == name)) or (former and former.sae_id != row.id):
+    former = session.scalar(everything(sa.select(FormerName).where(FormerName.name == name)))
+    if session.scalar(everything(sa.select(SAE.id).where(SAE.name == name))) or (former and former.sae_id != row.id):
         raise UsageError(f"The name {name} is taken{' and still leads to another SAE' if former else ''}.", field="name")
     if former:
         session.delete(former)
@@ -202,8 +212,33 @@ def _rename(session: Session, row: SAE, name: str) -> None:
 
 def archive(session: Session, door: Door, on: bool) -> None:
     """Leave an SAE out of the first page, or bring it back; its pages stay."""
-    session.get_one(SAE, door.id, with_for_update=True).archived_at = now() if on else None
+    row = session.get_one(SAE, door.id, with_for_update=True)
+    check_own(session, row, f"archive {row.name}")
+    row.archived_at = now() if on else None
     touch(session, [door.id])
+
+
+def set_visibility(session: Session, door: Door, visibility: str) -> None:
+    """Say who sees an SAE. The training that made it alone is seen as it is."""
+    row = session.get_one(SAE, door.id, with_for_update=True)
+    check_own(session, row, f"say who sees {row.name}")
+    row.visibility = check_visibility(visibility)
+    alone = sa.select(sa.func.count()).where(SAE.job_id == Job.id).scalar_subquery() == 1
+    session.execute(
+        sa.update(Job)
+        .where(Job.id == row.job_id, alone)
+        .values(visibility=row.visibility, owner_id=row.owner_id)
+        .execution_options(synchronize_session=False)
+    )
+    noted(session, visibility=row.visibility)
+    touch(session, [row.id])
+
+
+def give(session: Session, door: Door, account_id: int) -> None:
+    """Make an SAE somebody else's."""
+    row = session.get_one(SAE, door.id, with_for_update=True)
+    check_own(session, row, f"give {row.name} away")
+    row.owner_id = account_id
 
 
 def describe_harvest(session: Session, harvest_id: int, name: str, description: str) -> None:
@@ -222,6 +257,7 @@ def delete_sae(db: Database, door: Door, data: Path) -> None:
     """Delete an SAE: harvests, what people wrote, studies, its row, and its folder. Broken off, it is to be called again."""
     with db.write() as session:
         row = _idle(session, door)
+        check_own(session, row, f"delete {row.name}")
         row.archived_at = row.archived_at or now()  # half deleted, it stands on no first page
         folder = row.folder
         harvests = session.scalars(sa.select(Harvest.id).where(Harvest.sae_id == door.id)).all()
@@ -229,7 +265,7 @@ def delete_sae(db: Database, door: Door, data: Path) -> None:
         stored_harvests.delete(db, harvest_id, force=True)
     with db.write() as session:
         _idle(session, door)
-        session.execute(sa.delete(Study).where(Study.sae_id == door.id))
+        session.execute(everything(sa.delete(Study).where(Study.sae_id == door.id)))
         session.execute(sa.delete(SAE).where(SAE.id == door.id))
     weights, saes = (data / folder).resolve(), (data / "saes").resolve()
     if weights.is_relative_to(saes) and weights != saes:  # one that was imported where it lay is left there
@@ -250,4 +286,5 @@ def _harvest(session: Session, harvest_id: int) -> Harvest:
     row = session.get(Harvest, harvest_id, with_for_update=True)
     if row is None:
         raise NotFound(f"There is no harvest {harvest_id}.", field="id")
+    check_own(session, session.get_one(SAE, row.sae_id), "change this harvest")
     return row

@@ -10,7 +10,8 @@ from sqlalchemy.orm import Session
 from sae_core.config import CorpusSource, ModelSource, SAEConfig
 from sae_core.errors import NotFound, SAEMismatch, UnknownCorpus, UnknownModel
 from server.store.saes import current_name
-from server.tables import SAE, Corpus, Feature, FormerName, Model
+from server.store.viewers import everything
+from server.tables import SAE, Corpus, Feature, FormerName, Job, Model
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,9 @@ def upsert_sae(
     row = session.scalar(sa.select(SAE).where(SAE.job_id == job_id, SAE.run == run))
     if row is None:
         row = SAE(job_id=job_id, run=run, name=name)  # people may have given it another name since
+        job = session.get(Job, job_id)
+        if job is not None:  # whose the job is, theirs is what it makes
+            row.owner_id, row.visibility = job.owner_id, job.visibility
         session.add(row)
     row.model_id, row.folder, row.sha256, row.metrics = model_id, folder, sha256, metrics
     row.layer, row.hook, row.arch, row.k = config.site.layer, config.site.hook, config.arch, config.k
@@ -267,8 +271,13 @@ def live_features(session: Session, name: str) -> list[int] | None:
 
 
 def sae_names(session: Session) -> set[str]:
-    """Names that are taken, former ones too: they still lead to an SAE."""
-    return {*session.scalars(sa.select(SAE.name)), *session.scalars(sa.select(FormerName.name))}
+    """Names that are taken, by what the viewer does not see too, and former ones: they still lead to an SAE."""
+    return {name for names in (SAE.name, FormerName.name) for name in session.scalars(everything(sa.select(names)))}
+
+
+def seen_names(session: Session) -> list[str]:
+    """Names that can be chosen, in order."""
+    return list(session.scalars(sa.select(SAE.name).order_by(SAE.name)))
 
 
 def _sae(row: SAE) -> SAERecord:

@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, Renamed
 from server.store.kept import kept
+from server.store.viewers import seen_metrics
 from server.tables import SAE, Corpus, Feature, FormerName, Harvest, Job, JobPoint, Model
 
 DENSITY_EDGES = tuple(10 ** (exponent / 3) for exponent in range(-18, 1))
@@ -184,9 +185,10 @@ def _door(session: Session, statement: sa.Select[*tuple[Any, ...]], which: str |
     if found is None:
         return None
     row, model, harvest, corpus = found
+    metrics = seen_metrics(session, row.metrics)
     return Door(
-        row.id, sae_ref(row, model, harvest, corpus), row.config, row.metrics, row.job_id, row.run, row.created_at,
-        row.revision, row.description, row.archived_at,
+        row.id, sae_ref(row, model, harvest, corpus), row.config, metrics, row.job_id, row.run, row.created_at, row.revision,
+        row.description, row.archived_at,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from server.db import Database
 from server.store import search
 from server.store.harvests import PUBLISHED, REPLACED, RUNNING
 from server.store.jobs import OPEN
+from server.store.viewers import check_own, everything
 from server.tables import SAE, Context, Feature, FeatureHead, FeatureToken, Harvest, Job
 
 CHUNK_SECONDS = 0.05
@@ -62,7 +63,8 @@ def delete(db: Database, harvest_id: int, *, force: bool = False) -> None:
                 f"Harvest {harvest_id} is the one that the pages of {sae.name} show; --force deletes it all the same, and they "
                 "are empty then until there is another."
             )
-        job = session.get(Job, harvest.job_id)
+        check_own(session, sae, "delete this harvest")
+        job = session.scalar(everything(sa.select(Job).where(Job.id == harvest.job_id)))
         if harvest.status == RUNNING and job is not None and job.status in OPEN:
             raise JobError(f"Harvest {harvest_id} is being written by {job.id}; cancel that job first.")
         if sae.harvest_id == harvest_id:

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound
+from server.access import needs
 from server.api.neuronpedia.features import batch
 from server.api.neuronpedia.shapes import NeuronRow
 from server.api.neuronpedia.wire import Addresses, At, Shape, answer, utc
@@ -201,6 +202,7 @@ def add_features(request: Request, wanted: ToAdd, author: Signed) -> Response:
 
 
 @router.post_at("/list/get")
+@needs("anonymous")
 def get_list(of: OfList, read: Read) -> Response:
     """A list with its features, each with its strongest examples."""
     line = _held(read, of.list_id)
@@ -215,6 +217,7 @@ def get_list(of: OfList, read: Read) -> Response:
 
 
 @router.post_at("/list/list")
+@needs("anonymous")
 def lists(read: Read) -> Response:
     """Every list, the oldest first: without accounts, all belong to whoever asks."""
     lines = sorted(store.lists_page(read).lists, key=lambda line: line.id)
@@ -296,6 +299,7 @@ def unbookmark(request: Request, wanted: At, author: Signed) -> Response:
 
 
 @router.post_at("/user/bookmarks")
+@needs("reader")
 def bookmarks(read: Read, author: Signed) -> Response:
     """What one starred, newest first."""
     refs = {ref.name: ref for ref in every_ref(read)}

@@ -8,6 +8,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from sae_core.errors import UsageError
+from server.access import needs
 from server.api.neuronpedia.collections import Signed
 from server.api.neuronpedia.features import batch
 from server.api.neuronpedia.shapes import HUMAN, NeuronRow
@@ -61,18 +62,21 @@ class FoundRow(Shape):
 
 
 @router.post_at("/explanation/search")
+@needs("anonymous")
 def search(query: QueryInSources, read: Read) -> Response:
     """Labels in some SAEs, the nearest first."""
     return _found(read, query, [find_ref(read, query.model_id, layer) for layer in dict.fromkeys(query.layers)])
 
 
 @router.post_at("/explanation/search-model")
+@needs("anonymous")
 def search_model(query: QueryInModel, read: Read) -> Response:
     """Labels in all SAEs of a model, the nearest first."""
     return _found(read, query, every_ref(read, query.model_id))
 
 
 @router.post_at("/explanation/search-all")
+@needs("anonymous")
 def search_all(query: Query, read: Read) -> Response:
     """Labels in all SAEs, the nearest first."""
     return _found(read, query, every_ref(read))

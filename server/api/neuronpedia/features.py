@@ -11,6 +11,7 @@ from pydantic import Field
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound
+from server.access import needs
 from server.api.neuronpedia.shapes import (
     NeuronOfSet,
     NeuronRow,
@@ -121,6 +122,7 @@ class Wanted(At):
 
 
 @router.post_at("/features")
+@needs("anonymous")
 def features(wanted: Annotated[list[Wanted], Body(max_length=MOST)], read: Read) -> Response:
     """Features of any SAEs, in the order asked for; indices that are not there are left out."""
     return answer(_batch(read, wanted))
@@ -148,6 +150,7 @@ class PageOf(Shape):
 
 
 @router.post_at("/features-offset")
+@needs("anonymous")
 def features_offset(page: PageOf, read: Read) -> Response:
     """The next `PAGE` features that fired, in the order of their index."""
     source = find_source(read, page.model_id, page.layer)
@@ -167,6 +170,7 @@ class ExamplesOf(Shape):
 
 
 @router.post_at("/activation/get")
+@needs("anonymous")
 def activations(of: ExamplesOf, read: Read) -> Response:
     """A feature's examples, the strongest first."""
     source = find_source(read, of.model_id, of.source)

@@ -13,6 +13,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from sqlalchemy.orm import Session
 
 from sae_core.errors import UsageError
+from server.access import needs
 from server.api.neuronpedia.features import batch
 from server.api.neuronpedia.shapes import NeuronRow, NeuronWithModel, model_row
 from server.api.neuronpedia.wire import Addresses, At, Name, Shape, answer, utc
@@ -95,6 +96,7 @@ class TestedRow(Shape):
 
 
 @router.post_at("/activation/new")
+@needs("reader", live=True)
 def new_activation(request: Request, given: TextFor, read: Read) -> Response:
     """One feature on typed text, and what each source token gave where it is strongest."""
     at = given.feature
@@ -132,6 +134,7 @@ class TextForSource(Shape):
 
 
 @router.post_at("/activation/source")
+@needs("reader", live=True)
 def source_activations(request: Request, given: TextForSource, read: Read) -> Response:
     """Every feature that fires on each text: `{index: [[position, activation], ...]}`."""
     source = find_ref(read, given.model_id, given.source)
@@ -196,6 +199,7 @@ class Strong(NamedTuple):
 
 
 @router.post_at("/search-all")
+@needs("reader", live=True)
 def search_all(request: Request, search: Search, read: Read) -> Response:
     """The features that are strongest on a text, over the SAEs of a set."""
     layers = dict.fromkeys(search.selected_layers)
@@ -302,6 +306,7 @@ class TokenRow(Shape):
 
 
 @router.post_at("/search-topk-by-token")
+@needs("reader", live=True)
 def search_by_token(request: Request, search: SearchByToken, read: Read) -> Response:
     """The features that are strongest at each token of a text."""
     source = find_source(read, search.model_id, search.source)
