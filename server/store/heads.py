@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from sae_core.errors import NotFound, UsageError
 from server.packing import read_dfa
 from server.store.features import FeatureQuery, FeatureRow, feature_table
+from server.store.kept import kept
 from server.store.saes import Count, Door, SaeRef, newest_of_each_layer
 from server.tables import Example, Feature, HeadSummary, Model, Study
 
@@ -134,9 +135,10 @@ class ModelHeads:
 
 def head_summaries(session: Session, door: Door) -> tuple[HeadLine, ...]:
     """One line per head, in order; none before a harvest is published, nor of harvests made before heads were summarised."""
-    if door.sae.harvest is None:
+    harvest = door.sae.harvest
+    if harvest is None:
         return ()
-    return tuple(_line(row) for row in _summaries(session, [door.sae.harvest.id]))
+    return kept(session, harvest, "heads", lambda: tuple(_line(row) for row in _summaries(session, [harvest.id])))
 
 
 def head_page(session: Session, door: Door, head: int) -> HeadPage:

@@ -104,6 +104,9 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert {path for path in paths if path.endswith(".json")} == {
         "/index.json",
+        "/people.json",
+        "/keys.json",
+        "/audit.json",
         "/saes/{sae}.json",
         "/saes/{sae}/features/{index}.json",
         "/saes/{sae}/features/{index}/components.json",
