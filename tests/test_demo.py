@@ -173,8 +173,16 @@ class Demo:
         with self.log.open("wb") as log:
             self.process = subprocess.Popen([sys.executable, "-c", SMALL, "demo"], env=os.environ | ours, stdout=log, stderr=log)
 
+    @property
+    def token(self) -> str:
+        """The start token in the address that was printed."""
+        found = re.search(r"/start\?token=(\S+)", self.log.read_text())
+        assert found, self.log.read_text()
+        return found[1]
+
     def get(self, path: str) -> httpx.Response:
-        return httpx.get(f"http://127.0.0.1:{self.port}{path}", trust_env=False, timeout=20)
+        as_its_owner = {"Authorization": f"Bearer {self.token}"}
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", headers=as_its_owner, trust_env=False, timeout=20)
 
     def until(self, said: str, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -213,6 +221,8 @@ def test_the_demo_publishes_is_walked_stops_cleanly_and_starts_again_on_what_is_
         assert first.get("/").status_code == 200  # the page is up before there is anything to see
         first.until("Published after", 280)
         found = first.get(f"/saes/{demo.SAE_NAME}.json").json()
+        assert httpx.get(f"http://127.0.0.1:{first.port}/", trust_env=False).status_code == 401
+        quiet_page.goto(f"http://127.0.0.1:{first.port}/start?token={first.token}")
         walk(quiet_page, f"http://127.0.0.1:{first.port}")
     finally:
         assert first.interrupt() == 0

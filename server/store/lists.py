@@ -186,6 +186,8 @@ def _memberships(session: Session, *conditions: sa.ColumnElement[bool]) -> tuple
     found = sa.select(ListEntry).join(FeatureList, FeatureList.id == ListEntry.list_id)
     held = found.where(*conditions, ListEntry.removed_at.is_(None), FeatureList.deleted_at.is_(None))
     entries = session.scalars(held.order_by(FeatureList.id, ListEntry.place, ListEntry.id)).all()
+    if not entries:  # as of most features
+        return ()
     of = session.execute(_LINES.where(FeatureList.id.in_({entry.list_id for entry in entries})))
     lines = {line.id: line for line in (_line(*row) for row in of)}
     return tuple(

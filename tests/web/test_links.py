@@ -37,6 +37,8 @@ NO_PAGES = {
     "/saes/{sae}/features/{index:int}/next": "leads on to a feature, from one that was opened in a filtered table",
     "/saes/{sae}/features/{index:int}/previous": "the same",
     "/jobs/{job_id}/events": "a stream that the job's page follows",
+    "/start": "where the printed address leads, with its token",
+    **dict.fromkeys(("/login", "/keys", "/people", "/audit"), "only where there are accounts"),
 }
 
 
