@@ -92,7 +92,8 @@ def bar_chart(
 ) -> Markup:
     """Vertical bars. `ticks` are (edge between bars, label); without them every bar's own label is written when it fits."""
     top = max((bar.value for bar in bars), default=0.0)
-    scaled = [_height(bar.value, top, log) * (height - 28) for bar in bars]
+    full = (height - 28) / (math.log1p(top) if log else top) if top > 0 else 0.0
+    scaled = [full * (math.log1p(bar.value) if log else bar.value) if bar.value > 0 else 0.0 for bar in bars]
     step = width / max(1, len(bars))
     base = height - 16
     parts = [f'<line class="axis" x1="0" x2="{width}" y1="{base}" y2="{base}"/>']
@@ -108,12 +109,13 @@ def bar_chart(
             parts.append(f'<a href="{escape(bar.link)}">{rects}</a>' if bar.link else f"<g>{rects}</g>")
     else:
         # One path: the numbers stand once, in the table, from which a script says the bar that is pointed at.
-        wide = max(0.5, step - 1.5)
-        drawn: dict[str, str] = {}
+        across = f"h{max(0.5, step - 1.5):.1f}v"
+        drawn: dict[str, list[str]] = {}
         for i, (bar, size) in enumerate(zip(bars, scaled, strict=True)):
             if size > 0:
-                drawn[bar.kind] = f"{drawn.get(bar.kind, '')}M{i * step + 0.75:.1f} {base}v-{size:.1f}h{wide:.1f}v{size:.1f}"
-        parts += [f'<path class="{kind}" d="{path}"/>' for kind, path in drawn.items()]
+                high = f"{size:.1f}"
+                drawn.setdefault(bar.kind, []).append(f"M{i * step + 0.75:.1f} {base}v-{high}{across}{high}")
+        parts += [f'<path class="{kind}" d="{"".join(path)}"/>' for kind, path in drawn.items()]
     labels = ticks or ([(i + 0.5, bar.label) for i, bar in enumerate(bars)] if len(bars) <= width / 18 else [])
     for at, label in labels:
         x = at * step
@@ -122,19 +124,13 @@ def bar_chart(
     if top > 0:
         largest = num(top) if top % 1 else count(top)
         parts.append(f'<text class="top" x="{width}" y="9" text-anchor="end">{largest}{escape(unit)}</text>')
+    said = escape(unit)
     rows = "".join(
-        f"<tr><th scope=row>{escape(bar.label)}<td>{num(bar.value, 4) if bar.value % 1 else count(bar.value)}{escape(unit)}"
-        for bar in bars
+        f"<tr><th scope=row>{escape(bar.label)}<td>{num(bar.value, 4) if bar.value % 1 else count(bar.value)}{said}" for bar in bars
     )
-    data = Data(("what", f"value{unit}"), [(bar.label, bar.value) for bar in bars])
+    data = Data(("what", f"value{unit}"), [bar[:2] for bar in bars])
     kind = "chart" if linked else "chart bars"
     return figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>", kind, data=data)
-
-
-def _height(value: float, top: float, log: bool) -> float:
-    if top <= 0 or value <= 0:
-        return 0.0
-    return math.log1p(value) / math.log1p(top) if log else value / top
 
 
 # --- a line over steps ---
@@ -331,7 +327,8 @@ def _thinned(points: Sequence[tuple[float, float]], n: int) -> Sequence[tuple[fl
 
 def histogram_bars(edges: Sequence[float], counts: Sequence[int]) -> list[Bar]:
     """The bars of a histogram, each labelled with its range."""
-    return [Bar(f"{num(edges[i])} to {num(edges[i + 1])}", n) for i, n in enumerate(counts)]
+    said = [num(edge) for edge in edges]
+    return [Bar(f"{low} to {high}", n) for low, high, n in zip(said, said[1:], counts, strict=False)]
 
 
 def edge_ticks(edges: Sequence[float]) -> list[tuple[float, str]]:

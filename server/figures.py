@@ -47,7 +47,9 @@ class _Page:
     """The page that is being made."""
 
     def __init__(self, query: str) -> None:
-        self.query = [(key, value) for key, value in parse_qsl(query, keep_blank_values=True) if key not in ("figure", "scheme")]
+        kept = [(key, value) for key, value in parse_qsl(query, keep_blank_values=True) if key not in ("figure", "scheme")]
+        self.address = escape(f"?{urlencode(kept)}&" if kept else "?")
+        """The page's own query, ready for what is added to it."""
         self.figures: dict[str, Figure] = {}
 
 
@@ -75,12 +77,12 @@ def keep(title: str, desc: str, body: str, width: int, height: int, data: Data |
     page.figures[name] = Figure(name, title, desc, body, width, height, data)
     kinds = KINDS if data else KINDS[:1]
     links = " ".join(
-        f'<a href="?{escape(urlencode([*page.query, ("figure", f"{name}.{kind}")]))}" download>{kind.upper()}</a>'
-        for kind in kinds
+        f'<a href="{page.address}figure={name}.{kind}" download>{kind.upper()}</a>' for kind in kinds  # a slug needs no quoting
     )
     return made(f'<p class="files">{links}</p>')
 
 
+@lru_cache(maxsize=4096)
 def slug(title: str) -> str:
     """A title as a part of an address."""
     return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")[:60].strip("-") or "figure"

@@ -37,8 +37,8 @@ def num(value: float | None, digits: int = 3) -> str:
         return "–"
     if value == 0:
         return "0"
-    if digits > 1 and 1e-4 <= abs(value) < 9.9:  # most numbers of a page: what follows says the same, more slowly
-        return f"{value:#.{digits}g}".replace("-", "−")
+    if digits > 1 and 1e-4 <= value < 9.9:  # most numbers of a page: what follows says the same, more slowly
+        return f"{value:#.{digits}g}"
     size = math.floor(math.log10(abs(value)))
     if size < -4 or size >= 6:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -63,7 +63,10 @@ def percent(share: float | None, digits: int = 3) -> str:
 
 def count(n: int | float | None) -> str:
     """A whole number with its thousands set apart."""
-    return "–" if n is None else f"{round(n):,}".replace(",", NARROW).replace("-", "−")
+    if n is None:
+        return "–"
+    whole = round(n)
+    return str(whole) if 0 <= whole < 1000 else f"{whole:,}".replace(",", NARROW).replace("-", "−")
 
 
 def duration(seconds: float | None) -> str:
@@ -117,8 +120,25 @@ def example_tokens(example: FeatureExample, paint: Paint) -> Markup:
     return made(_painted(example, paint)[0])
 
 
+def example_items(examples: Iterable[FeatureExample], paint: Paint, index: int) -> Markup:
+    """Stored examples of the feature `index` on its page, made at once: they are twenty and more."""
+    head = "" if paint.head is None else f"&head={paint.head}"
+    return made(
+        "".join(
+            example_item(
+                example,
+                paint,
+                f"{index}/examples/{example.band}/{example.rank}",
+                f"{index}/components?band={example.band}&rank={example.rank}{head}",
+                anchored=True,
+            )
+            for example in examples
+        )
+    )
+
+
 def example_item(example: FeatureExample, paint: Paint, sources: str, components: str, *, anchored: bool = False) -> Markup:
-    """An example of the feature page, with the sum of its DFA: a string made at once, since there are twenty and more.
+    """An example of the feature page, with the sum of its DFA.
 
     `data-at` has the positions of its marked tokens, each less the one before it. Their numbers come from the address `sources`
     when they are looked at, or are in `data-numbers` where there is no address: typed text, which is not stored.
@@ -290,13 +310,17 @@ def _split(raw: str) -> tuple[str, str, str]:
 
 def head_strip(sums: Sequence[float]) -> str:
     """A bar per head: the DFA of an example, sources summed, drawn up for positive and down for negative."""
-    top = max(map(abs, sums), default=0.0) or 1.0
-    drawn = {"pos": "", "neg": ""}
+    sizes = [abs(value) for value in sums]
+    top = max(sizes, default=0.0)
+    steps = 20 / (top or 1.0)
+    up = down = ""
     for head, value in enumerate(sums):
-        size = round(20 * value / top)
-        if size:
-            drawn["pos" if size > 0 else "neg"] += f"M{12 * head + 6} 22v{-size}"
-    bars = "".join(f'<path class="{sign}" d="{path}"/>' for sign, path in drawn.items() if path)
-    most = max(range(len(sums)), key=lambda head: abs(sums[head]), default=0)
+        size = round(steps * value)
+        if size > 0:
+            up += f"M{12 * head + 6} 22v-{size}"
+        elif size < 0:
+            down += f"M{12 * head + 6} 22v{-size}"
+    bars = (f'<path class="pos" d="{up}"/>' if up else "") + (f'<path class="neg" d="{down}"/>' if down else "")
+    most = sizes.index(top) if sizes else 0
     said = f"Most by head {most}: {signed(sums[most])}" if sums else "No heads"
     return f'<svg class="strip" role="img" viewBox="0 0 {12 * len(sums)} 44"><title>{said}</title>{bars}</svg>'

@@ -578,17 +578,32 @@ AT_ONCE = 20
 _ALL = 2**31 - 1
 
 
-def _statements() -> tuple[sa.Select[Any], sa.Select[Any], sa.Select[Any]]:
-    """What a page asks: for the features, for others that it tells of, for examples. Made once and of columns alone, since
-    making a statement, and objects of the ORM, took longer than the database does."""
+class _Statements(NamedTuple):
+    """What a page asks: for the features, for the examples of features by their ids."""
+
+    pages: sa.Select[Any]
+    examples: sa.Select[Any]
+
+
+_ASIDE = ("neighbours", "coactive")
+"""Columns that name other features, which a page that tells of no others does not read."""
+
+
+def _statements(many: bool, others: bool) -> _Statements:
+    """Made once and of columns alone, since making a statement, and objects of the ORM, took longer than the database does; of
+    one feature apart from many, since a list has to be written into the statement anew each time."""
     feature, detail = sa.inspect(Feature).local_table.c, sa.inspect(FeatureDetail).local_table.c
     example, context = sa.inspect(Example).local_table.c, sa.inspect(Context).local_table.c
-    wanted = sa.and_(feature.harvest_id == sa.bindparam("harvest"), feature.idx.in_(sa.bindparam("wanted", expanding=True)))
-    of_one = detail.feature_id == feature.id
+
+    def asked(column: sa.ColumnElement[Any], name: str) -> sa.ColumnElement[bool]:
+        return column.in_(sa.bindparam(name, expanding=True)) if many else column == sa.bindparam(name)
+
     label = shown_label(sa.bindparam("sae"), feature.idx).label("label")
-    pages = sa.select(*feature, *(column for column in detail if column.name != "feature_id"), label).where(of_one, wanted)
-    others = sa.select(feature.idx, feature.max_act, feature.family, detail.promoted).where(of_one, wanted)
-    of_these = example.feature_id.in_(sa.bindparam("features", expanding=True))
+    left_out = ("feature_id",) if others else ("feature_id", *_ASIDE)
+    pages = sa.select(*feature, *(column for column in detail if column.name not in left_out), label).where(
+        detail.feature_id == feature.id, feature.harvest_id == sa.bindparam("harvest"), asked(feature.idx, "wanted")
+    )
+    of_these = asked(example.feature_id, "features")
     counted = sa.select(example.feature_id, sa.func.count().label("kept")).where(of_these).group_by(example.feature_id).subquery()
     places = ("feature_id", "band", "rank", "dest", "start", "act", "acts", "dfa")
     first = example.rank < sa.case((example.band == 0, sa.bindparam("strongest")), else_=sa.bindparam("of_each"))
@@ -597,10 +612,18 @@ def _statements() -> tuple[sa.Select[Any], sa.Select[Any], sa.Select[Any]]:
         .where(of_these, first, context.id == example.context_id, counted.c.feature_id == example.feature_id)
         .order_by(example.feature_id, example.band, example.rank)
     )
-    return pages, others, examples
+    return _Statements(pages, examples)
 
 
-_PAGES, _OTHERS, _EXAMPLES = _statements()
+def _others_statement() -> sa.Select[Any]:
+    feature, detail = sa.inspect(Feature).local_table.c, sa.inspect(FeatureDetail).local_table.c
+    wanted = feature.idx.in_(sa.bindparam("wanted", expanding=True))
+    told = sa.select(feature.idx, feature.max_act, feature.family, detail.promoted)
+    return told.where(detail.feature_id == feature.id, feature.harvest_id == sa.bindparam("harvest"), wanted)
+
+
+_ASKED = {(many, others): _statements(many, others) for many in (False, True) for others in (False, True)}
+_OTHERS = _others_statement()
 
 
 def feature_page(session: Session, door: Door, index: int, *, every: bool = False, others: bool = True) -> FeaturePage:
@@ -623,18 +646,24 @@ def feature_pages(
         return ()
     harvest_id, config = door.sae.harvest.id, door.sae.harvest.config
     connection = session.connection()
-    found = connection.execute(_PAGES, {"sae": door.id, "harvest": harvest_id, "wanted": wanted}).all()
-    named = {int(idx) for row in found for idx, *_ in (*row.neighbours, *row.coactive.get("pairs", []))} if others else set()
-    told = _others(connection, harvest_id, named) if named else {}
-    shown = _examples(connection, [row.id for row in found], config, every) if examples else {}
+    asked, many = _ASKED[len(wanted) > 1, others], len(wanted) > 1
+    these = {"sae": door.id, "harvest": harvest_id, "wanted": wanted if many else wanted[0]}
+    found = connection.execute(asked.pages, these).all()
+    told = None
+    if others:
+        named = {int(idx) for row in found for idx, *_ in (*row.neighbours, *row.coactive.get("pairs", []))}
+        told = _others(connection, harvest_id, named) if named else {}
+    ids = [row.id for row in found]
+    shown = _examples(connection, asked.examples, ids if many else ids[0], config, every) if examples and ids else {}
     pages = {row.idx: _page(door.sae, row, told, *shown.get(row.id, ((), 0))) for row in found}
     return tuple(pages[idx] for idx in wanted if idx in pages)
 
 
 def _page(
-    sae: SaeRef, row: sa.Row[Any], others: dict[int, sa.Row[Any]], shown: tuple[FeatureExample, ...], kept: int
+    sae: SaeRef, row: sa.Row[Any], others: dict[int, sa.Row[Any]] | None, shown: tuple[FeatureExample, ...], kept: int
 ) -> FeaturePage:
     index, heads = row.idx, _head_shares(row)
+    nearest, coactive = ((), {}) if others is None else (row.neighbours, row.coactive)
     histogram_edges, histogram_counts = unfold(row.histogram, log=True)
     logit_edges, logit_counts = unfold(row.logits, log=False)
     return FeaturePage(
@@ -664,10 +693,10 @@ def _page(
         logit_edges=logit_edges,
         logit_counts=logit_counts,
         positions=tuple(PositionBucket(*part) for part in row.positions),
-        coactive_tokens=row.coactive.get("tokens", 0),
-        coactive=_partners(row.coactive.get("pairs", []), others),
+        coactive_tokens=coactive.get("tokens", 0),
+        coactive=_partners(coactive.get("pairs", []), others or {}),
         sample=row.sample,
-        neighbours=_neighbours(row.neighbours, others),
+        neighbours=_neighbours(nearest, others or {}),
         examples=shown,
         kept=kept if kept > len(shown) else None,
         previous=index - 1 if index > 0 else None,
@@ -717,13 +746,13 @@ def _texts(promoted: Sequence[Sequence[Any]]) -> tuple[str, ...]:
 
 
 def _examples(
-    connection: sa.Connection, feature_ids: Sequence[int], config: dict[str, Any], every: bool
+    connection: sa.Connection, statement: sa.Select[Any], features: Sequence[int] | int, config: dict[str, Any], every: bool
 ) -> dict[int, tuple[tuple[FeatureExample, ...], int]]:
     """Of each feature that has any, the examples to show, and how many there are."""
     strongest, of_each = (_ALL, _ALL) if every else first_of_bands(config)
-    asked = {"features": feature_ids, "strongest": strongest, "of_each": of_each}
+    asked = {"features": features, "strongest": strongest, "of_each": of_each}
     window = int(config.get("window", 256))
-    rows = connection.execute(_EXAMPLES, asked).all()
+    rows = connection.execute(statement, asked).all()
     examples = iter(taken_apart(rows, window))
     found: dict[int, tuple[tuple[FeatureExample, ...], int]] = {}
     for feature_id, mine in groupby(rows, attrgetter("feature_id")):
