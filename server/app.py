@@ -9,7 +9,6 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Scope
 
@@ -17,6 +16,7 @@ from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
 from server.access import Limits, guard
 from server.api import neuronpedia, v1
 from server.api import page as api_page
+from server.compressed import Compressed
 from server.db import Database
 from server.pages import (
     compare,
@@ -49,8 +49,6 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 
-GZIP_LEVEL = 5
-"""Of a page, within a hundredth of the smallest, at three fifths of its time."""
 LARGEST_BODY = 1_000_000
 """Bytes of a request; forms and questions are far smaller."""
 
@@ -79,14 +77,15 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.limits = Limits(settings)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
     app.add_middleware(SecurityHeaders)
-    app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=GZIP_LEVEL)
+    app.add_middleware(Compressed)
     app.add_middleware(Proxied, settings=settings)  # outermost: nothing else knows of a prefix
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
-    about_saes = (sae, manage, head, feature, embed, components, labels, lists, ratings)
+    about_saes = (sae, manage, head, embed, components, labels, lists, ratings)
     pages = (home, search, *about_saes, compare, start, jobs, sweep, study)
-    for page in (health, login, keys, people, writing, *pages):
+    # The feature's page first: routes are tried one after another, and most of what is asked for is one.
+    for page in (feature, health, login, keys, people, writing, *pages):
         app.include_router(page.router)
     app.include_router(neuronpedia.router)
     v1.mount(app)

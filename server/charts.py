@@ -10,7 +10,7 @@ from typing import NamedTuple
 from markupsafe import Markup, escape
 
 from server.figures import Data, keep
-from server.markup import made
+from server.markup import escaped, made
 from server.rendering import NARROW, count, level, num, percent
 
 # --- what all have ---
@@ -126,7 +126,8 @@ def bar_chart(
         parts.append(f'<text class="top" x="{width}" y="9" text-anchor="end">{largest}{escape(unit)}</text>')
     said = escape(unit)
     rows = "".join(
-        f"<tr><th scope=row>{escape(bar.label)}<td>{num(bar.value, 4) if bar.value % 1 else count(bar.value)}{said}" for bar in bars
+        f"<tr><th scope=row>{label}<td>{num(bar.value, 4) if bar.value % 1 else count(bar.value)}{said}"
+        for label, bar in zip(escaped([bar.label for bar in bars]), bars, strict=True)
     )
     data = Data(("what", f"value{unit}"), [bar[:2] for bar in bars])
     kind = "chart" if linked else "chart bars"

@@ -1,6 +1,7 @@
 """Text made into HTML: what is escaped, what an invisible character becomes, and the one place that says a string is markup."""
 
 import unicodedata
+from collections.abc import Sequence
 from functools import lru_cache
 
 from markupsafe import Markup, escape
@@ -12,6 +13,12 @@ def made(html: str) -> Markup:
     return Markup(html)  # noqa: S704 - that is what this function is for
 
 
+def escaped(texts: Sequence[str]) -> list[str]:
+    """Many short texts escaped, in one step for all."""
+    return str(escape(_BETWEEN.join([text.replace(_BETWEEN, "␀") for text in texts]))).split(_BETWEEN) if texts else []
+
+
+_BETWEEN = "\0"
 _SIGNS = {"\n": "↵", "\r": "␍", "\t": "⇥", "\x00": "␀"}
 _LINE_END = Markup('<i class="nl">↵</i>')
 _SPACE = Markup('<i class="sp">·</i>')

@@ -10,7 +10,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache, lru_cache, partial
-from operator import sub
+from itertools import groupby
+from operator import attrgetter, sub
 from typing import Any, NamedTuple
 
 from markupsafe import Markup, escape
@@ -118,6 +119,11 @@ def example_tokens(example: FeatureExample, paint: Paint) -> Markup:
     """The example's text: activation as warmth, DFA as a bar beneath, the destination framed. Sources that matter stay in view
     however far back they are."""
     return made(_painted(example, paint)[0])
+
+
+def by_band(examples: Iterable[FeatureExample]) -> list[tuple[int, list[FeatureExample]]]:
+    """(band, its examples), of examples in the order of bands."""
+    return [(band, list(those)) for band, those in groupby(examples, attrgetter("band"))]
 
 
 def example_items(examples: Iterable[FeatureExample], paint: Paint, index: int) -> Markup:

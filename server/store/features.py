@@ -788,7 +788,7 @@ def taken_apart(rows: Sequence[Stored], window: int) -> tuple[FeatureExample, ..
                 start=start,
                 dest=dest,
                 texts=tuple(row.texts[start : start + window]),
-                acts=dict(sorted([*acts[a:a_end], (dest, row.act)])),
+                acts=dict(sorted([*acts[a:a_end], (dest, row.act)])) if a_end > a else {dest: row.act},
                 dfa=tuple(entries[e:e_end]),
                 dropped=tuple(dropped[h:h_end]),
                 before=tuple(before[h:h_end]),
