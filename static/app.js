@@ -228,6 +228,22 @@ document.addEventListener("keydown", (event) => {
   }
 });
 
+// --- the feature that most likely comes next, asked for ahead ---
+
+// One page: the next, or the one before when that is the way one is going. The browser keeps the answer, and when it goes there
+// asks by its ETag whether it still holds: so it need not be made then, and is never out of date.
+let sent = null;
+const ahead = () => {
+  const [next, previous] = ["next", "prev"].map((way) => document.querySelector(`main a[rel=${way}]`));
+  const link = next && document.referrer !== next.href ? next : previous;
+  if (!link || link.href === sent || document.hidden || navigator.connection?.saveData) return;
+  sent = link.href;
+  fetch(sent, { priority: "low" }).catch(() => {});
+};
+const inIdleTime = window.requestIdleCallback ?? ((then) => setTimeout(then, 200));
+window.addEventListener("load", () => inIdleTime(ahead));
+document.addEventListener("visibilitychange", () => document.readyState === "complete" && inIdleTime(ahead));
+
 document.getElementById("help-open")?.addEventListener("click", () => document.getElementById("help").showModal());
 
 // After a swap the heads table says which head is painted, the ways to other features keep the view that was chosen, and
@@ -239,4 +255,5 @@ document.addEventListener("htmx:after:swap", () => {
     link.closest("tr").classList.toggle("chosen", link.dataset.head === head);
   }
   for (const link of document.querySelectorAll("a[rel=prev], a[rel=next]")) link.search = location.search;
+  inIdleTime(ahead);
 });

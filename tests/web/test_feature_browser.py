@@ -89,3 +89,45 @@ def test_the_bar_that_is_pointed_at_is_said(quiet_page: Page, site: str) -> None
     figure = page.locator("figure.bars").first
     figure.locator("svg").hover()
     expect(figure.locator("figcaption b")).to_have_text(re.compile(r"\S+.*: \S+"))
+
+
+def pages_of(page: Page) -> list[str]:
+    """The feature pages that the browser asks for from now on, by their addresses."""
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url) if re.search(r"/features/\d+(\?|$)", request.url) else None)
+    return asked
+
+
+SENT = "performance.getEntriesByType('navigation')[0].transferSize"
+"""Bytes of the page that really came: a few hundred where the server said that nothing has changed."""
+
+
+def test_the_next_feature_is_asked_for_once_ahead_and_not_sent_again_when_it_is_gone_to(quiet_page: Page, site: str) -> None:
+    page, asked = quiet_page, pages_of(quiet_page)
+    with page.expect_response(re.compile(r"/features/4$")):
+        page.goto(f"{site}{SAE}/features/3")
+    page.wait_for_load_state("networkidle")
+    assert asked == [f"{site}{SAE}/features/3", f"{site}{SAE}/features/4"]
+    assert page.evaluate(SENT) > 3000
+    page.keyboard.press("j")
+    expect(page).to_have_url(f"{site}{SAE}/features/4")
+    page.wait_for_load_state("networkidle")
+    assert page.evaluate(SENT) < 1000
+    assert asked[2:] == [f"{site}{SAE}/features/4", f"{site}{SAE}/features/5"]
+    with page.expect_response(re.compile(r"/features/2$")):  # that is the way now
+        page.keyboard.press("k")
+    expect(page).to_have_url(f"{site}{SAE}/features/3")
+
+
+def test_nothing_is_asked_for_ahead_where_data_is_saved_or_the_page_is_hidden(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    for instead in ("Object.defineProperty(navigator, 'connection', {value: {saveData: true}})",
+                    "Object.defineProperty(document, 'hidden', {value: true})"):  # fmt: skip
+        other = page.context.new_page()
+        asked = pages_of(other)
+        other.add_init_script(instead)
+        other.goto(f"{site}{SAE}/features/3")
+        other.wait_for_load_state("networkidle")
+        other.evaluate("new Promise((done) => requestIdleCallback(done))")
+        assert asked == [f"{site}{SAE}/features/3"]
+        other.close()
