@@ -61,6 +61,11 @@ def _compact(value: object) -> str:
     return _NUL.sub(r"\1\\u2400", text) if "\\u0000" in text else text
 
 
+def read_stored(value: Any) -> Any:
+    """A JSON column that was selected as text: SQLite gives it as it lies there, PostgreSQL's driver has read it."""
+    return _read_json(value) if isinstance(value, (str, bytes)) else value
+
+
 def _read_json(text: str | bytes) -> Any:
     try:
         return msgspec.json.decode(text)  # several times quicker, and most of a row is JSON

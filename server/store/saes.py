@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +12,9 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, Renamed
+from server.db import read_stored
 from server.store.kept import kept
-from server.store.viewers import seen_metrics
+from server.store.viewers import sees_all, seen_metrics
 from server.tables import SAE, Corpus, Feature, FormerName, Harvest, Job, JobPoint, Model
 
 DENSITY_EDGES = tuple(10 ** (exponent / 3) for exponent in range(-18, 1))
@@ -69,8 +70,6 @@ class Door:
 
     id: int
     sae: SaeRef
-    config: dict[str, Any]
-    metrics: dict[str, Any]
     job_id: str | None
     run: int
     created_at: datetime
@@ -78,6 +77,19 @@ class Door:
     """Raised by what people write about it and its features."""
     description: str | None
     archived_at: datetime | None
+    stored_config: Any
+    """`config` as the driver gave it, and below `metrics`: the most of an SAE's row, and few pages look at them."""
+    stored_metrics: Any
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """How it was trained."""
+        return read_stored(self.stored_config)
+
+    @cached_property
+    def metrics(self) -> dict[str, Any]:
+        """What is known of how good it is."""
+        return read_stored(self.stored_metrics)
 
 
 @dataclass(frozen=True)
@@ -170,8 +182,22 @@ def sae_by_id(session: Session, sae_id: int) -> Door:
     return door
 
 
-_DOOR = (
-    sa.select(SAE, Model.name, Harvest, Corpus.name)
+_STORED = sa.Text()
+"""Type of a JSON column that is not read yet. PostgreSQL's driver reads it all the same."""
+_HARVEST = (
+    Harvest.id, sa.func.coalesce(Corpus.name, ""), Harvest.n_tokens, Harvest.n_rows, Harvest.n_live, Harvest.n_examples,
+    Harvest.context, Harvest.worst_gap, Harvest.config, Harvest.published_at, Harvest.source,
+)  # fmt: skip
+_SAE = (
+    SAE.name, Model.name, SAE.layer, SAE.hook, SAE.arch, SAE.d_in, SAE.d_sae, SAE.k, SAE.n_heads, SAE.sha256,
+)  # fmt: skip
+_BESIDE = (
+    SAE.job_id, SAE.run, SAE.created_at, SAE.revision, SAE.description, SAE.archived_at,
+    sa.type_coerce(SAE.config, _STORED).label("config"), sa.type_coerce(SAE.metrics, _STORED).label("metrics"),
+)  # fmt: skip
+"""Columns in the order of `HarvestRef`, `SaeRef` and `Door`: the door of every page, so of columns and no objects."""
+_DOOR: sa.Select[*tuple[Any, ...]] = (
+    sa.select(SAE.id, *_HARVEST, *_SAE, *_BESIDE)
     .join(Model, Model.id == SAE.model_id)
     .outerjoin(Harvest, Harvest.id == SAE.harvest_id)
     .outerjoin(Corpus, Corpus.id == Harvest.corpus_id)
@@ -184,12 +210,10 @@ def _door(session: Session, statement: sa.Select[*tuple[Any, ...]], which: str |
     found = session.execute(statement, {"which": which}).one_or_none()
     if found is None:
         return None
-    row, model, harvest, corpus = found
-    metrics = seen_metrics(session, row.metrics)
-    return Door(
-        row.id, sae_ref(row, model, harvest, corpus), row.config, metrics, row.job_id, row.run, row.created_at, row.revision,
-        row.description, row.archived_at,
-    )  # fmt: skip
+    sae_id, *row = found
+    harvest, sae, (*beside, metrics) = row[: len(_HARVEST)], row[len(_HARVEST) : -len(_BESIDE)], row[-len(_BESIDE) :]
+    ref = SaeRef(*sae, None if harvest[0] is None else HarvestRef(*harvest))
+    return Door(sae_id, ref, *beside, metrics if sees_all(session) else seen_metrics(session, read_stored(metrics)))
 
 
 def current_name(session: Session, former: str) -> str | None:

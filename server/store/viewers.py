@@ -153,10 +153,15 @@ def _of(table: Any, account: int | None) -> sa.ColumnElement[bool]:
     return sa.and_(table.visibility == "private", table.owner_id.is_distinct_from(account))
 
 
+def sees_all(session: Session) -> bool:
+    """Whether nothing is hidden from whoever's session it is."""
+    return viewer_of(session).may("admin")
+
+
 def seen_metrics(session: Session, metrics: dict[str, Any]) -> dict[str, Any]:
     """What is known of an SAE, without how it compares with SAEs that the viewer does not see."""
     compared = metrics.get("stability")
-    if not compared or viewer_of(session).may("admin"):
+    if not compared or sees_all(session):
         return metrics
     seen = set(session.scalars(sa.select(SAE.name).where(SAE.name.in_([one["against"] for one in compared]))))
     return {**metrics, "stability": [one for one in compared if one["against"] in seen]}
