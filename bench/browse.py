@@ -17,13 +17,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
-import httpx
 import numpy as np
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from bench import _postgres
-from bench._served import Figure, headscope, spread, times_of
+from bench._served import Client, Figure, headscope, spread, times_of
 from server.db import Database
 from server.packing import F4, I4, pack
 from server.settings import Settings
@@ -100,8 +99,8 @@ def measure(url: sa.URL, questions: int) -> dict[str, Figure]:
     figures = spread("", times, "<= 10", "<= 40") | spread("search_", found, "<= 50")
     paths = iter([f"/saes/{door.sae.name}?{urlencode(query.asked())}" for door, query in again])
     environment = {"HEADSCOPE_DATABASE_URL": url.render_as_string(hide_password=False)}
-    with headscope(environment) as address, httpx.Client(base_url=address, timeout=60, headers=PART) as client:
-        figures |= spread("page_", times_of(client, lambda: next(paths), len(again) - 10)[0])
+    with headscope(environment) as address:
+        figures |= spread("page_", times_of(Client(address, PART), lambda: next(paths), len(again) - 10)[0])
     return figures
 
 

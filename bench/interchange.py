@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 from bench import _interchange
-from bench._served import Address, Figure, headscope, spread, times_of
+from bench._served import Address, Client, Figure, headscope, spread, times_of
 from bench.pages import published
 from server.db import Database
 from server.settings import Settings
@@ -43,7 +43,7 @@ def reading(requests: int, batches: int) -> dict[str, Figure]:
         def feature() -> str:
             return f"/api/v1/saes/{name}/features/{chosen.choice(full)}?include=examples,dfa,logits"
 
-        times, _ = times_of(client, feature, requests, warm=50)
+        times, _ = times_of(Client(address), feature, requests, warm=50)
         figures |= spread("api_feature_", times, "<= 3")
         for called, include, target in (("batch100_", "heads,logits", "<= 60"), ("batch100_examples_", "examples,dfa", None)):
             times = [_batch(client, name, chosen.sample(range(d_sae), min(BATCH, d_sae)), include) for _ in range(batches + 3)]
