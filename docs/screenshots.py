@@ -65,10 +65,13 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
             "feature": f"{sae}/features/{index}", "by-head": f"{sae}/features/{index}?head={head}#examples",
             "example": f"{sae}/features/{index}/examples/0/0",
             "components": f"{sae}/features/{index}/components?band=0&rank=0", "feature-labels": f"{sae}/features/{index}/labels",
-            "embed": f"/embed{sae}/features/{index}", "head": f"{sae}/heads/{head}", "search": f"{sae}/search?q={quote(query)}&kind=token",
-            "search-text": f"{sae}/search?q={quote(query)}&kind=text", "heads-of-model": f"/models/{quote(card['sae']['model'])}/heads",
-            "compare": f"/compare?a={name}:{index}&b={name}:{page['neighbours'][0]['index']}", "compare-harvests": f"/compare?sae={name}",
-            "reviews": f"{sae}/reviews", "manage": f"{sae}/manage", "delete": f"{sae}/delete",
+            "embed": f"/embed{sae}/features/{index}", "head": f"{sae}/heads/{head}",
+            "search": f"{sae}/search?q={quote(query)}&kind=token",
+            "search-text": f"{sae}/search?q={quote(query)}&kind=text",
+            "heads-of-model": f"/models/{quote(card['sae']['model'])}/heads",
+            "compare": f"/compare?a={name}:{index}&b={name}:{page['neighbours'][0]['index']}",
+            "compare-harvests": f"/compare?sae={name}", "reviews": f"{sae}/reviews", "manage": f"{sae}/manage",
+            "delete": f"{sae}/delete",
         }.items()  # fmt: skip
         yield from ((f"review-{one['id']}", f"/reviews/{one['id']}") for one in known(f"{sae}/reviews.json")["reviews"][:1])
     yield from ((f"list-{n}" if n else "list", f"/lists/{one['id']}") for n, one in enumerate(known("/lists.json")["lists"][:2]))
