@@ -60,7 +60,7 @@ PAGES = {
     ),
     "/jobs": ("/jobs",),
     "/jobs/{job_id}": (
-        "/jobs/train-running-1", f"/jobs/train-{A}-1", "/jobs/train-failed", "/jobs/train-waiting", "/jobs/train-cancelled",
+        "/jobs/train-running-1", f"/jobs/train-{A}-1", "/jobs/train-failed-1", "/jobs/train-waiting-1", "/jobs/train-cancelled-1",
     ),
     "/sweeps/{job_id}": ("/sweeps/sweep-s",),
     "/studies": ("/studies", f"/studies?sae={A}&feature=3"),
@@ -130,7 +130,7 @@ def _jobs(session: Session) -> None:
     for status in ("failed", "cancelled", "queued"):
         ended = at + timedelta(minutes=3) if status != "queued" else None
         job = Job(
-            id=f"train-{'waiting' if status == 'queued' else status}", kind="train", title=f"Train layer 3, {status}",
+            id=f"train-{'waiting' if status == 'queued' else status}-1", kind="train", title=f"Train layer 3, {status}",
             config={"model": "smollm2-135m", "k": 32}, status=status, attempt=2, created_at=at, finished_at=ended,
             error=error if status == "failed" else None,
         )  # fmt: skip

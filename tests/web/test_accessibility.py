@@ -54,7 +54,7 @@ def violations(page: Page) -> list[str]:
 @pytest.mark.parametrize("path", [path for paths in PAGES.values() for path in paths])
 def test_axe_finds_no_violation(seen: Page, site: str, path: str) -> None:
     seen.goto(site + path)
-    seen.wait_for_load_state("networkidle")  # blocks that the page asks for when it is there
+    seen.wait_for_timeout(250)  # blocks that the page asks for when it is there
     assert violations(seen) == []
 
 
@@ -77,7 +77,7 @@ def test_axe_sees_what_is_wrong(seen: Page, site: str) -> None:
     seen.goto(f"{site}/author")
     seen.evaluate("""() => {
       document.querySelector("main").insertAdjacentHTML("beforeend", "<img src=x><p>pale</p>");
-      document.querySelector("main > p").style.color = getComputedStyle(document.documentElement).backgroundColor;
+      document.querySelector("main > p").style.color = "#777";
     }""")
     found = {one.partition(":")[0] for one in violations(seen)}
     assert "color-contrast" in found
