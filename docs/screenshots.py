@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import httpx
 import uvicorn
+from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from server.app import create_app
@@ -28,10 +29,11 @@ SIZES = {"wide": (1440, 900), "narrow": (390, 844)}
 SCHEMES = ("light", "dark")
 HERE = Path(__file__).parent / "screenshots"
 TOUR = (
-    "home-wide-light", "sae-wide-light", "feature-wide-light", "feature-wide-dark", "head-wide-light", "search-wide-light",
-    "list-wide-light", "compare-wide-light", "sweep-wide-light", "new-train-wide-light", "feature-narrow-light", "home-wide-dark",
+    "home-wide-light", "sae-wide-light", "table-wide-light", "feature-wide-light", "feature-wide-dark", "head-wide-light",
+    "search-wide-light", "list-wide-light", "compare-wide-light", "sweep-wide-light", "new-train-wide-light",
+    "feature-narrow-light", "home-wide-dark",
 )  # fmt: skip
-"""What docs/tour.md shows."""
+"""What docs/tour.md and README.md show."""
 
 
 def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator[tuple[str, str]]:
@@ -61,7 +63,8 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
         page = known(f"{sae}/features/{index}.json")
         head = max(page["heads"], key=lambda one: one["norm_share"])["head"]
         yield from {
-            "sae": sae, "table": f"{sae}?head={head}&leads=true#features", "nothing-like-that": f"{sae}?min_density=1#features",
+            "sae": sae, "table": f"{sae}?family=induction&sort=-head_share#features",
+            "nothing-like-that": f"{sae}?min_density=1#features",
             "feature": f"{sae}/features/{index}", "by-head": f"{sae}/features/{index}?head={head}#examples",
             "example": f"{sae}/features/{index}/examples/0/0",
             "components": f"{sae}/features/{index}/components?band=0&rank=0", "feature-labels": f"{sae}/features/{index}/labels",
@@ -147,7 +150,10 @@ def main() -> None:
         browser.close()
     for name in TOUR if not given.whole else ():
         if (into / f"{name}.png").exists():
-            shutil.copyfile(into / f"{name}.png", HERE / f"{name}.png")
+            # Flat colours in all but a few pixels of letters' edges: a palette of them is a third of the size and looks the same.
+            Image.open(into / f"{name}.png").convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+                HERE / f"{name}.png", optimize=True
+            )
 
 
 if __name__ == "__main__":
