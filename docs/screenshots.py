@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 import httpx
 import uvicorn
+from PIL import Image
 from playwright.sync_api import Browser, sync_playwright
 
 from server.app import create_app
@@ -28,10 +29,11 @@ SIZES = {"wide": (1440, 900), "narrow": (390, 844)}
 SCHEMES = ("light", "dark")
 HERE = Path(__file__).parent / "screenshots"
 TOUR = (
-    "home-wide-light", "sae-wide-light", "feature-wide-light", "feature-wide-dark", "head-wide-light", "search-wide-light",
-    "list-wide-light", "compare-wide-light", "sweep-wide-light", "new-train-wide-light", "feature-narrow-light", "home-wide-dark",
+    "home-wide-light", "sae-wide-light", "table-wide-light", "feature-wide-light", "feature-wide-dark", "head-wide-light",
+    "search-wide-light", "list-wide-light", "compare-wide-light", "sweep-wide-light", "new-train-wide-light",
+    "feature-narrow-light", "home-wide-dark",
 )  # fmt: skip
-"""What docs/tour.md shows."""
+"""What docs/tour.md and README.md show."""
 
 
 def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator[tuple[str, str]]:
@@ -41,44 +43,48 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
         return client.get(address).raise_for_status().json()
 
     home = known("/index.json")
-    yield from {"home": "/", "lists": "/lists", "labels": "/labels", "studies": "/studies", "jobs": "/jobs"}.items()
+    yield from {
+        "home": "/",
+        "lists": "/lists",
+        "labels": "/labels",
+        "studies": "/studies",
+        "jobs": "/jobs",
+        "api": "/api",
+    }.items()
     yield from {"compare-nothing": "/compare", "archive": "/archive", "author": "/author", "unknown": "/nothing"}.items()
     for kind in ("train", "sweep", "harvest", "evaluate", "compare", "specificity", "induction", "heads"):
         yield f"new-{kind}", f"/jobs/new/{kind}"
     yield "search-everything", f"/search?q={quote(query)}"
     for card in [card for card in home["saes"] if card["sae"]["harvest"]][:1]:
-        sae = f"/saes/{quote(card['sae']['name'])}"
+        name = quote(card["sae"]["name"])
+        sae = f"/saes/{name}"
         rows = known(f"{sae}.json?family=induction&limit=1")["table"]["rows"] or known(f"{sae}.json?limit=1")["table"]["rows"]
         index = feature if feature is not None else rows[0]["index"]
         page = known(f"{sae}/features/{index}.json")
         head = max(page["heads"], key=lambda one: one["norm_share"])["head"]
-        near = page["neighbours"][0]["index"]
-        yield "sae", sae
-        yield "table", f"{sae}?head={head}&leads=true#features"
-        yield "feature", f"{sae}/features/{index}"
-        yield "components", f"{sae}/features/{index}/components?band=0&rank=0"
-        yield "feature-labels", f"{sae}/features/{index}/labels"
-        yield "embed", f"/embed{sae}/features/{index}"
-        yield "head", f"{sae}/heads/{head}"
-        yield "heads-of-model", f"/models/{quote(card['sae']['model'])}/heads"
-        yield "search", f"{sae}/search?q={quote(query)}&kind=token"
-        yield "compare", f"/compare?a={quote(card['sae']['name'])}:{index}&b={quote(card['sae']['name'])}:{near}"
-        yield "compare-harvests", f"/compare?sae={quote(card['sae']['name'])}"
-        yield "reviews", f"{sae}/reviews"
-        yield "manage", f"{sae}/manage"
-        yield "delete", f"{sae}/delete"
+        yield from {
+            "sae": sae, "table": f"{sae}?family=induction&sort=-head_share#features",
+            "nothing-like-that": f"{sae}?min_density=1#features",
+            "feature": f"{sae}/features/{index}", "by-head": f"{sae}/features/{index}?head={head}#examples",
+            "example": f"{sae}/features/{index}/examples/0/0",
+            "components": f"{sae}/features/{index}/components?band=0&rank=0", "feature-labels": f"{sae}/features/{index}/labels",
+            "embed": f"/embed{sae}/features/{index}", "head": f"{sae}/heads/{head}",
+            "search": f"{sae}/search?q={quote(query)}&kind=token",
+            "search-text": f"{sae}/search?q={quote(query)}&kind=text",
+            "heads-of-model": f"/models/{quote(card['sae']['model'])}/heads",
+            "compare": f"/compare?a={name}:{index}&b={name}:{page['neighbours'][0]['index']}",
+            "compare-harvests": f"/compare?sae={name}", "reviews": f"{sae}/reviews", "manage": f"{sae}/manage",
+            "delete": f"{sae}/delete",
+        }.items()  # fmt: skip
+        yield from ((f"review-{one['id']}", f"/reviews/{one['id']}") for one in known(f"{sae}/reviews.json")["reviews"][:1])
     yield from ((f"list-{n}" if n else "list", f"/lists/{one['id']}") for n, one in enumerate(known("/lists.json")["lists"][:2]))
     yield from ((f"sweep-{n}" if n else "sweep", f"/sweeps/{one['id']}") for n, one in enumerate(home["sweeps"][:1]))
-    kinds: set[str] = set()
+    first: dict[str, str] = {}
     for job in known("/jobs.json")["jobs"]:
-        if job["kind"] not in kinds:
-            yield f"job-{job['kind']}" if kinds else "job", f"/jobs/{job['id']}"
-        kinds.add(job["kind"])
-    seen: set[str] = set()
+        first.setdefault(f"job-{job['kind']}" if first else "job", f"/jobs/{job['id']}")
     for study in known("/studies.json")["studies"]:
-        if study["kind"] not in seen:
-            yield f"study-{study['kind']}", f"/studies/{study['id']}"
-        seen.add(study["kind"])
+        first.setdefault(f"study-{study['kind']}", f"/studies/{study['id']}")
+    yield from first.items()
 
 
 def take(browser: Browser, site: str, pages: Mapping[str, str], into: Path, only: str, *, whole: bool) -> None:
@@ -101,7 +107,9 @@ def take(browser: Browser, site: str, pages: Mapping[str, str], into: Path, only
                 tab.screenshot(path=into / f"{name}-{size}-{scheme}.png", full_page=whole)
                 if tab.evaluate("document.documentElement.scrollWidth") > width:
                     complaints.append("is wider than the window")
-                said = "".join(f"; {one}" for one in complaints if "404" not in one or name != "unknown")
+                said = "".join(
+                    f"; {one}" for one in complaints if "404" not in one or name not in ("unknown", "compare-harvests")
+                )
                 print(f"{name}-{size}-{scheme}{said}", flush=True)
                 complaints.clear()
             context.close()
@@ -144,7 +152,10 @@ def main() -> None:
         browser.close()
     for name in TOUR if not given.whole else ():
         if (into / f"{name}.png").exists():
-            shutil.copyfile(into / f"{name}.png", HERE / f"{name}.png")
+            # Flat colours in all but a few pixels of letters' edges: a palette of them is a third of the size and looks the same.
+            Image.open(into / f"{name}.png").convert("RGB").quantize(256, dither=Image.Dither.NONE).save(
+                HERE / f"{name}.png", optimize=True
+            )
 
 
 if __name__ == "__main__":

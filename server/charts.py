@@ -15,6 +15,9 @@ from server.rendering import NARROW, count, level, num, percent
 
 # --- what all have ---
 
+LETTER = 5.7
+"""Pixels of a digit in a chart's labels, about."""
+
 
 def figure(
     title: str, desc: str, body: str, width: int, height: int, twin: str, kind: str = "chart", data: Data | None = None
@@ -90,7 +93,7 @@ def bar_chart(
     width: int = 300,
     height: int = 96,
 ) -> Markup:
-    """Vertical bars. `ticks` are (edge between bars, label); without them every bar's own label is written when it fits."""
+    """Vertical bars. `ticks` are (edge between bars, label); without them the bars' own labels are written, as many as fit."""
     top = max((bar.value for bar in bars), default=0.0)
     full = (height - 28) / (math.log1p(top) if log else top) if top > 0 else 0.0
     scaled = [full * (math.log1p(bar.value) if log else bar.value) if bar.value > 0 else 0.0 for bar in bars]
@@ -116,7 +119,8 @@ def bar_chart(
                 high = f"{size:.1f}"
                 drawn.setdefault(bar.kind, []).append(f"M{i * step + 0.75:.1f} {base}v-{high}{across}{high}")
         parts += [f'<path class="{kind}" d="{"".join(path)}"/>' for kind, path in drawn.items()]
-    labels = ticks or ([(i + 0.5, bar.label) for i, bar in enumerate(bars)] if len(bars) <= width / 18 else [])
+    every = math.ceil((LETTER * max((len(bar.label) for bar in bars), default=0) + 3) / step)
+    labels = ticks or ([(i + 0.5, bar.label) for i, bar in enumerate(bars)][::every] if len(bars) <= width / 18 else [])
     for at, label in labels:
         x = at * step
         anchor = "start" if x < 8 else "end" if x > width - 8 else "middle"

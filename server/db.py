@@ -56,9 +56,11 @@ class _HintingCompiler(SQLiteCompiler):
 
 
 def _compact(value: object) -> str:
-    # PostgreSQL has no place for the character 0, which is a token of many vocabularies; its picture stands for it.
+    # PostgreSQL has no place for the character 0, which is a token of many vocabularies; its picture stands for it. Half a
+    # surrogate pair is no character and has no UTF-8; its number stands for it.
     text = json.dumps(value, separators=(",", ":"))
-    return _NUL.sub(r"\1\\u2400", text) if "\\u0000" in text else text
+    text = _NUL.sub(r"\1\\u2400", text) if "\\u0000" in text else text
+    return _SURROGATES.sub(_whole, text) if "\\ud" in text else text
 
 
 def read_stored(value: Any) -> Any:
@@ -74,6 +76,11 @@ def _read_json(text: str | bytes) -> Any:
 
 
 _NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # and not a backslash that somebody wrote before "u0000"
+_SURROGATES = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89ab]..\\ud[c-f]..|d[89a-f]..)")
+
+
+def _whole(found: re.Match[str]) -> str:
+    return found[0] if len(found[2]) > 4 else rf"{found[1]}\u27e8{found[2].upper()}\u27e9"
 
 
 CONNECT_SECONDS = 10

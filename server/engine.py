@@ -388,24 +388,6 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
     def health() -> dict[str, str | None]:
         return {"model": engine.loaded}
 
-    @app.post("/attribute")
-    def attribute(question: LiveQuestion) -> LiveAttribution:
-        return engine.attribute(question)
-
-    @app.post("/firings")
-    def firings(question: FiringQuestion) -> LiveFirings:
-        return engine.firings(question)
-
-    @app.post("/codes")
-    def codes(question: TextQuestion) -> LiveCodes:
-        return engine.codes(question)
-
-    @app.post("/sources")
-    def sources(question: SourcesQuestion) -> LiveSources:
-        return engine.sources(question)
-
-    @app.post("/components")
-    def components(question: ComponentsQuestion) -> LiveComponents:
-        return engine.components(question)
-
+    for question in (engine.attribute, engine.components, engine.firings, engine.codes, engine.sources):
+        app.post(f"/{question.__name__}")(question)
     return app

@@ -123,7 +123,7 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_the_picture_is_a_png_of_a_page() -> None:
-    picture = (ROOT / "docs" / "demo-feature.png").read_bytes()
+    picture = (ROOT / "docs" / "screenshots" / "feature-wide-light.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
 

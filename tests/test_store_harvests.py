@@ -4,6 +4,7 @@ Everything runs on SQLite, and on a PostgreSQL server of its own where the machi
 """
 
 import json
+import re
 import subprocess
 import sys
 import uuid
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import sqlalchemy as sa
+from hypothesis import given
+from hypothesis import strategies as st
 from sqlalchemy.orm import Session
 
 from sae_core.config import CorpusSource, ModelSource
@@ -20,7 +23,7 @@ from sae_core.errors import Fenced, JobError
 from sae_core.harvest import HarvestResult, harvest, row_records
 from sae_core.lens import load_lens
 from sae_core.records import HeadRecord
-from server.db import Database
+from server.db import Database, _compact
 from server.packing import ERROR, F4, FLOOR, I4, pack, read_acts, read_dfa, unfold, unpack
 from server.settings import Settings
 from server.store import harvests, jobs
@@ -354,3 +357,11 @@ def test_much_json_is_deflated_on_sqlite_and_text_from_before_is_still_read(db: 
             session.execute(sa.text("update feature_detail set promoted = :text"), {"text": text})
         found = session.scalars(sa.select(FeatureDetail.promoted).where(FeatureDetail.feature_id == feature_id)).one()
     assert found == promoted
+
+
+@given(st.lists(st.text(st.characters(exclude_categories=())) | st.sampled_from(["\\ud83d", "\\\ud83d", "🙂", "\ude42\ud83d"])))
+def test_no_half_of_a_character_is_stored_and_every_whole_one_is(texts: list[str]) -> None:
+    kept = json.loads(_compact(texts))
+    whole = [text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass") for text in texts]
+    halved = [re.sub("[\ud800-\udfff]", lambda half: f"⟨{ord(half[0]):X}⟩", text) for text in whole]
+    assert kept == [text.replace("\0", "␀") for text in halved]

@@ -33,10 +33,12 @@ def write(session: Session, listed: ListPage, folder: Path) -> int:
         except HeadscopeError:  # its harvest was deleted, or is of other features
             continue
         made[entry.id] = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', entry.sae)}-{entry.index}.html"
-    for entry in listed.entries:
-        if entry.id in made:
-            page = pages.pop(entry.id)
-            text = render("bundle_feature.html", page=page, entry=entry, list=listed.list, paint=Paint(page.max_act, None, None))
-            (folder / made[entry.id]).write_text(text)
+    written = [entry for entry in listed.entries if entry.id in made]
+    for at, entry in enumerate(written):
+        page = pages.pop(entry.id)
+        beside = {"before": written[at - 1] if at else None, "after": written[at + 1] if at + 1 < len(written) else None}
+        paint = Paint(page.max_act, None, None)
+        text = render("bundle_feature.html", page=page, entry=entry, list=listed.list, paint=paint, made=made, **beside)
+        (folder / made[entry.id]).write_text(text)
     (folder / "index.html").write_text(render("bundle.html", page=listed, made=made))
     return len(made)

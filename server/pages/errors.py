@@ -1,6 +1,7 @@
 """Errors as people and scripts meet them: one sentence on a page, or one shape of JSON; and as Neuronpedia's scripts do."""
 
 import re
+from urllib.parse import quote
 
 from fastapi import Request, Response
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
@@ -33,7 +34,7 @@ TITLES = {
     403: "Refused",
     404: "Not found",
     405: "Not possible",
-    422: "That cannot be",
+    422: "That cannot be shown",
     429: "Too often",
     500: "Something went wrong",
     503: "Not now",
@@ -61,10 +62,21 @@ def error_response(request: Request, error: HeadscopeError) -> Response:
     ):
         return RedirectResponse(link("/login", back=request.url.path), 303, headers)
     template = "_error.html" if wants_part(request) else "error.html"
-    html = render(
-        template, title=TITLES.get(error.status, "Not done"), message=str(error), status=error.status, viewer=shown(request)
-    )
+    title, back = TITLES.get(error.status, "Not done"), way_back(request, error)
+    html = render(template, title=title, message=str(error), status=error.status, back=back, viewer=shown(request))
     return HTMLResponse(html, error.status, headers)
+
+
+def way_back(request: Request, error: HeadscopeError) -> tuple[str, str]:
+    """The nearest page above the one that was asked for, and what to call it."""
+    path = quote(request.url.path)
+    if error.status == 422 and request.method == "GET" and request.url.query:
+        return path, "The same page without what was asked of it"
+    if (within := re.match(r"(?:/embed)?(/saes/([^/]+))/", path)) and error.field != "sae":
+        return within[1], f"Back to {request.url.path.removeprefix('/embed').split('/')[2]}"
+    if above := re.match("/(lists|jobs|studies)/", path):
+        return f"/{above[1]}", f"All {above[1]}"
+    return "/", "Back to the first page"
 
 
 def speaks_neuronpedia(request: Request) -> bool:

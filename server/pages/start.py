@@ -64,7 +64,7 @@ KINDS: Mapping[str, Starts] = {
         named="What the SAE is called; left empty, a name that tells model, layer and config.",
     ),
     "sweep": Starts(
-        "Sweep settings",
+        "Sweep over settings",
         "Many SAEs on one stream of activations, every combination of what is listed, side by side in a table.",
         SweepConfig,
         ("base.model", "base.corpus", "base.site.layer", "layers", "archs", "ks", "expansions", "seeds", "base.rows.tokens"),

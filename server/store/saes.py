@@ -222,12 +222,12 @@ def current_name(session: Session, former: str) -> str | None:
 
 
 def newest_of_each_layer(session: Session, model: Model) -> tuple[SaeRef, ...]:
-    """The newest SAE with a published harvest of every layer that has one, by layer."""
+    """The newest SAE with a published harvest of every layer that has one, by layer; none that is archived."""
     found = session.execute(
         sa.select(SAE, Harvest, Corpus.name)
         .join(Harvest, Harvest.id == SAE.harvest_id)
         .join(Corpus, Corpus.id == Harvest.corpus_id)
-        .where(SAE.model_id == model.id)
+        .where(SAE.model_id == model.id, SAE.archived_at.is_(None))
         .order_by(SAE.created_at.desc(), SAE.id.desc())
     )
     newest: dict[int, SaeRef] = {}

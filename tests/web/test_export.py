@@ -121,18 +121,9 @@ def test_features_are_read_some_at_a_time_and_each_once(source: Source, monkeypa
     assert [acts[index] for index in found] == sorted(acts.values(), reverse=True)
 
 
-def test_an_export_whose_harvest_is_deleted_breaks_off(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "WALKED", 100)
-    parts = source.read(3)
-    next(parts)
-    assert source.door.sae.harvest is not None
-    delete(source.db, source.door.sae.harvest.id, force=True)
-    with pytest.raises(RuntimeError, match="it changed meanwhile"):
-        list(parts)
-
-
-def test_an_export_that_is_cut_short_between_two_walks_breaks_off_too(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "WALKED", 3)
+@pytest.mark.parametrize("walked", [100, 3], ids=["in one walk", "between two walks"])
+def test_an_export_whose_harvest_is_deleted_breaks_off(source: Source, monkeypatch: pytest.MonkeyPatch, walked: int) -> None:
+    monkeypatch.setattr(export, "WALKED", walked)
     parts = source.read(3)
     next(parts)
     assert source.door.sae.harvest is not None
