@@ -244,13 +244,13 @@ _ACTIVATION: msgspec.json.Decoder[_ShownLine] = msgspec.json.Decoder(_ShownLine)
 _EXPLAINED: msgspec.json.Decoder[_Explained] = msgspec.json.Decoder(_Explained)
 _SOURCE: msgspec.json.Decoder[_Source] = msgspec.json.Decoder(_Source)
 _TOKENS: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(list[str])
-_NUMBERS: msgspec.json.Decoder[list[float] | None] = msgspec.json.Decoder(list[float] | None)
+_NUMBERS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(list[float] | None)
 
 T = TypeVar("T")
 
 
-def _decoded(path: Path, given: Path | Raw | bytes, decoder: msgspec.json.Decoder[T], at: str = "") -> T:
-    """What `given`, a part of the file `at` a place or the file itself, holds."""
+def _decoded(path: Path | str, given: Path | Raw | bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """What `given`, a part of the file or the file itself, holds; `path` says where it stands."""
     try:
         data = given.read_bytes() if isinstance(given, Path) else given
         try:
@@ -263,7 +263,7 @@ def _decoded(path: Path, given: Path | Raw | bytes, decoder: msgspec.json.Decode
     except FileNotFoundError as error:
         raise UnreadableDashboards(f"{path} is missing; copy the whole folder.") from error
     except msgspec.ValidationError as error:
-        raise UnreadableDashboards(f"{path}{at} lacks or misstates something: {error}; make the file again.") from error
+        raise UnreadableDashboards(f"{path} lacks or misstates something: {error}; make the file again.") from error
     except (OSError, ValueError) as error:
         raise UnreadableDashboards(f"{path} cannot be read as JSON ({str(error)[:200]}); copy it again.") from error
 
@@ -417,10 +417,11 @@ class _Block(NamedTuple):
 def _block(path: Path, index: int, shown: Sequence[_Shown | _ShownLine], prompts: Prompts) -> _Block:
     """The examples among what is shown of a feature."""
     texts = [prompts.of(one.tokens) for one in shown]
-    lengths, flat = _numbers_of(path, index, [one.values for one in shown])
+    lengths, flat = _numbers_of(f"{path}, feature {index}, values", [one.values for one in shown])
     if wrong := [(n, of) for n, (_, of) in zip(lengths.tolist(), texts, strict=True) if n != of]:
+        n, of = wrong[0]
         raise UnreadableDashboards(
-            f"Feature {index} in {path} has values, of which there are {wrong[0][0]} for {wrong[0][1]} tokens; make the file again."
+            f"Feature {index} in {path} has values, of which there are {n} for {of} tokens; make the file again."
         )
     if not lengths.all():
         kept = np.flatnonzero(lengths).tolist()
@@ -442,7 +443,7 @@ def _block(path: Path, index: int, shown: Sequence[_Shown | _ShownLine], prompts
     mine = [at for at, (one, to) in enumerate(zip(shown, dest.tolist(), strict=True)) if one.dfa and one.dfa_at == to]
     given, dfa = np.zeros_like(lengths), _NO_FLOATS
     if mine:
-        given[mine], dfa = _numbers_of(path, index, [shown[at].dfa for at in mine])
+        given[mine], dfa = _numbers_of(f"{path}, feature {index}, DFA", [shown[at].dfa for at in mine])
         if (given[mine] != lengths[mine]).any():
             whole = given == lengths
             dfa = dfa[np.repeat(whole, given)]
@@ -468,19 +469,20 @@ def _lengths(lists: Sequence[Raw]) -> list[int]:
 _SHORT, _EMPTY = 64, (b"", b"[]", b"null")
 
 
-def _numbers_of(path: Path, index: int, lists: Sequence[Raw]) -> tuple[Ints, Floats]:
-    """How long each list is, and their numbers one after the other."""
+def _numbers_of(what: str, lists: Sequence[Raw]) -> tuple[Ints, Floats]:
+    """How long each list is, and their numbers one after the other; `what` they are, for an error."""
     if _PARSER:
         joined = b"[" + b",".join([one or b"[]" for one in lists]) + b"]"
         counts = _lengths(lists)
         try:
-            flat = np.frombuffer(_PARSER.parse(joined).as_buffer(of_type="d"), np.float64)
+            found: Any = _PARSER.parse(joined)
+            flat = np.frombuffer(found.as_buffer(of_type="d"), np.float64)
         except (ValueError, TypeError, RuntimeError):
             pass  # something else stands among them, which is named below
         else:
             if len(flat) == sum(counts) and joined.count(b"[") == len(lists) + 1:
                 return np.array(counts, np.int64), flat
-    read = [_decoded(path, one, _NUMBERS, f", feature {index}") or [] if one else [] for one in lists]
+    read = [_decoded(f"{what} of example {at}", one, _NUMBERS) or [] if one else [] for at, one in enumerate(lists)]
     lengths = np.fromiter(map(len, read), np.int64, len(read))
     return lengths, np.fromiter(chain.from_iterable(read), np.float64, int(lengths.sum()))
 

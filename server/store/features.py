@@ -2,9 +2,9 @@
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 from sqlalchemy.orm import Session
 from typing_extensions import TypedDict  # before Python 3.12 pydantic needs this one
 
-from sae_core.errors import NotFound, UsageError
+from sae_core.errors import NotFound, Unfitting, UsageError
 from sae_core.records import head_agreement
 from server.packing import F4, Packed, read_examples, unfold, unpack
 from server.store.labels import shown_label
@@ -74,7 +74,7 @@ class FeatureFilter(BaseModel):
     @model_validator(mode="after")
     def _has_its_head(self) -> Self:
         if (self.leads or self.leads_dfa) and self.head is None:
-            raise ValueError(f"`{'leads' if self.leads else 'leads_dfa'}` needs a head: add head=0, for example")
+            raise Unfitting(f"`{'leads' if self.leads else 'leads_dfa'}` needs a head: add head=0, for example", field="head")
         return self
 
     @property
@@ -578,15 +578,28 @@ AT_ONCE = 20
 _ALL = 2**31 - 1
 
 
-def _statements() -> tuple[sa.Select[Any], sa.Select[Any], sa.Select[Any]]:
-    """What a page asks: for the features, for others that it tells of, for examples. Made once and of columns alone, since
-    making a statement, and objects of the ORM, took longer than the database does."""
+OF_PARTS: Mapping[str, tuple[str, ...]] = {
+    "heads": ("head_norm", "head_dfa", "head_dfa_std"),
+    "logits": ("promoted", "suppressed", "logits"),
+    "families": ("families", "evidence", "sample"),
+    "activations": ("histogram", "bands", "positions"),
+    "others": ("neighbours", "coactive"),
+}
+"""Parts of a feature that scripts ask for, and the columns that they are made of: reading all takes several times as long as
+reading one."""
+
+
+def _statements(parts: Collection[str]) -> tuple[sa.Select[Any], sa.Select[Any], sa.Select[Any]]:
+    """What a page asks: for the features in `parts`, for others that it tells of, for examples. Made once and of columns alone,
+    since making a statement, and objects of the ORM, took longer than the database does."""
+    left_out = {name for part, names in OF_PARTS.items() if part not in parts for name in names}
     feature, detail = sa.inspect(Feature).local_table.c, sa.inspect(FeatureDetail).local_table.c
     example, context = sa.inspect(Example).local_table.c, sa.inspect(Context).local_table.c
     wanted = sa.and_(feature.harvest_id == sa.bindparam("harvest"), feature.idx.in_(sa.bindparam("wanted", expanding=True)))
     of_one = detail.feature_id == feature.id
     label = shown_label(sa.bindparam("sae"), feature.idx).label("label")
-    pages = sa.select(*feature, *(column for column in detail if column.name != "feature_id"), label).where(of_one, wanted)
+    told = (sa.null().label(of.name) if of.name in left_out else of for of in detail if of.name != "feature_id")
+    pages = sa.select(*feature, *told, label).where(of_one, wanted)
     others = sa.select(feature.idx, feature.max_act, feature.family, detail.promoted).where(of_one, wanted)
     of_these = example.feature_id.in_(sa.bindparam("features", expanding=True))
     counted = sa.select(example.feature_id, sa.func.count().label("kept")).where(of_these).group_by(example.feature_id).subquery()
@@ -600,7 +613,12 @@ def _statements() -> tuple[sa.Select[Any], sa.Select[Any], sa.Select[Any]]:
     return pages, others, examples
 
 
-_PAGES, _OTHERS, _EXAMPLES = _statements()
+_, _OTHERS, _EXAMPLES = _statements(())
+
+
+@lru_cache
+def _pages(parts: frozenset[str]) -> sa.Select[Any]:
+    return _statements(parts)[0]
 
 
 def feature_page(session: Session, door: Door, index: int, *, every: bool = False, others: bool = True) -> FeaturePage:
@@ -615,15 +633,24 @@ def feature_page(session: Session, door: Door, index: int, *, every: bool = Fals
 
 
 def feature_pages(
-    session: Session, door: Door, wanted: Sequence[int], *, every: bool = False, others: bool = True, examples: bool = True
+    session: Session,
+    door: Door,
+    wanted: Sequence[int],
+    *,
+    every: bool = False,
+    others: bool = True,
+    examples: bool = True,
+    parts: Collection[str] = tuple(OF_PARTS),
 ) -> tuple[FeaturePage, ...]:
     """The pages of the features `wanted` that are there, in their order: three queries, however many. Without `others` they
-    tell of no other features, without `examples` of none; each of these saves a query."""
+    tell of no other features, without `examples` of none; each of these saves a query. Other `parts` than are named are empty."""
     if door.sae.harvest is None or not wanted:
         return ()
     harvest_id, config = door.sae.harvest.id, door.sae.harvest.config
     connection = session.connection()
-    found = connection.execute(_PAGES, {"sae": door.id, "harvest": harvest_id, "wanted": wanted}).all()
+    others = others and "others" in parts
+    read = frozenset(part for part in OF_PARTS if part in parts and (others or part != "others"))
+    found = connection.execute(_pages(read), {"sae": door.id, "harvest": harvest_id, "wanted": wanted}).all()
     named = {int(idx) for row in found for idx, *_ in (*row.neighbours, *row.coactive.get("pairs", []))} if others else set()
     told = _others(connection, harvest_id, named) if named else {}
     shown = _examples(connection, [row.id for row in found], config, every) if examples else {}
@@ -634,9 +661,10 @@ def feature_pages(
 def _page(
     sae: SaeRef, row: sa.Row[Any], others: dict[int, sa.Row[Any]], shown: tuple[FeatureExample, ...], kept: int
 ) -> FeaturePage:
-    index, heads = row.idx, _head_shares(row)
-    histogram_edges, histogram_counts = unfold(row.histogram, log=True)
-    logit_edges, logit_counts = unfold(row.logits, log=False)
+    index, heads = row.idx, _head_shares(row) if row.head_norm is not None else ()
+    histogram_edges, histogram_counts = unfold(row.histogram or {}, log=True)
+    logit_edges, logit_counts = unfold(row.logits or {}, log=False)
+    coactive = row.coactive or {}
     return FeaturePage(
         sae=sae,
         index=index,
@@ -651,23 +679,23 @@ def _page(
         verdict=row.verdict,
         families=tuple(
             FamilyVerdict(one["family"], one["score"], tuple(Reference(*place) for place in one["examples"]))
-            for one in row.families
+            for one in row.families or ()
         ),
-        evidence=row.evidence,
+        evidence=row.evidence or {},
         heads=heads,
         agreement=head_agreement([head.norm_share for head in heads], [head.dfa for head in heads]),
         histogram_edges=histogram_edges,
         histogram_counts=histogram_counts,
-        bands=tuple(Band(band["low"], band["high"], band["count"]) for band in row.bands),
-        promoted=tuple(TokenWeight(*entry) for entry in row.promoted),
-        suppressed=tuple(TokenWeight(*entry) for entry in row.suppressed),
+        bands=tuple(Band(band["low"], band["high"], band["count"]) for band in row.bands or ()),
+        promoted=tuple(TokenWeight(*entry) for entry in row.promoted or ()),
+        suppressed=tuple(TokenWeight(*entry) for entry in row.suppressed or ()),
         logit_edges=logit_edges,
         logit_counts=logit_counts,
-        positions=tuple(PositionBucket(*part) for part in row.positions),
-        coactive_tokens=row.coactive.get("tokens", 0),
-        coactive=_partners(row.coactive.get("pairs", []), others),
-        sample=row.sample,
-        neighbours=_neighbours(row.neighbours, others),
+        positions=tuple(PositionBucket(*part) for part in row.positions or ()),
+        coactive_tokens=coactive.get("tokens", 0),
+        coactive=_partners(coactive.get("pairs", []), others),
+        sample=row.sample or {},
+        neighbours=_neighbours(row.neighbours or (), others),
         examples=shown,
         kept=kept if kept > len(shown) else None,
         previous=index - 1 if index > 0 else None,
