@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, field_validator, model_validator
 
-from sae_core.errors import UsageError
+from sae_core.errors import Unfitting, UsageError
 
 PassDtype = Literal["auto", "float32", "bfloat16"]
 Arch = Literal["relu", "gated", "topk", "batchtopk", "jumprelu", "matryoshka"]
@@ -234,16 +234,19 @@ class TrainConfig(Config):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.schedule == "linear" and self.warmup + self.decay > 1:
-            raise ValueError("warmup and decay together cover more than the whole run; lower one of them")
+            raise Unfitting("warmup and decay together cover more than the whole run; lower one of them", field="decay")
         if self.rows.tokens < self.batch:
-            raise ValueError(
-                f"{self.rows.tokens} tokens are fewer than one batch of {self.batch}; take more tokens or a smaller batch"
+            raise Unfitting(
+                f"{self.rows.tokens} tokens are fewer than one batch of {self.batch}; take more tokens or a smaller batch",
+                field="batch",
             )
         if sum(self.groups) >= 1:
-            raise ValueError("groups cover all features or more, and the last group is the rest; lower them")
+            raise Unfitting("groups cover all features or more, and the last group is the rest; lower them", field="groups")
         for name, archs in BELONGS.items():
             if self.arch not in archs and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name} is read by {' and '.join(archs)} only, and arch is {self.arch}; leave it out")
+                raise Unfitting(
+                    f"{name} is read by {' and '.join(archs)} only, and arch is {self.arch}; leave it out", field=name
+                )
         return self
 
     def check_width(self, d_in: int) -> None:
@@ -283,7 +286,7 @@ class SweepConfig(Config):
         for name in ("layers", "archs", "ks", "expansions", "seeds"):
             listed = getattr(self, name)
             if listed != "all" and len(set(listed)) < len(listed):
-                raise ValueError(f"{name} lists a value twice; each run must differ from the others")
+                raise Unfitting(f"{name} lists a value twice; each run must differ from the others", field=name)
         self.runs(1)  # a setting that only some of the architectures read is dropped for the others, the rest is checked
         return self
 
@@ -390,7 +393,7 @@ class CompareJob(Config):
     @model_validator(mode="after")
     def _are_two(self) -> Self:
         if self.sae == self.against:
-            raise ValueError(f"{self.sae} is the same on both sides; choose two SAEs")
+            raise Unfitting(f"{self.sae} is the same on both sides; choose two SAEs", field="against")
         return self
 
 
@@ -427,7 +430,7 @@ class RegexProxy(Config):
             re.compile(self.pattern)
         except re.error as error:
             where = "" if error.pos is None else f" at character {error.pos + 1}"
-            raise ValueError(f"{self.pattern!r} is no regular expression{where}: {error.msg}") from error
+            raise Unfitting(f"{self.pattern!r} is no regular expression{where}: {error.msg}", field="pattern") from error
         return self
 
 
@@ -511,7 +514,7 @@ class _OfHeads(Config):
     @model_validator(mode="after")
     def _names_layers(self) -> Self:
         if self.layers != "all" and (not self.layers or len(set(self.layers)) < len(self.layers)):
-            raise ValueError("layers must name one layer or more, and none twice")
+            raise Unfitting("layers must name one layer or more, and none twice", field="layers")
         return self
 
 
@@ -532,9 +535,10 @@ class InductionStudy(_OfHeads):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if self.length < 2 * self.prefixes + 3:
-            raise ValueError(
+            raise Unfitting(
                 f"length {self.length} has no room for a prefix of {self.prefixes} tokens twice; "
-                f"take {2 * self.prefixes + 3} or more, or fewer prefixes"
+                f"take {2 * self.prefixes + 3} or more, or fewer prefixes",
+                field="length",
             )
         return self
 

@@ -69,6 +69,14 @@ class UsageError(HeadscopeError):
     status = 422
 
 
+class Unfitting(ValueError):
+    """What a validator of several fields raises: which of them to change. Pydantic hands it on."""
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
 class UnknownModel(UsageError):
     """No model of that name: not registered, no such folder or file, not known to the hub."""
 

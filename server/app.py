@@ -12,11 +12,10 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import Scope
 
-from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, UsageError
+from sae_core.errors import DatabaseAway, HeadscopeError, NotFound, Unfitting, UsageError
 from server.access import Limits, guard
 from server.api import neuronpedia, v1
 from server.api import page as api_page
-from server.compressed import Compressed
 from server.db import Database
 from server.pages import (
     compare,
@@ -46,6 +45,7 @@ from server.proxied import Proxied
 from server.resources import resource_path
 from server.security import SecurityHeaders, refuse_cross_origin
 from server.settings import Settings
+from server.transport import Compressed, Heads
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +78,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(Compressed)
+    app.add_middleware(Heads)
     app.add_middleware(Proxied, settings=settings)  # outermost: nothing else knows of a prefix
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):
         app.add_exception_handler(kind, on_error)
@@ -95,16 +96,21 @@ def create_app(settings: Settings) -> FastAPI:
 
 def on_error(request: Request, error: Exception) -> Response:
     """Every error becomes one sentence, on a page or in JSON."""
-    response = error_response(request, as_sentence(request, error))
     if isinstance(error, HTTPException) and error.status_code == 405:
-        response.headers["Allow"] = allowed(request, error)
-    return response
+        methods = {"Allow": allowed(request, error)}
+        if request.method == "OPTIONS":
+            return Response(status_code=204, headers=methods)
+        response = error_response(request, as_sentence(request, error))
+        response.headers.update(methods)
+        return response
+    return error_response(request, as_sentence(request, error))
 
 
 def allowed(request: Request, error: HTTPException) -> str:
     """The methods that an address takes. The framework knows those of one route, and the API has a route for each."""
     methods = request.app.state.api.methods(getattr(request.scope.get("route"), "path_format", ""))
-    return ", ".join(methods) or (error.headers or {}).get("Allow", "GET")
+    known = methods or tuple((error.headers or {}).get("Allow", "GET").split(", "))
+    return ", ".join([*known, *(("HEAD",) if "GET" in known and "HEAD" not in known else ()), "OPTIONS"])
 
 
 def as_sentence(request: Request, error: Exception) -> HeadscopeError:
@@ -116,8 +122,14 @@ def as_sentence(request: Request, error: Exception) -> HeadscopeError:
         # Of what may be one thing or another, the last part says which was tried: `constrained-str`, `list[constrained-str]`.
         places = [str(part) for part in first["loc"][1:]]
         field = next((part for part in reversed(places) if part.isidentifier()), places[-1] if places else None)
-        what = first["msg"].removeprefix("Value error, ")
-        return UsageError(f"{field}: {what}." if field else f"{what[:1].upper()}{what[1:]}.", field=field)
+        what, told = first["msg"].removeprefix("Value error, "), first.get("ctx", {})
+        if isinstance(told.get("error"), Unfitting):  # a rule over several fields, which says what to change
+            return UsageError(f"{what[:1].upper()}{what[1:]}.", field=told["error"].field)
+        if "discriminator" in told:  # what kind of thing it is was not said, or is none
+            field = told["discriminator"].strip("'")
+        if first["type"] == "json_invalid" or field is None:  # the place is then one in the text, or there is none
+            return UsageError(f"The {first['loc'][0]} cannot be read: {what}.", field=str(first["loc"][0]))
+        return UsageError(f"{field}: {what}.", field=field)
     if isinstance(error, HTTPException) and error.status_code == 404:
         return NotFound(f"There is no page at {request.url.path}.")
     if isinstance(error, sa.exc.OperationalError):

@@ -6,7 +6,7 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_core import errors
-from sae_core.errors import EngineAway, HeadscopeError
+from sae_core.errors import EngineAway, HeadscopeError, Unfitting
 from server.settings import Settings
 
 SECRET_HEADER = "X-Headscope-Secret"  # noqa: S105 - the header's name, not a secret
@@ -28,7 +28,7 @@ class TextQuestion(BaseModel):
     @model_validator(mode="after")
     def _one_of(self) -> Self:
         if (self.text is None) == (self.tokens is None):
-            raise ValueError("give either text or tokens")
+            raise Unfitting("give either text or tokens", field="text")
         return self
 
 
@@ -70,7 +70,7 @@ class SourcesQuestion(TextQuestion):
     @model_validator(mode="after")
     def _as_many(self) -> Self:
         if len(self.features) != len(self.dests):
-            raise ValueError("give a destination for each feature")
+            raise Unfitting("give a destination for each feature", field="dests")
         return self
 
 

@@ -62,12 +62,16 @@ class Source:
         """The features selected, in order, some at a time."""
         query, asked = self.query, self.query.parts
         sent = 0
-        others, examples = "others" in asked, not asked.isdisjoint(parts.OF_EXAMPLES)
+        wanted: dict[str, Any] = {
+            "others": "others" in asked,
+            "examples": not asked.isdisjoint(parts.OF_EXAMPLES),
+            "parts": asked,
+        }
         for indices in self._walked():
             for begin in range(0, len(indices), n_at_once):
                 with self.db.read() as session:
                     part = indices[begin : begin + n_at_once]
-                    pages = feature_pages(session, self.door, part, every=query.all_examples, others=others, examples=examples)
+                    pages = feature_pages(session, self.door, part, every=query.all_examples, **wanted)
                 sent += len(pages)
                 yield [parts.of_page(page, asked) for page in pages]
         if sent != self.count:  # the answer's status is sent: all that can be done is to break off, which a client sees

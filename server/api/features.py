@@ -150,6 +150,12 @@ def read_parts(read: Read, door: Door, indices: list[int], query: Include) -> li
     """The features that are there, each with the parts asked for."""
     asked = query.parts
     pages = feature_pages(
-        read, door, indices, every=query.all_examples, others="others" in asked, examples=not asked.isdisjoint(parts.OF_EXAMPLES)
+        read,
+        door,
+        indices,
+        every=query.all_examples,
+        others="others" in asked,
+        examples=not asked.isdisjoint(parts.OF_EXAMPLES),
+        parts=asked,
     )
     return [parts.of_page(page, asked) for page in pages]

@@ -5,7 +5,7 @@ DFA of the prompt's strongest token. So an example without a positive activation
 target is the example's own destination.
 
 Most of an import is reading numbers, so only what is needed is decoded: a prompt's tokens once, by their JSON as it stands, and
-numbers straight to arrays, a feature's examples at a time.
+numbers straight to arrays, a feature's examples at a time, by simdjson where it is installed.
 """
 
 import gzip
@@ -28,6 +28,11 @@ from pydantic_core import from_json
 from sae_core.errors import UnreadableDashboards
 from sae_core.records import FeatureRecord
 from server.store.imports import ForeignExamples, ForeignFeature, ForeignLabel, text_key
+
+try:
+    import simdjson
+except ImportError:  # which has no wheel for every Python; without it numbers become Python's first, in twice the time
+    simdjson = None  # type: ignore[assignment]
 
 BATCH = re.compile(r"^batch-(\d+)\.(?:json|jsonl\.gz)$")
 SAEDASHBOARD, NEURONPEDIA = "SAEDashboard", "Neuronpedia"
@@ -100,8 +105,8 @@ def look(folder: Path) -> Layout:
     _check_numbers(numbers, folder, "batch-{}.json")
     path = folder / f"batch-{numbers[0]}.json"
     features = _decoded(path, path, _BATCH).features
-    one = _decoded(path, features[0], _SWEPT) if features else _Swept()
-    activations = [a for feature in features for a in _decoded(path, feature, _FEATURE).activations]
+    one = features[0] if features else _Feature(feature_index=-1, frac_nonzero=0, activations=[])
+    activations = [a for feature in features for a in feature.activations]
     skipped = folder / "skipped_indexes.json"
     return Layout(
         format=SAEDASHBOARD,
@@ -109,9 +114,9 @@ def look(folder: Path) -> Layout:
         parts=tuple(numbers),
         dataset=one.dataset or "",
         n_tokens=(one.n_prompts_total or 0) * (one.n_tokens_in_prompt or 0),
-        context=max((len(a.values) for a in activations), default=0),
+        context=max(_lengths([a.values for a in activations]), default=0),
         skipped=frozenset(_decoded(skipped, skipped, _SKIPPED).skipped_indexes or ()) if skipped.exists() else frozenset(),
-        has_dfa=any(a.dfa for a in activations),
+        has_dfa=any(_lengths([a.dfa for a in activations])),
     )
 
 
@@ -133,26 +138,30 @@ def _look_neuronpedia(folder: Path) -> Layout:
         parts=tuple(numbers),
         dataset=source.dataset or "",
         n_tokens=(source.num_prompts or source.prompts or 0) * (source.num_tokens_in_prompt or source.tokens_in_prompt or 0),
-        context=len(some.values) if some else 0,
+        context=_lengths([some.values])[0] if some else 0,
         skipped=frozenset(),
-        has_dfa=bool(some and some.dfa),
+        has_dfa=bool(some and _lengths([some.dfa])[0]),
     )
 
 
 # ---- what is read of the files: the rest is passed over ----
 
 
+_ABSENT = Raw()
+
+
 class _Shown(Struct, gc=False):
     """A prompt with a feature's activations, as SAEDashboard has it."""
 
     tokens: Raw
-    values: list[float]
+    values: Raw
+    """Numbers, as they stand; and so `dfa`."""
     low: float = msgspec.field(name="bin_min")
     high: float = msgspec.field(name="bin_max")
     contains: float = msgspec.field(name="bin_contains")
     """-1 for the strongest."""
     at: int | None = msgspec.field(name="qualifying_token_index", default=None)
-    dfa: list[float] | None = msgspec.field(name="dfa_values", default=None)
+    dfa: Raw = msgspec.field(name="dfa_values", default=_ABSENT)
     dfa_at: int | None = msgspec.field(name="dfa_targetIndex", default=None)
 
 
@@ -161,12 +170,13 @@ class _ShownLine(Struct, gc=False):
 
     index: int | str
     tokens: Raw
-    values: list[float]
+    values: Raw
+    """Numbers, as they stand; and so `dfa`."""
     low: float | None = msgspec.field(name="binMin", default=None)
     high: float | None = msgspec.field(name="binMax", default=None)
     contains: float | None = msgspec.field(name="binContains", default=None)
     at: int | None = msgspec.field(name="qualifyingTokenIndex", default=None)
-    dfa: list[float] | None = msgspec.field(name="dfaValues", default=None)
+    dfa: Raw = msgspec.field(name="dfaValues", default=_ABSENT)
     dfa_at: int | None = msgspec.field(name="dfaTargetIndex", default=None)
 
 
@@ -191,6 +201,9 @@ class _Feature(_Fields, kw_only=True):
     feature_index: int
     frac_nonzero: float
     activations: list[_Shown]
+    dataset: str | None = None
+    n_prompts_total: int | None = None
+    n_tokens_in_prompt: int | None = None
 
 
 class _FeatureLine(_Fields, kw_only=True):
@@ -209,13 +222,7 @@ class _Explained(Struct):
 
 
 class _Batch(Struct):
-    features: list[Raw]
-
-
-class _Swept(Struct):
-    dataset: str | None = None
-    n_prompts_total: int | None = None
-    n_tokens_in_prompt: int | None = None
+    features: list[_Feature]
 
 
 class _Skipped(Struct):
@@ -231,20 +238,19 @@ class _Source(Struct):
 
 
 _BATCH: msgspec.json.Decoder[_Batch] = msgspec.json.Decoder(_Batch)
-_SWEPT: msgspec.json.Decoder[_Swept] = msgspec.json.Decoder(_Swept)
 _SKIPPED: msgspec.json.Decoder[_Skipped] = msgspec.json.Decoder(_Skipped)
-_FEATURE: msgspec.json.Decoder[_Feature] = msgspec.json.Decoder(_Feature)
 _FEATURE_LINE: msgspec.json.Decoder[_FeatureLine] = msgspec.json.Decoder(_FeatureLine)
 _ACTIVATION: msgspec.json.Decoder[_ShownLine] = msgspec.json.Decoder(_ShownLine)
 _EXPLAINED: msgspec.json.Decoder[_Explained] = msgspec.json.Decoder(_Explained)
 _SOURCE: msgspec.json.Decoder[_Source] = msgspec.json.Decoder(_Source)
 _TOKENS: msgspec.json.Decoder[list[str]] = msgspec.json.Decoder(list[str])
+_NUMBERS: msgspec.json.Decoder[Any] = msgspec.json.Decoder(list[float] | None)
 
 T = TypeVar("T")
 
 
-def _decoded(path: Path, given: Path | Raw | bytes, decoder: msgspec.json.Decoder[T]) -> T:
-    """What `given`, a part of the file or the file itself, holds."""
+def _decoded(path: Path | str, given: Path | Raw | bytes, decoder: msgspec.json.Decoder[T]) -> T:
+    """What `given`, a part of the file or the file itself, holds; `path` says where it stands."""
     try:
         data = given.read_bytes() if isinstance(given, Path) else given
         try:
@@ -324,8 +330,7 @@ _Read = Iterator[tuple[int, _Fields, "_Block", list[ForeignLabel]]]
 
 def _read_saedashboard(folder: Path, number: int, prompts: Prompts) -> _Read:
     path = folder / f"batch-{number}.json"
-    for raw in _decoded(path, path, _BATCH).features:
-        feature = _decoded(path, raw, _FEATURE)
+    for feature in _decoded(path, path, _BATCH).features:
         yield feature.feature_index, feature, _block(path, feature.feature_index, feature.activations, prompts), []
 
 
@@ -412,47 +417,77 @@ class _Block(NamedTuple):
 def _block(path: Path, index: int, shown: Sequence[_Shown | _ShownLine], prompts: Prompts) -> _Block:
     """The examples among what is shown of a feature."""
     texts = [prompts.of(one.tokens) for one in shown]
-    for one, (_, n) in zip(shown, texts, strict=True):
-        if len(one.values) != n:
-            raise UnreadableDashboards(
-                f"Feature {index} in {path} has values, of which there are {len(one.values)} for {n} tokens; make the file again."
-            )
-    kept = [at for at, one in enumerate(shown) if one.values]
-    if not kept:
-        return _NOTHING
-    shown, keys = [shown[at] for at in kept], [texts[at][0] for at in kept]
-    lengths, group, flat = _flat([one.values for one in shown])
+    lengths, flat = _numbers_of(f"{path}, feature {index}, values", [one.values for one in shown])
+    if wrong := [(n, of) for n, (_, of) in zip(lengths.tolist(), texts, strict=True) if n != of]:
+        n, of = wrong[0]
+        raise UnreadableDashboards(
+            f"Feature {index} in {path} has values, of which there are {n} for {of} tokens; make the file again."
+        )
+    if not lengths.all():
+        kept = np.flatnonzero(lengths).tolist()
+        if not kept:
+            return _NOTHING
+        shown, texts, lengths = [shown[at] for at in kept], [texts[at] for at in kept], lengths[kept]
+    group = np.repeat(np.arange(len(shown)), lengths)
     begins = np.cumsum(lengths) - lengths
-    fires = flat > 0
+    at_value = np.flatnonzero(flat > 0)
+    whose_value = group[at_value]
     said = np.array([-1 if one.at is None else one.at for one in shown], np.int64)
-    said = np.where((said >= 0) & (said < lengths), said, 0)
+    stated = (said >= 0) & (said < lengths)
+    said[~stated] = 0
     hits = np.flatnonzero(flat == np.maximum.reduceat(flat, begins)[group])
     strongest = hits[np.searchsorted(hits, begins)] - begins  # the first of several
-    stated = np.array([one.at is not None and 0 <= one.at < len(one.values) for one in shown])
-    dest = np.where(stated & fires[begins + said], said, strongest)
+    dest = np.where(stated & (flat[begins + said] > 0), said, strongest)
 
-    of_dest = [
-        one.dfa if one.dfa and one.dfa_at == at and len(one.dfa) == len(one.values) else []
-        for one, at in zip(shown, dest.tolist(), strict=True)
-    ]
-    given, whose, dfa = _flat(of_dest)
+    # DFA of another destination than the example's says nothing of the example.
+    mine = [at for at, (one, to) in enumerate(zip(shown, dest.tolist(), strict=True)) if one.dfa and one.dfa_at == to]
+    given, dfa = np.zeros_like(lengths), _NO_FLOATS
+    if mine:
+        given[mine], dfa = _numbers_of(f"{path}, feature {index}, DFA", [shown[at].dfa for at in mine])
+        if (given[mine] != lengths[mine]).any():
+            whole = given == lengths
+            dfa = dfa[np.repeat(whole, given)]
+            given[~whole] = 0
+    whose = np.repeat(np.arange(len(shown)), given)
     src = np.arange(len(dfa)) - (np.cumsum(given) - given)[whose]
-    gave = (dfa != 0) & (src <= dest[whose])  # what is after the destination gave nothing
-    of = np.arange(len(flat)) - begins[group]
+    gave = np.flatnonzero((dfa != 0) & (src <= dest[whose]))  # what is after the destination gave nothing
     low, high, contains = (np.array([getattr(one, name) or 0.0 for one in shown], np.float64) for name in BOUNDS)
     block = _Block(
-        keys, low, high, contains, dest, flat[begins + dest],
-        np.bincount(group[fires], minlength=len(shown)), of[fires], flat[fires],
+        [key for key, _ in texts], low, high, contains, dest, flat[begins + dest],
+        np.bincount(whose_value, minlength=len(shown)), at_value - begins[whose_value], flat[at_value],
         given > 0, np.bincount(whose[gave], minlength=len(shown)), src[gave], dfa[gave],
     )  # fmt: skip
     return block if block.fired.all() else _taken(block, np.flatnonzero(block.fired))
 
 
-def _flat(lists: Sequence[list[float]]) -> tuple[Ints, Ints, Floats]:
-    """How long each list is, of which one each number is, and the numbers."""
-    lengths = np.fromiter(map(len, lists), np.int64, len(lists))
-    group = np.repeat(np.arange(len(lists)), lengths)
-    return lengths, group, np.fromiter(chain.from_iterable(lists), np.float64, len(group))
+def _lengths(lists: Sequence[Raw]) -> list[int]:
+    """How many numbers each has, by its JSON as it stands, were it a list of numbers."""
+    plain = [bytes(one) for one in lists]
+    return [one.count(b",") + 1 if len(one) > _SHORT or one.translate(None, b" \n\r\t") not in _EMPTY else 0 for one in plain]
+
+
+_SHORT, _EMPTY = 64, (b"", b"[]", b"null")
+
+
+def _numbers_of(what: str, lists: Sequence[Raw]) -> tuple[Ints, Floats]:
+    """How long each list is, and their numbers one after the other; `what` they are, for an error."""
+    if _PARSER:
+        joined = b"[" + b",".join([one or b"[]" for one in lists]) + b"]"
+        counts = _lengths(lists)
+        try:
+            found: Any = _PARSER.parse(joined)
+            flat = np.frombuffer(found.as_buffer(of_type="d"), np.float64)
+        except (ValueError, TypeError, RuntimeError):
+            pass  # something else stands among them, which is named below
+        else:
+            if len(flat) == sum(counts) and joined.count(b"[") == len(lists) + 1:
+                return np.array(counts, np.int64), flat
+    read = [_decoded(f"{what} of example {at}", one, _NUMBERS) or [] if one else [] for at, one in enumerate(lists)]
+    lengths = np.fromiter(map(len, read), np.int64, len(read))
+    return lengths, np.fromiter(chain.from_iterable(read), np.float64, int(lengths.sum()))
+
+
+_PARSER = simdjson.Parser() if simdjson else None
 
 
 def _taken(block: _Block, order: Ints) -> _Block:

@@ -23,7 +23,8 @@ from server.store.exports import ExportedExample, ExportedFeature
 from server.store.saes import SaeRef
 
 SAEDASHBOARD_BATCH, NEURONPEDIA_BATCH, DELPHI_BATCH = 128, 1024, 1024
-COMPRESSION = 3
+COMPRESSION = 1
+"""A third quicker than 3, and a tenth larger."""
 TOP = -1.0
 """What both write for the bounds and the share of the strongest examples, which are of no band."""
 CREATOR = "headscope"

@@ -74,7 +74,8 @@ def etag(request: Request, *facts: object) -> str:
 def unchanged(request: Request, tag: str) -> Response | None:
     """304 when the browser already has `tag`; None when the page must be made."""
     known = [given.strip().removeprefix("W/") for given in request.headers.get("if-none-match", "").split(",")]
-    return Response(status_code=304, headers=_headers(tag)) if tag.removeprefix("W/") in known else None
+    held = tag.removeprefix("W/") in known or known == ["*"]  # which stands for whatever is there
+    return Response(status_code=304, headers=_headers(tag)) if held else None
 
 
 def reply(

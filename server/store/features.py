@@ -2,9 +2,9 @@
 
 import math
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, WithJsonSche
 from sqlalchemy.orm import Session
 from typing_extensions import TypedDict  # before Python 3.12 pydantic needs this one
 
-from sae_core.errors import NotFound, UsageError
+from sae_core.errors import NotFound, Unfitting, UsageError
 from sae_core.records import head_agreement
 from server.packing import F4, Packed, read_examples, unfold, unpack
 from server.store.labels import shown_label
@@ -74,7 +74,7 @@ class FeatureFilter(BaseModel):
     @model_validator(mode="after")
     def _has_its_head(self) -> Self:
         if (self.leads or self.leads_dfa) and self.head is None:
-            raise ValueError(f"`{'leads' if self.leads else 'leads_dfa'}` needs a head: add head=0, for example")
+            raise Unfitting(f"`{'leads' if self.leads else 'leads_dfa'}` needs a head: add head=0, for example", field="head")
         return self
 
     @property
@@ -578,6 +578,17 @@ AT_ONCE = 20
 _ALL = 2**31 - 1
 
 
+OF_PARTS: Mapping[str, tuple[str, ...]] = {
+    "heads": ("head_norm", "head_dfa", "head_dfa_std"),
+    "logits": ("promoted", "suppressed", "logits"),
+    "families": ("families", "evidence", "sample"),
+    "activations": ("histogram", "bands", "positions"),
+    "others": ("neighbours", "coactive"),
+}
+"""Parts of a feature that scripts ask for, and the columns that they are made of: reading all takes several times as long as
+reading one."""
+
+
 class _Statements(NamedTuple):
     """What a page asks: for the features, for the examples of features by their ids."""
 
@@ -585,13 +596,11 @@ class _Statements(NamedTuple):
     examples: sa.Select[Any]
 
 
-_ASIDE = ("neighbours", "coactive")
-"""Columns that name other features, which a page that tells of no others does not read."""
-
-
-def _statements(many: bool, others: bool) -> _Statements:
-    """Made once and of columns alone, since making a statement, and objects of the ORM, took longer than the database does; of
-    one feature apart from many, since a list has to be written into the statement anew each time."""
+@lru_cache
+def _statements(many: bool, parts: frozenset[str]) -> _Statements:
+    """Of the features in `parts`. Made once and of columns alone, since making a statement, and objects of the ORM, took longer
+    than the database does; of one feature apart from many, since a list has to be written into the statement anew each time."""
+    left_out = {name for part, names in OF_PARTS.items() if part not in parts for name in names}
     feature, detail = sa.inspect(Feature).local_table.c, sa.inspect(FeatureDetail).local_table.c
     example, context = sa.inspect(Example).local_table.c, sa.inspect(Context).local_table.c
 
@@ -599,8 +608,8 @@ def _statements(many: bool, others: bool) -> _Statements:
         return column.in_(sa.bindparam(name, expanding=True)) if many else column == sa.bindparam(name)
 
     label = shown_label(sa.bindparam("sae"), feature.idx).label("label")
-    left_out = ("feature_id",) if others else ("feature_id", *_ASIDE)
-    pages = sa.select(*feature, *(column for column in detail if column.name not in left_out), label).where(
+    told = (sa.null().label(of.name) if of.name in left_out else of for of in detail if of.name != "feature_id")
+    pages = sa.select(*feature, *told, label).where(
         detail.feature_id == feature.id, feature.harvest_id == sa.bindparam("harvest"), asked(feature.idx, "wanted")
     )
     of_these = asked(example.feature_id, "features")
@@ -622,7 +631,6 @@ def _others_statement() -> sa.Select[Any]:
     return told.where(detail.feature_id == feature.id, feature.harvest_id == sa.bindparam("harvest"), wanted)
 
 
-_ASKED = {(many, others): _statements(many, others) for many in (False, True) for others in (False, True)}
 _OTHERS = _others_statement()
 
 
@@ -638,21 +646,29 @@ def feature_page(session: Session, door: Door, index: int, *, every: bool = Fals
 
 
 def feature_pages(
-    session: Session, door: Door, wanted: Sequence[int], *, every: bool = False, others: bool = True, examples: bool = True
+    session: Session,
+    door: Door,
+    wanted: Sequence[int],
+    *,
+    every: bool = False,
+    others: bool = True,
+    examples: bool = True,
+    parts: Collection[str] = tuple(OF_PARTS),
 ) -> tuple[FeaturePage, ...]:
     """The pages of the features `wanted` that are there, in their order: three queries, however many. Without `others` they
-    tell of no other features, without `examples` of none; each of these saves a query."""
+    tell of no other features, without `examples` of none; each of these saves a query. Other `parts` than are named are empty."""
     if door.sae.harvest is None or not wanted:
         return ()
     harvest_id, config = door.sae.harvest.id, door.sae.harvest.config
     connection = session.connection()
-    asked, many = _ASKED[len(wanted) > 1, others], len(wanted) > 1
+    others = others and "others" in parts
+    read = frozenset(part for part in OF_PARTS if part in parts and (others or part != "others"))
+    many = len(wanted) > 1
+    asked = _statements(many, read)
     these = {"sae": door.id, "harvest": harvest_id, "wanted": wanted if many else wanted[0]}
     found = connection.execute(asked.pages, these).all()
-    told = None
-    if others:
-        named = {int(idx) for row in found for idx, *_ in (*row.neighbours, *row.coactive.get("pairs", []))}
-        told = _others(connection, harvest_id, named) if named else {}
+    named = {int(idx) for row in found for idx, *_ in (*row.neighbours, *row.coactive.get("pairs", []))} if others else set()
+    told = _others(connection, harvest_id, named) if named else {}
     ids = [row.id for row in found]
     shown = _examples(connection, asked.examples, ids if many else ids[0], config, every) if examples and ids else {}
     pages = {row.idx: _page(door.sae, row, told, *shown.get(row.id, ((), 0))) for row in found}
@@ -660,12 +676,12 @@ def feature_pages(
 
 
 def _page(
-    sae: SaeRef, row: sa.Row[Any], others: dict[int, sa.Row[Any]] | None, shown: tuple[FeatureExample, ...], kept: int
+    sae: SaeRef, row: sa.Row[Any], others: dict[int, sa.Row[Any]], shown: tuple[FeatureExample, ...], kept: int
 ) -> FeaturePage:
-    index, heads = row.idx, _head_shares(row)
-    nearest, coactive = ((), {}) if others is None else (row.neighbours, row.coactive)
-    histogram_edges, histogram_counts = unfold(row.histogram, log=True)
-    logit_edges, logit_counts = unfold(row.logits, log=False)
+    index, heads = row.idx, _head_shares(row) if row.head_norm is not None else ()
+    histogram_edges, histogram_counts = unfold(row.histogram or {}, log=True)
+    logit_edges, logit_counts = unfold(row.logits or {}, log=False)
+    coactive = row.coactive or {}
     return FeaturePage(
         sae=sae,
         index=index,
@@ -680,23 +696,23 @@ def _page(
         verdict=row.verdict,
         families=tuple(
             FamilyVerdict(one["family"], one["score"], tuple(Reference(*place) for place in one["examples"]))
-            for one in row.families
+            for one in row.families or ()
         ),
-        evidence=row.evidence,
+        evidence=row.evidence or {},
         heads=heads,
         agreement=head_agreement([head.norm_share for head in heads], [head.dfa for head in heads]),
         histogram_edges=histogram_edges,
         histogram_counts=histogram_counts,
-        bands=tuple(Band(band["low"], band["high"], band["count"]) for band in row.bands),
-        promoted=tuple(TokenWeight(*entry) for entry in row.promoted),
-        suppressed=tuple(TokenWeight(*entry) for entry in row.suppressed),
+        bands=tuple(Band(band["low"], band["high"], band["count"]) for band in row.bands or ()),
+        promoted=tuple(TokenWeight(*entry) for entry in row.promoted or ()),
+        suppressed=tuple(TokenWeight(*entry) for entry in row.suppressed or ()),
         logit_edges=logit_edges,
         logit_counts=logit_counts,
-        positions=tuple(PositionBucket(*part) for part in row.positions),
+        positions=tuple(PositionBucket(*part) for part in row.positions or ()),
         coactive_tokens=coactive.get("tokens", 0),
-        coactive=_partners(coactive.get("pairs", []), others or {}),
-        sample=row.sample,
-        neighbours=_neighbours(nearest, others or {}),
+        coactive=_partners(coactive.get("pairs", []), others),
+        sample=row.sample or {},
+        neighbours=_neighbours(row.neighbours or (), others),
         examples=shown,
         kept=kept if kept > len(shown) else None,
         previous=index - 1 if index > 0 else None,

@@ -173,7 +173,7 @@ def insert_features(session: Session, harvest_id: int, chunk: Sequence["FeatureR
     ids = {idx: id for id, idx in session.execute(sa.insert(Feature).returning(Feature.id, Feature.idx), rows)}
     session.execute(sa.insert(FeatureDetail), [_detail(ids[feature.idx], feature) for feature in chunk])
     heads = (row for feature in chunk if feature.n_fired for row in _heads(harvest_id, feature))
-    _insert_plain(session, "feature_head", FEATURE_HEAD, heads)
+    insert_plain(session, "feature_head", FEATURE_HEAD, heads)
 
 
 def _feature(harvest_id: int, feature: "FeatureRecord") -> dict[str, Any]:
@@ -267,10 +267,10 @@ def _examples(
 
 def insert_examples(session: Session, rows: Iterable[tuple[object, ...]]) -> None:
     """Examples, as `EXAMPLE` names their columns."""
-    _insert_plain(session, "example", EXAMPLE, rows)
+    insert_plain(session, "example", EXAMPLE, rows)
 
 
-def _insert_plain(session: Session, table: str, columns: dict[str, str], rows: Iterable[tuple[object, ...]]) -> None:
+def insert_plain(session: Session, table: str, columns: dict[str, str], rows: Iterable[tuple[object, ...]]) -> None:
     """Straight through the driver, and on PostgreSQL by COPY: a harvest has dozens of examples and heads per feature, and
     SQLAlchemy's part of inserting one costs more than the database's. `columns` has their types on PostgreSQL, whose binary COPY
     has to be told."""

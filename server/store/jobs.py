@@ -146,7 +146,7 @@ def requeue(session: Session, job_id: str, *, even_done: bool = False) -> None:
     job = _locked(session, job_id)
     _check_may_change(session, job)
     if job.status not in (FAILED, CANCELLED) and not (even_done and job.status == DONE):
-        raise JobError(f"Job {job_id} is {job.status}; only a failed or cancelled job can be run again.")
+        raise JobError(f"Job {job_id} is {job.status}; only a failed or cancelled job can be run again.", field="job")
     job.status, job.error, job.phase, job.finished_at, job.done, job.total = QUEUED, None, None, None, 0, 0
     job.attempt += 1  # whoever still works on an earlier attempt is shut out from now on
     _say(session, job_id, "Queued again.")
@@ -161,7 +161,7 @@ def get(session: Session, job_id: str) -> JobRecord:
     """The job; `UnknownJob` without one."""
     job = session.get(Job, job_id)
     if job is None:
-        raise UnknownJob(f"There is no job {job_id}.")
+        raise UnknownJob(f"There is no job {job_id}.", field="job")
     return _record(job)
 
 
@@ -364,7 +364,7 @@ def saes_of(config: dict[str, Any]) -> tuple[str, ...]:
 def _locked(session: Session, job_id: str) -> Job:
     job = session.get(Job, job_id, with_for_update=True, populate_existing=True)
     if job is None:
-        raise UnknownJob(f"There is no job {job_id}.")
+        raise UnknownJob(f"There is no job {job_id}.", field="job")
     return job
 
 

@@ -155,7 +155,7 @@ def sae_of(session: Session, review_id: int) -> int:
     """Id of the SAE that is reviewed; NotFound without such a review."""
     found = session.scalar(sa.select(Review.sae_id).where(Review.id == review_id))
     if found is None:
-        raise NotFound(f"There is no review {review_id}; an SAE's page leads to those of it.")
+        raise NotFound(f"There is no review {review_id}; an SAE's page leads to those of it.", field="review")
     return found
 
 
@@ -279,7 +279,7 @@ def rate(session: Session, review_id: int, index: int, author: str, answer: str,
     if answer not in ANSWERS:
         raise UsageError("Answer yes, maybe or no.", field="answer")
     if session.get(ReviewFeature, (review_id, index)) is None:
-        raise NotFound(f"Feature {index} was not drawn for review {review_id}.")
+        raise NotFound(f"Feature {index} was not drawn for review {review_id}.", field="index")
     row = session.get(Rating, (review_id, index, author))
     if row is None:
         row = Rating(review_id=review_id, idx=index, author=author)

@@ -25,7 +25,7 @@ from sqlalchemy.orm import Session
 from sae_core.errors import UsageError
 from server.db import Database
 from server.store.features import FeatureRow, Snippet, feature_rows
-from server.store.harvests import Fence, cut, write_chunks
+from server.store.harvests import Fence, cut, insert_plain, write_chunks
 from server.store.labels import LabelLine, LabelQuery, labels_containing, labels_page
 from server.store.saes import Door, SaeRef, sae_ref
 from server.store.walk import Place
@@ -207,24 +207,29 @@ def _token_rows(db: Database, harvest_id: int) -> tuple[list[str], Iterator[tupl
 
 
 def _destinations(db: Database, harvest_id: int, of_id: dict[int, int], numbers: dict[str, int]) -> Rows:
-    """(feature, token it ends on, activation) of every kept example."""
-    found: list[tuple[int, int, float]] = []
-    last = 0
+    """(feature, token it ends on, activation) of every kept example. `of_id` has the features by their ids, rising."""
+    parts, last = [np.zeros(0, _FOUND)], 0
+    ids, idx = np.fromiter(of_id, np.int64, len(of_id)), np.fromiter(of_id.values(), np.int64, len(of_id))
     while True:
         with db.read() as session:
             contexts = _contexts_after(session, harvest_id, last)
             if not contexts:
-                return np.array(found, _FOUND)
+                return np.concatenate(parts)
             examples = session.execute(
                 sa.select(Example.feature_id, Example.context_id, Example.dest, Example.act).where(
                     Example.context_id.in_([row.id for row in contexts])
                 )
             ).all()
-        texts = {row.id: row.texts for row in contexts}
-        for feature_id, context_id, dest, act in examples:
-            text = texts[context_id][dest]
-            found.append((of_id[feature_id], numbers.setdefault(text, len(numbers)), act))
         last = contexts[-1].id
+        if examples:
+            texts = {row.id: row.texts for row in contexts}
+            feature_ids, context_ids, dests, acts = zip(*examples, strict=True)
+            part = np.zeros(len(examples), _FOUND)
+            part["idx"], part["act"] = idx[np.searchsorted(ids, feature_ids)], acts
+            part["text"] = [
+                numbers.setdefault(texts[context][dest], len(numbers)) for context, dest in zip(context_ids, dests, strict=True)
+            ]
+            parts.append(part)
 
 
 def _strongest(found: Rows) -> list[tuple[int, int, float, int, int]]:
@@ -279,9 +284,11 @@ def _insert_new(session: Session, texts: Sequence[str]) -> None:
     )
 
 
+FEATURE_TOKEN = {"harvest_id": "int4", "kind": "int4", "token_id": "int4", "weight": "float8", "idx": "int4", "n": "int4"}
+
+
 def _insert_tokens(session: Session, harvest_id: int, chunk: list[tuple[int, int, float, int, int]]) -> None:
-    names = ("kind", "token_id", "weight", "idx", "n")
-    session.execute(sa.insert(FeatureToken), [{"harvest_id": harvest_id, **dict(zip(names, row, strict=True))} for row in chunk])
+    insert_plain(session, "feature_token", FEATURE_TOKEN, ((harvest_id, *row) for row in chunk))
 
 
 # ---- tokens ----

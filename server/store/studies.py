@@ -73,7 +73,7 @@ def study(session: Session, study_id: int) -> StudyRecord:
     """The study of that id; NotFound without one."""
     found = session.execute(_WHOLE.where(Study.id == study_id)).one_or_none()
     if found is None:
-        raise NotFound(f"There is no study {study_id}; /studies lists those there are.")
+        raise NotFound(f"There is no study {study_id}; /studies lists those there are.", field="study")
     row, model, sae = found
     return StudyRecord(
         row.id, row.job_id, row.kind, row.title, model, sae, row.feature, row.config, row.result, row.created_at

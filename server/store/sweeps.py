@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sqlalchemy.orm import Session
 
 from sae_core.config import SweepConfig, TrainConfig
-from sae_core.errors import NotFound
+from sae_core.errors import NotFound, Unfitting
 from server.store import jobs
 from server.store.jobs import JobRecord
 from server.tables import SAE, Job, JobPoint, Model
@@ -107,7 +107,7 @@ class SweepQuery(BaseModel):
     @model_validator(mode="after")
     def _known_sort(self) -> Self:
         if self.key not in SORTS:
-            raise ValueError(f"there is no column '{self.key}' to sort by; the columns are {', '.join(SORTS)}")
+            raise Unfitting(f"there is no column '{self.key}' to sort by; the columns are {', '.join(SORTS)}", field="sort")
         return self
 
     @property
@@ -141,7 +141,7 @@ def sweep(session: Session, job_id: str) -> SweepRecord:
     """The sweep as it stands: four queries. NotFound where the job is none."""
     job = jobs.get(session, job_id)
     if job.kind != "sweep":
-        raise NotFound(f"The job {job_id} is no sweep; its page is /jobs/{job_id}.")
+        raise NotFound(f"The job {job_id} is no sweep; its page is /jobs/{job_id}.", field="job")
     cfg = SweepConfig.model_validate(job.config)
     n_layers = session.scalar(sa.select(Model.n_layers).where(Model.name == cfg.base.model))
     runs = cfg.runs(n_layers or 1) if n_layers or cfg.layers != "all" else ()

@@ -411,8 +411,39 @@ def test_numbers_that_are_none_are_passed_over_where_they_are_not_needed_and_ref
     assert len(list(dashboards.read(layout, 0, ABOUT))) == 20
     batch["features"][2]["activations"][0]["values"][1] = float("nan")
     path.write_text(json.dumps(batch))
-    with pytest.raises(UnreadableDashboards, match=r"batch-0\.json.*values\[1\]"):
+    with pytest.raises(UnreadableDashboards, match=r"batch-0\.json, feature 2, values of example 0 .*\[1\]"):
         list(dashboards.read(layout, 0, ABOUT))
+
+
+def read_all(folder: Path) -> list[tuple[int, list[Any]]]:
+    """Every feature of a folder's first file, its examples' arrays as lists."""
+    features = dashboards.read(dashboards.look(folder), 0, ABOUT)
+    return [(one.record.idx, [np.asarray(part).tolist() for part in vars(one.examples).values()]) for one in features]
+
+
+def test_numbers_are_read_the_same_with_and_without_simdjson(theirs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = theirs / "batch-0.json"
+    batch = json.loads(path.read_text())
+    first, second, third = batch["features"][0]["activations"][:3]
+    first["values"] = [1e-3, 2, *first["values"][2:]]  # whole numbers and exponents
+    second["dfa_values"] = None
+    third["dfa_values"] = third["dfa_values"][:-1]  # of another length than the prompt
+    path.write_text(json.dumps(batch, indent=1))  # spread over lines
+    assert dashboards._PARSER is not None
+    by_simdjson = read_all(theirs)
+    monkeypatch.setattr(dashboards, "_PARSER", None)
+    assert read_all(theirs) == by_simdjson
+    assert sum(len(examples[0]) for _, examples in by_simdjson) > 100
+
+
+@pytest.mark.parametrize("wrong", [[[0.5], 1.0], ["a"], [True], [None], {"a": 1}, 3.0, "text"])
+def test_what_is_no_list_of_numbers_is_refused(theirs: Path, wrong: object) -> None:
+    path = theirs / "batch-0.json"
+    batch = json.loads(path.read_text())
+    batch["features"][1]["activations"][0]["values"] = wrong
+    path.write_text(json.dumps(batch))
+    with pytest.raises(UnreadableDashboards, match=r"feature 1, values of example 0 lacks or misstates something: Expected"):
+        list(dashboards.read(dashboards.look(theirs), 0, ABOUT))
 
 
 def test_a_neuronpedia_feature_whose_examples_are_scattered_over_the_file_is_put_together(theirs: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
-from server.api import saes
+from server.api import export, saes
 from server.api.parts import PARTS
 from server.app import create_app
 from server.db import Database
@@ -217,6 +217,7 @@ def test_an_etag_spares_what_has_not_changed_and_a_label_changes_it(visit: Visit
     for address in (f"{FEATURES}/3", f"{FEATURES}/3?include=dfa", FEATURES, f"{API}{SAE}", f"{API}{SAE}/heads"):
         tag = maren.get(address).headers["etag"]
         assert maren.get(address, headers={"If-None-Match": tag}).status_code == 304
+        assert maren.get(address, headers={"If-None-Match": "*"}).status_code == 304
         assert maren.get(address, headers={"If-None-Match": '"another"'}).status_code == 200
     assert maren.get(f"{FEATURES}/3").headers["etag"] != maren.get(f"{FEATURES}/3?include=dfa").headers["etag"]
     tag = maren.get(f"{FEATURES}/3").headers["etag"]
@@ -238,7 +239,7 @@ REFUSED = [
     ("GET", "/saes?page=2", None, 422, "unknown_parameter", "page"),
     ("GET", "/models?x=1", None, 422, "unknown_parameter", "x"),
     ("GET", "/saes/smollm2-l17/features?sort=colour", None, 422, "usage_error", "sort"),
-    ("GET", "/saes/smollm2-l17/features?leads=true", None, 422, "usage_error", None),
+    ("GET", "/saes/smollm2-l17/features?leads=true", None, 422, "usage_error", "head"),
     ("GET", "/saes/smollm2-l17/features?head=9", None, 422, "usage_error", "head"),
     ("GET", "/saes/smollm2-l17/features?limit=201", None, 422, "usage_error", "limit"),
     ("GET", "/saes/smollm2-l17/features?after=x~1", None, 422, "usage_error", "after"),
@@ -250,8 +251,8 @@ REFUSED = [
     ("GET", "/saes/smollm2-l17/search?kind=colour&q=x", None, 422, "usage_error", "kind"),
     ("GET", "/saes/smollm2-l17/search?kind=text&q=--", None, 422, "usage_error", "q"),
     ("GET", f"/labels?before={10**30}", None, 422, "usage_error", "before"),
-    ("GET", "/jobs/gone", None, 404, "unknown_job", None),
-    ("GET", "/jobs/gone/events", None, 404, "unknown_job", None),
+    ("GET", "/jobs/gone", None, 404, "unknown_job", "job"),
+    ("GET", "/jobs/gone/events", None, 404, "unknown_job", "job"),
     ("DELETE", "/saes", None, 405, "method_not_allowed", None),
     ("POST", "/features/batch", {"features": []}, 422, "usage_error", "features"),
     ("POST", "/features/batch", {"features": [{"sae": "smollm2-l17", "index": -1}]}, 422, "usage_error", "index"),
@@ -260,13 +261,14 @@ REFUSED = [
     ("POST", "/features/batch", {"features": [{"sae": "smollm2-l17", "index": i} for i in [1] * 101]}, 422, "usage_error",
      "features"),
     ("POST", "/lists", {"name": "x"}, 422, "usage_error", "X-Author"),
-    ("POST", "/jobs", {"kind": "dance"}, 422, "usage_error", None),
+    ("POST", "/jobs", {"kind": "dance"}, 422, "usage_error", "kind"),
     ("POST", "/jobs", {"kind": "harvest", "config": {"saes": [], "corpus": "demo"}}, 422, "usage_error", "saes"),
     ("POST", "/jobs", {"kind": "harvest", "config": {"saes": ["gone"], "corpus": "demo"}}, 404, "not_found", "sae"),
     ("POST", "/live/attribution", {"sae": "smollm2-l17", "index": 3, "text": "The tide"}, 503, "engine_away", None),
     ("POST", "/live/firings", {"sae": "smollm2-l17", "text": "The tide"}, 503, "engine_away", None),
     ("POST", "/live/firings", {"sae": "gone", "text": "The tide"}, 404, "not_found", "sae"),
-    ("POST", "/live/firings", {"sae": "smollm2-l17"}, 422, "usage_error", None),
+    ("POST", "/live/firings", {"sae": "smollm2-l17"}, 422, "usage_error", "text"),
+    ("POST", "/features/batch", [], 422, "usage_error", "body"),
 ]  # fmt: skip
 
 
@@ -282,11 +284,58 @@ def test_every_refusal_has_one_shape_and_names_the_field(
     assert (error["code"], error["field"]) == (code, field)
     assert error["message"].endswith(".")
     assert answer.headers["content-type"] == "application/json"
+    assert ("retry-after" in answer.headers) == (status == 503)
+
+
+def test_a_body_that_is_no_json_is_said_to_be_what_is_wrong(client: TestClient) -> None:
+    answer = client.post(f"{API}/features/batch", content=b'{"features": [', headers={"Content-Type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["error"]["field"] == "body"
 
 
 def test_a_method_that_is_not_possible_says_which_are(client: TestClient) -> None:
     answer = client.delete(f"{API}/saes")
-    assert answer.headers["allow"] == "GET"
+    assert answer.headers["allow"] == "GET, HEAD, OPTIONS"
+    for path, methods in ((f"{API}/saes", "GET, HEAD, OPTIONS"), (f"{API}/features/batch", "POST, OPTIONS")):
+        asked = client.options(path)
+        assert (asked.status_code, asked.content, asked.headers["allow"]) == (204, b"", methods)
+    assert client.options(f"{API}/nowhere").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/saes",
+        "/saes/smollm2-l17/features/3?include=examples,dfa",
+        "/saes/gone",
+        "/saes?x=1",
+        "/saes/smollm2-l17/features/export",
+    ],
+)
+def test_head_answers_as_get_without_the_body(client: TestClient, path: str) -> None:
+    whole, head = client.get(API + path), client.head(API + path)
+    assert (head.status_code, head.content) == (whole.status_code, b"")
+    assert whole.content
+    assert head.headers == whole.headers
+
+
+def test_of_a_stream_no_more_than_its_first_part_is_made_for_head(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    real = export.feature_pages
+    monkeypatch.setattr(export.Source.read, "__defaults__", (1,))
+    monkeypatch.setattr(export, "feature_pages", lambda *given, **named: read.append(given) or real(*given, **named))
+    answer = client.head(f"{FEATURES}/export?include=examples")
+    assert (answer.status_code, answer.headers["x-headscope-features"]) == (200, "60")
+    assert len(read) <= 2
+
+
+def test_what_is_sent_is_compressed_but_for_what_is_already(client: TestClient) -> None:
+    for path, encoding in (
+        (f"{FEATURES}/3?include=examples,dfa", "gzip"), (f"{FEATURES}/export", "gzip"),
+        (f"{FEATURES}/export?format=parquet", None),
+    ):  # fmt: skip
+        assert client.get(path, headers={"Accept-Encoding": "gzip"}).headers.get("content-encoding") == encoding
+        assert "content-encoding" not in client.get(path, headers={"Accept-Encoding": "identity"}).headers
 
 
 def test_a_fault_of_ours_is_500_in_the_same_shape(filled: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
