@@ -32,7 +32,8 @@ HeadscopeError
 ├── JobError
 │   ├── UnknownJob
 │   ├── Cancelled           a person cancelled the job; not a fault
-│   └── Fenced              another worker took this job over; this one must stop
+│   ├── Fenced              another worker took this job over; this one must stop
+│   └── TimeUp              a job worked for longer than it may
 ├── Outdated                somebody else changed it meanwhile
 ├── LoginNeeded             nobody knows who asks
 ├── Forbidden               whoever asks may not
@@ -197,6 +198,10 @@ class Cancelled(JobError):
 
 class Fenced(JobError):
     """Another worker has taken the job over; whatever this one still does must not count."""
+
+
+class TimeUp(JobError):
+    """The job has worked for longer than it may."""
 
 
 class Outdated(HeadscopeError):

@@ -17,11 +17,14 @@ the job (`Fenced` otherwise), files are written aside and renamed, rows are foun
 a file lock; another worker takes the jobs of a slot that has been silent for a minute.
 """
 
+import ctypes
 import fcntl
 import logging
+import math
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -44,6 +47,7 @@ from sae_core.config import (
     AnyStudy,
     CompareJob,
     DashboardsJob,
+    DeviceKind,
     EvaluateJob,
     HarvestConfig,
     HarvestJob,
@@ -56,7 +60,21 @@ from sae_core.config import (
     study_job,
 )
 from sae_core.corpus import Rows, prepare_rows
-from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SAEMismatch, SlotTaken, UnreadableDashboards
+from sae_core.errors import (
+    CacheBusy,
+    Cancelled,
+    DatabaseAway,
+    DiskFull,
+    DownloadFailed,
+    EngineAway,
+    Fenced,
+    HeadscopeError,
+    ProcessLost,
+    SAEMismatch,
+    SlotTaken,
+    TimeUp,
+    UnreadableDashboards,
+)
 from sae_core.evaluate import evaluate
 from sae_core.formats import convert, fetched, open_peer
 from sae_core.lens import Lens, load_lens
@@ -77,6 +95,7 @@ from server.downloads import sha256_of
 from server.estimates import Shape
 from server.exchange import dashboards
 from server.exchange.reading import Readers
+from server.job_folders import left_by, take_folder
 from server.settings import Settings
 from server.store import harvests, imports, registry, search, studies
 from server.store import jobs as store
@@ -87,8 +106,10 @@ from server.tracking import Tracker
 log = logging.getLogger("headscope.worker")
 R = TypeVar("R")
 
-BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0  # after which a slot counts as dead
+LOOK_SECONDS = 1.0  # between two looks whether the job in hand may go on
+TAKING_SECONDS = 10.0  # that a job which was taken from a queue needs at most to come to `Worker.work`
+PATIENCE = 1.5  # seconds that a step may take to notice that it may not, before it is broken off
+WAIT, LONGER = 5.0, 4  # seconds before a job is first tried again by itself, and how much longer each time
 REPORT_SECONDS = 2.0  # between two writes of progress
 AGAIN_SECONDS = 10.0  # between two tries to write to a database that refuses
 NEIGHBOURS = 10  # nearest features kept of an imported harvest
@@ -116,6 +137,14 @@ SAID = {
 }
 
 
+PASSING = (DatabaseAway, EngineAway, DownloadFailed, CacheBusy, ProcessLost, ConnectionError, TimeoutError)
+"""Failures that may be gone when the job is tried again; all others are of what was asked for, or need somebody's hand."""
+
+
+class Broken(BaseException):
+    """Raised from outside into a step that does not notice that it must end."""
+
+
 class Leave(BaseException):
     """Stop working at a job here without ending it. Not an `Exception`, so that DBOS records no outcome."""
 
@@ -132,7 +161,12 @@ class Run:
 
     def __init__(self, worker: "Worker", job: JobRecord, attempt: int) -> None:
         self.worker, self.job, self.attempt, self.id = worker, job, attempt, job.id
-        self.folder = worker.settings.data / "jobs" / job.id
+        self.folder = take_folder(worker.settings.data, job.id, attempt)
+        self.over: Exception | None = None  # why it may not go on
+        self._worked, self._looked, self._over_since = job.worked, time.monotonic(), 0.0
+        self._uncounted = 0.0
+        self._thread: int | None = None  # where a step runs that may be broken off
+        self._breaking = threading.Lock()
         self.clock = estimates.Clock({})
         kept, project = worker.settings.data / "logs", worker.settings.wandb
         self.tracker = Tracker(project, job.id, job.config, kept) if project and job.kind in ("train", "sweep") else None
@@ -164,6 +198,8 @@ class Run:
         """Between two batches: may we go on?"""
         if self.worker.stopping.is_set():
             raise Leave
+        if self.over is not None:
+            raise self.over
         with self.worker.db.read() as session:
             store.still_ours(session, self.id, self.attempt)
 
@@ -174,12 +210,65 @@ class Run:
     def _guarded(self, work: Callable[[], R]) -> R:
         try:
             self.check()
-            return work()
+            with self._breakable():
+                return work()
         except (Cancelled, Fenced) as error:
             raise Leave from error
+        except Broken as error:
+            if not isinstance(self.over, TimeUp):
+                raise Leave from error
+            self.fail(self.over)
+            raise Failed(str(self.over)) from error
         except Exception as error:
             self.fail(error)
             raise Failed(str(error)) from error
+
+    @contextmanager
+    def _breakable(self) -> Iterator[None]:
+        with self._breaking:
+            self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self._breaking:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
+                self._thread = None
+
+    def look(self) -> None:
+        """From another thread, again and again: count the time, and see that the step in hand ends where the job was cancelled or
+        taken over, or has worked for too long. Most steps notice between two batches; what does not is broken off."""
+        at = time.monotonic()
+        passed, self._looked = min(at - self._looked, 5 * LOOK_SECONDS), at  # we may have been asleep
+        self._worked, self._uncounted = self._worked + passed, self._uncounted + passed
+        if self.over is None:
+            self.over, self._over_since = self._why_over(), at
+        elif at - self._over_since >= PATIENCE:
+            with self._breaking:
+                if self._thread is not None:
+                    log.info("%s: breaking off a step that goes on", self.id)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(Broken))
+                    self._over_since = math.inf  # once
+
+    def _why_over(self) -> Exception | None:
+        try:
+            if self._uncounted >= self.worker.settings.beat_seconds:
+                with self.worker.db.write() as session:
+                    store.tick(session, self.id, self.attempt, self._uncounted)
+                self._uncounted = 0.0
+            else:
+                with self.worker.db.read() as session:
+                    store.still_ours(session, self.id, self.attempt)
+        except (Cancelled, Fenced) as error:
+            return error
+        except sa.exc.OperationalError:
+            return None  # a database that is away says nothing about the job
+        limit = self.job.time_limit
+        if limit is not None and self._worked > limit:
+            return TimeUp(
+                f"It has worked for {self._worked:,.0f} s, and its limit was {limit:,.0f} s. Run it again to go on from what it "
+                "left on disk, or ask for more time."
+            )
+        return None
 
     def follow(self, work: Generator[Progress, None, R]) -> R:
         """Run a generator of `sae_core` to its end, storing what it says; its return value."""
@@ -235,18 +324,28 @@ class Run:
         log.info("%s: done", self.id)
 
     def fail(self, error: Exception) -> None:
-        """The job ends with a sentence."""
+        """The job ends with a sentence; or waits to be tried again, where what was wrong may pass."""
         log.error("%s failed", self.id, exc_info=error)
         while True:
             try:
                 with self.worker.db.write() as session:
-                    return store.fail(session, self.id, self.attempt, sentence(error, self.worker))
+                    said = sentence(error, self.worker)
+                    if may_pass(error) and (tries := store.get(session, self.id).tries) < self.worker.settings.job_tries:
+                        return store.try_again(session, self.id, self.attempt, said, WAIT * LONGER**tries)
+                    return store.fail(session, self.id, self.attempt, said)
             except (Cancelled, Fenced) as other:
                 raise Leave from other
             except sa.exc.OperationalError:  # a full disk, a database that is away: say it when it can be said
                 log.exception("%s cannot be marked as failed now; trying again", self.id)
                 if self.worker.stopping.wait(AGAIN_SECONDS):
                     raise Leave from error
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether it may go well when it is tried again, though nobody does anything."""
+    if isinstance(error, sa.exc.DBAPIError):
+        return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) and "disk is full" not in str(error)
+    return isinstance(error, PASSING)
 
 
 def sentence(error: Exception, worker: "Worker") -> str:
@@ -257,6 +356,8 @@ def sentence(error: Exception, worker: "Worker") -> str:
         return str(error.message)
     if (isinstance(error, OSError) and error.errno in NO_ROOM) or "disk is full" in str(error):
         return str(no_room(worker.settings))
+    if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
+        return f"The database did not answer ({str(error.orig).strip().splitlines()[0][:200]})."
     if isinstance(error, torch.OutOfMemoryError):
         return "The device ran out of memory; lower `collect_rows`, `batch` or `batch_rows`, or choose another device."
     first = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
@@ -310,7 +411,12 @@ def _publish_sae(run: Run, model: str, name: str, metrics: dict[str, Any], index
     home, made = run.worker.settings.data / "saes" / name, made_by(run.folder, index)
     home.parent.mkdir(parents=True, exist_ok=True)
     if made.exists():  # else it was moved before a crash
-        shutil.rmtree(home, ignore_errors=True)
+        # Nothing is removed at the final name: that would be done by a late attempt too. What it renames starts or ends in its
+        # own folder, which is gone once another attempt has taken the job.
+        if home.exists():
+            aside = run.folder / f"replaced-{index:03d}"
+            shutil.rmtree(aside, ignore_errors=True)
+            home.rename(aside)
         made.rename(home)
     sae, sha256 = load_sae(home), sha256_of(home / "sae.safetensors")
     with run.write() as session:
@@ -752,7 +858,7 @@ class _Hands:
         for record in self.records:
             train = record.config.train
             if train is not None and train.corpus == self.cfg.corpus and train.rows == self.cfg.rows:
-                parent = self.run.worker.settings.data / "jobs" / (record.job_id or "none")
+                parent = left_by(self.run.worker.settings.data, record.job_id or "none")
                 held = _activations(self.run, parent, self.lens, self.rows, train)
                 if held is not None:
                     found.setdefault(train.site.layer, held)
@@ -947,6 +1053,14 @@ class Slot:
         """The slot that the settings name; unnamed, the first one that is free."""
         named = "worker_id" in settings.model_fields_set
         names = [settings.worker_id] if named else [f"worker-{n}" for n in range(64)]
+        found = cls.first(settings, names)
+        if found is None:
+            raise SlotTaken(f"Another worker runs as {names[0]}; give this one another name with --id.", field="id")
+        return found
+
+    @classmethod
+    def first(cls, settings: Settings, names: Sequence[str]) -> "Slot | None":
+        """The first of the names that is free; None where each is taken."""
         folder = settings.data / "workers"
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
@@ -957,11 +1071,32 @@ class Slot:
                 file.close()
                 continue
             return cls(name, file)
-        raise SlotTaken(f"Another worker runs as {names[0]}; give this one another name with --id.", field="id")
+        return None
 
     def free(self) -> None:
         """Let another process have it."""
         self._file.close()
+
+
+def take_gpu(settings: Settings, device: str) -> Slot | None:
+    """One of the places that a GPU has for workers, held as long as the process lives; None on other devices.
+
+    Raises SlotTaken where none is free.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return None
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    name = visible[int(index or 0)] if visible else index or "0"
+    found = Slot.first(settings, [f"gpu-{socket.gethostname()}-{name}-{n}" for n in range(settings.gpu_workers)])
+    if found is None:
+        places = f"{settings.gpu_workers} worker{'s' if settings.gpu_workers > 1 else ''}"
+        raise SlotTaken(
+            f"{device} of this machine has {places} already, as many as HEADSCOPE_GPU_WORKERS allows; choose another device with "
+            "--device, or set it higher.",
+            field="device",
+        )
+    return found
 
 
 class Worker:
@@ -977,8 +1112,18 @@ class Worker:
         check_processes(settings.processes, self.device)
         self.speed = estimates.UNKNOWN
         self._busy = threading.Lock()  # held while a job is worked at
+        self._taken = -math.inf  # when a job was taken from a queue that has not come here yet
+        self._run: Run | None = None
+        self._gpu = take_gpu(settings, self.device)
         self._loaded: tuple[registry.ModelRecord, Lens] | None = None
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._watch = threading.Thread(target=self._look, name="watch", daemon=True)
+
+    @property
+    def kind(self) -> DeviceKind:
+        """What kind of device it is."""
+        kind: DeviceKind = self.device.partition(":")[0]  # type: ignore[assignment]  # pick_device knows no other
+        return kind
 
     @property
     def busy(self) -> bool:
@@ -1003,13 +1148,35 @@ class Worker:
             log_level="WARNING",
             enable_otlp=False,
         )
-        DBOS(config=config)
+        mine = (jobs.QUEUE, jobs.queue_of(self.kind))
+        dbos = DBOS(config=config)
+        DBOS.listen_queues(mine)
         DBOS.launch()
-        DBOS.register_queue(jobs.QUEUE, worker_concurrency=1, polling_interval_sec=0.5)
+        self._one_at_a_time(dbos)  # a queue's thread waits before it first looks
+        for queue in mine:
+            DBOS.register_queue(queue, worker_concurrency=1, polling_interval_sec=0.5)
         tidy(self.settings.data, self.db)
+        self.jobs.adopt_older()
         self.jobs.release()
         self._heart.start()
+        self._watch.start()
         log.info("%s takes jobs on %s", self.slot.name, self.device)
+
+    def _one_at_a_time(self, dbos: DBOS) -> None:
+        """Let DBOS take a workflow from a queue only while none is worked at. It bounds each queue by itself, and a worker that
+        listens to two would take a second job, to wait for the first, while another worker is idle. The method is private, hence
+        the pinned minor version."""
+        inner, gate = dbos._sys_db.start_queued_workflows, threading.Lock()
+
+        def start(*given: Any, **named: Any) -> Any:
+            with gate:
+                if self.busy or time.monotonic() - self._taken < TAKING_SECONDS:
+                    return [], None
+                found = inner(*given, **named)
+                self._taken = time.monotonic() if found[0] else -math.inf
+                return found
+
+        dbos._sys_db.start_queued_workflows = start  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Stop at the next batch, keep what is needed to go on, and free the slot."""
@@ -1018,16 +1185,20 @@ class Worker:
         with self._busy:
             DBOS.destroy()
         self._heart.join()
+        self._watch.join()
         with self.db.write() as session:
             store.leave(session, self.slot.name)
         self.jobs.close()
         self.slot.free()
+        if self._gpu:
+            self._gpu.free()
         _worker = None
         log.info("%s has stopped", self.slot.name)
 
     def work(self, job_id: str, tell: Callable[[Run], None]) -> str:
         """Make an attempt at a job; the status it ends with."""
         with self._busy:
+            self._taken = -math.inf
             if self.stopping.is_set():
                 raise Leave
             try:
@@ -1035,8 +1206,12 @@ class Worker:
                     attempt = store.start_attempt(session, job_id, self.slot.name)
             except Cancelled:
                 return "ended before"
-            run = Run(self, self.jobs.get(job_id), attempt)
             try:
+                run = Run(self, self.jobs.get(job_id), attempt)
+            except Fenced as error:
+                raise Leave from error
+            try:
+                self._run = run
                 if attempt % RETAKE == 0:
                     raise HeadscopeError(f"It was taken up {RETAKE} times and never ended; see the worker's log.")
                 tell(run)
@@ -1050,6 +1225,7 @@ class Worker:
                 run.fail(error)
                 return "failed"
             finally:
+                self._run = None
                 if run.tracker:
                     run.tracker.close()
                 if not self.stopping.is_set():
@@ -1083,17 +1259,27 @@ class Worker:
         return Shape.of(self._loaded[1].info) if self._loaded and self._loaded[0].name == name else None
 
     def _beat(self) -> None:
-        while not self.stopping.wait(BEAT_SECONDS):
+        beat, ears = self.settings.beat_seconds, store.Listener(self.settings.silent_seconds, self.settings.beat_seconds)
+        while not self.stopping.wait(beat):
             try:
                 with self.db.write() as session:
                     store.beat(session, self.slot.name, self.device, os.getpid())
-                    silent = store.silent_workers(session, SILENT_SECONDS)
+                with self.db.read() as session:
+                    silent = [slot for slot in ears.look(session) if slot != self.slot.name]
                 for slot in silent:
                     take_over(slot, self.db)
-                if silent:
-                    self.jobs.release()
+                self.jobs.release()  # what was taken over, and what waited to be tried again
             except Exception:  # a database that is away for a while must not stop the heart
                 log.exception("the heartbeat failed; trying again")
+
+    def _look(self) -> None:
+        while not self.stopping.wait(LOOK_SECONDS):
+            run = self._run
+            if run is not None:
+                try:
+                    run.look()
+                except Exception:
+                    log.exception("looking after %s failed; trying again", run.id)
 
 
 def tidy(data: Path, db: Database) -> None:
@@ -1114,9 +1300,9 @@ def take_over(slot: str, db: Database) -> int:
     """
     moved = DBOS._recover_pending_workflows([slot])
     with db.write() as session:
-        store.leave(session, slot)
-    log.warning("%s has been silent for %d seconds; took over %d jobs", slot, SILENT_SECONDS, len(moved))
-    return len(moved)
+        had = store.take_from(session, slot)
+    log.warning("%s is silent; took over %d jobs, %d of them in the queue again", slot, had, len(moved))
+    return had
 
 
 _worker: Worker | None = None
