@@ -27,6 +27,7 @@ HeadscopeError
 │   ├── DownloadFailed
 │   ├── CacheBusy
 │   ├── ProcessLost
+│   ├── Overloaded
 │   └── MissingWorkerExtra
 ├── Diverged                a training run, or the model it reads, gave values that are not numbers
 ├── JobError
@@ -170,6 +171,10 @@ class CacheBusy(MachineError):
 
 class ProcessLost(MachineError):
     """One of the processes that train together was killed, or died without a word."""
+
+
+class Overloaded(MachineError):
+    """More is asked of the web than it can answer in time."""
 
 
 class MissingWorkerExtra(MachineError):

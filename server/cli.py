@@ -139,15 +139,24 @@ def up_(data: Data = None, host: Host = None, port: Port = None) -> None:
 
 
 @app.command(epilog="Example: [bold]headscope serve --port 8080[/bold]")
-def serve(data: Data = None, host: Host = None, port: Port = None) -> None:
+def serve(
+    data: Data = None,
+    host: Host = None,
+    port: Port = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Processes that answer; one fills a core.", show_default="1", min=1, max=64),
+    ] = None,
+) -> None:
     """Start the web pages alone. Needs no torch."""
-    settings = _settings(data=data, host=host, port=port)
+    settings = _settings(data=data, host=host, port=port, web_workers=workers)
     with _opened(settings) as (_, db):
         from server.access import ensure_admin
         from server.app import create_app
 
         ensure_admin(settings, db)
-        _uvicorn(create_app(settings), settings, settings.host, settings.port, "Headscope's pages are")
+        db.close()  # a connection must not be shared by processes that are forked
+        _uvicorn(create_app(settings), settings, settings.host, settings.port, "Headscope's pages are", settings.web_workers)
 
 
 @app.command(epilog="Example, one worker per GPU: [bold]headscope worker --id gpu1 --device cuda:1[/bold]")
@@ -1255,8 +1264,10 @@ def _give_token(settings: Settings) -> None:
         os.environ["HF_TOKEN"] = read_secret(settings.hf_token_file, "hf_token_file")
 
 
-def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str) -> None:
+def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, processes: int = 1) -> None:
     import uvicorn
+
+    from server import forked
 
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
@@ -1269,7 +1280,10 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str) -> N
         server_header=False,
         forwarded_allow_ips=settings.proxies,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    if processes == 1:
+        uvicorn.Server(config).run(sockets=[listening])
+    else:
+        forked.keep(processes, lambda: uvicorn.Server(config).run(sockets=[listening]))
 
 
 class _Found(Generic[S]):

@@ -54,6 +54,12 @@ class Settings(BaseSettings):
     """Address that the web listens on."""
     port: int = 8000
     """Port that the web listens on."""
+    web_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that answer; one fills a core. Each has the limits on logins and live questions for itself."""
+    web_threads: Annotated[int, Field(ge=2, le=128)] = 16
+    """Requests that each of them works at at a time, with a connection to the database each."""
+    web_waiting: Annotated[int, Field(ge=4)] = 256
+    """Requests that each of them takes at a time, those that wait included; more are refused with 503 and Retry-After."""
     public_url: str | None = None
     """Address that people type, where it is another one than host and port: that of the proxy in front. Its host is one that
     the web answers to, and a path in it stands before every address of ours. Unset says host and port."""

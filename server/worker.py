@@ -9,8 +9,9 @@ What happens to a training job, top to bottom:
 
 A sweep trains many SAEs in one such step, then evaluates and publishes one after the other. An evaluation of an SAE that
 exists measures it and puts the numbers in the place of the old ones. A study puts a question to a feature or to a model's heads
-and keeps what it finds. And what happens to a harvest of one SAE or of many: scan (a step per shard, for all), choose (a step
-for each), visit (a step per part, for all); then for each: features, write (a step per part), publish.
+and keeps what it finds. And what happens to a harvest of one SAE or of many: scan (for all), choose (a step for each), visit (for
+all); then for each: features, write (a step per part), publish. Scan and visit are cut into shards, and where more workers are
+there, into jobs of some shards each, which any of them takes.
 
 Steps run at least once, their effects appear once: every write checks in its own transaction that this attempt still owns
 the job (`Fenced` otherwise), files are written aside and renamed, rows are found by job id. A worker's name is a slot with
@@ -35,6 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import numpy as np
 import sqlalchemy as sa
 import torch
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowError
@@ -112,6 +114,8 @@ PATIENCE = 1.5  # seconds that a step may take to notice that it may not, before
 WAIT, LONGER = 5.0, 4  # seconds before a job is first tried again by itself, and how much longer each time
 REPORT_SECONDS = 2.0  # between two writes of progress
 AGAIN_SECONDS = 10.0  # between two tries to write to a database that refuses
+PART_SECONDS = 0.3  # between two looks whether others have done their parts
+SEEN_SECONDS = 20.0  # since a worker's last heartbeat, for it to be asked for help
 NEIGHBOURS = 10  # nearest features kept of an imported harvest
 TYPICAL_L0 = 50  # of an imported SAE whose files do not say it
 RETAKE = 50  # times that a job is taken up before it counts as one that takes its worker down
@@ -804,15 +808,13 @@ def harvest_job(run: Run) -> None:
     hand = _Hands(run, cfg)
 
     # ---- sweep and choose: every row once, for all SAEs ----
-    for shard in hand.shards:
-        run.step(f"scan {shard.start}", partial(hand.scan, shard))
+    run.step("scan", lambda: _share_out(run, hand, "scan"))
     for index in range(len(cfg.saes)):
         run.step(f"choose {index}", partial(hand.choose, index))
 
     # ---- visit: every row chosen once, for all SAEs ----
-    parts = sweep.visit_parts(hand.selections, cfg.harvest)
-    for number, part in enumerate(parts):
-        run.step(f"visit {part.start}", partial(hand.visit, number, part))
+    run.step("visit", lambda: _share_out(run, hand, "visit"))
+    parts = hand.visits
 
     # ---- describe, write and publish: SAE after SAE ----
     for index in range(len(cfg.saes)):
@@ -826,11 +828,87 @@ def harvest_job(run: Run) -> None:
         run.step(f"publish {index}", partial(hand.publish, index, harvest_id, len(parts)))
 
 
-class _Hands:
-    """What a harvest's steps hold: model, SAEs, rows; opened once per attempt."""
+PARTS_EACH = 2
+"""Parts of a phase for each worker: whoever is quicker takes more."""
 
-    def __init__(self, run: Run, cfg: HarvestJob) -> None:
+
+def _share_out(run: Run, hand: "_Hands", phase: str) -> None:
+    """Do a phase of a harvest, shard by shard, with all workers on this kind of device that are there. Each part is a job of its
+    own, which writes into its own folder; whoever has the whole takes parts as well, and moves into its folder what others have
+    made. What is there is not made again, so it does not matter who was killed when."""
+    numbers = [number for number in range(hand.count(phase)) if not hand.there(phase, number)]
+    with run.write() as session:
+        alive = [
+            one for one in store.workers(session, seen_within=SEEN_SECONDS) if one.device.partition(":")[0] == run.worker.kind
+        ]
+        cut = store.parts(session, run.id, phase)
+        if not cut and len(alive) > 1 and len(numbers) > 1:
+            n = min(len(numbers), PARTS_EACH * len(alive))
+            configs = [
+                {"phase": phase, "number": i, "shards": [int(at) for at in share], "saes": list(hand.cfg.saes)}
+                for i, share in enumerate(np.array_split(numbers, n))
+            ]
+            store.add_parts(session, run.id, run.attempt, phase, configs, run.worker.kind)
+        elif cut:
+            store.add_parts(session, run.id, run.attempt, phase, [], run.worker.kind)
+    run.worker.jobs.release()
+    while _take_part(run, hand, phase):
+        pass
+    for number in numbers:  # whose files are lost, or which were never cut
+        if not hand.there(phase, number):
+            hand.do(phase, number)
+
+
+def _take_part(run: Run, hand: "_Hands", phase: str) -> bool:
+    """Do a part, or wait a while for those who do; False when nothing is left to wait for."""
+    run.check()
+    with run.worker.db.read() as session:
+        parts = store.parts(session, run.id, phase)
+    for part in parts:
+        if part.status == store.FAILED:
+            raise HeadscopeError(part.error or f"A part of it, {part.id}, failed.")
+        if part.status == store.DONE:
+            hand.gather(part.id)
+    if all(part.ended for part in parts):
+        return False
+    with run.write() as session:
+        taken = store.take_part(session, run.id, phase, run.worker.slot.name)
+    if taken is None:
+        run.report(hand.so_far(phase))
+        time.sleep(PART_SECONDS)
+        return True
+    part, attempt = taken
+    for number in part.config["shards"]:
+        if not hand.there(phase, number):
+            hand.do(phase, number)
+    with run.worker.db.write() as session, suppress(Cancelled, Fenced):
+        store.finish(session, part.id, attempt)
+    return True
+
+
+def shard_job(run: Run) -> None:
+    """A part of another worker's harvest, into a folder of its own."""
+    whole = run.job.parent_id or ""
+    with run.worker.db.read() as session:
+        asked = store.get(session, whole)
+    if asked.ended:
+        return
+    cfg = HarvestJob.model_validate(asked.config)
+    run.step("part", lambda: _do_part(run, cfg, whole))
+
+
+def _do_part(run: Run, cfg: HarvestJob, whole: str) -> None:
+    hand, phase = _Hands(run, cfg, whole), run.job.config["phase"]
+    for number in run.job.config["shards"]:
+        hand.do(phase, number)
+
+
+class _Hands:
+    """What a harvest's steps hold: model, SAEs, rows; opened once per attempt. Of a part, `whole` is the harvest's job."""
+
+    def __init__(self, run: Run, cfg: HarvestJob, whole: str | None = None) -> None:
         self.run, self.cfg, worker = run, cfg, run.worker
+        self.source = left_by(worker.settings.data, whole) if whole else run.folder
         with worker.db.read() as session:
             self.records = [registry.sae(session, name) for name in cfg.saes]
             self.corpus = registry.corpus(session, cfg.corpus)
@@ -847,9 +925,13 @@ class _Hands:
         self.files = sweep.files_of(run.folder, len(self.saes))
         self.n_rows = sweep.swept_rows(self.rows, cfg.harvest)
         self.shards = sweep.shards(self.n_rows, cfg.harvest)
-        self.streams = sweep.streams_of(run.folder, self.lens, self.saes, self.rows, cfg.harvest, self.activations)
-        self._seen, self._n_seen = sweep.Seen(self.saes), 0
+        self.phase = run.job.config.get("phase")  # of a part; the whole has none
+        # What a scan keeps of the streams goes where it writes; a visit reads what all scans have kept.
+        kept = self.source if self.phase == "visit" else run.folder
+        self.streams = sweep.streams_of(kept, self.lens, self.saes, self.rows, cfg.harvest, self.activations)
+        self._seen, self._counted = sweep.Seen(self.saes), set[int]()
         self._selections: list[sweep.Selection] = []
+        self._visits: list[range] = []
         self._table: tuple[int, sweep.FeatureTable] | None = None
 
     def _cached(self) -> dict[int, Activations]:
@@ -864,19 +946,64 @@ class _Hands:
                     found.setdefault(train.site.layer, held)
         return found
 
-    def scan(self, shard: range) -> None:
+    def count(self, phase: str) -> int:
+        """Into how much a phase is cut."""
+        return len(self.shards) if phase == "scan" else len(self.visits)
+
+    @property
+    def visits(self) -> list[range]:
+        """The parts of the visit."""
+        if not self._visits:
+            self._visits = sweep.visit_parts(self.selections, self.cfg.harvest)
+        return self._visits
+
+    def so_far(self, phase: str) -> Progress:
+        """How much of a phase is done, whoever did it."""
+        of_one, unit = (self.rows.context, "tokens") if phase == "scan" else (1, "rows")
+        sizes = [len(one) * of_one for one in (self.shards if phase == "scan" else self.visits)]
+        done = sum(size for number, size in enumerate(sizes) if self.there(phase, number))
+        return Progress(phase, done, sum(sizes), unit)
+
+    def paths(self, phase: str, number: int) -> list[Path]:
+        """What a shard of the scan, or a part of the visit, leaves: a file for each SAE."""
+        return [files.shard(self.shards[number]) if phase == "scan" else files.part(number) for files in self.files]
+
+    def there(self, phase: str, number: int) -> bool:
+        """Whether it has been done."""
+        return all(path.exists() for path in self.paths(phase, number))
+
+    def do(self, phase: str, number: int) -> None:
+        """Do it."""
+        if phase == "scan":
+            self.scan(number)
+        else:
+            self.visit(number, self.visits[number])
+
+    def gather(self, part: str) -> None:
+        """Move into our folder what a part has made in its own, unless it is here already."""
+        made = left_by(self.run.worker.settings.data, part)
+        for path in sorted(made.rglob("*")) if made.exists() else ():
+            if path.is_file() and path.suffix != ".aside":
+                place = self.run.folder / path.relative_to(made)
+                place.parent.mkdir(exist_ok=True)
+                if not place.exists():
+                    path.rename(place)
+        shutil.rmtree(self.run.worker.settings.data / "jobs" / part, ignore_errors=True)
+
+    def scan(self, number: int) -> None:
         """One shard of the sweep."""
-        context = self.rows.context
-        while self.shards[self._n_seen] != shard:  # what an earlier attempt has swept
-            self._seen.add([files.shard(self.shards[self._n_seen]) for files in self.files])
-            self._n_seen += 1
-        paths = [files.shard(shard) for files in self.files]
-        within = _within(shard.start * context, self.n_rows * context)
+        context, shard = self.rows.context, self.shards[number]
+        for other in range(number):  # what was swept before, here or elsewhere, is counted for those who watch
+            if other not in self._counted and self.there("scan", other):
+                self._seen.add(self.paths("scan", other))
+                self._counted.add(other)
+        paths = self.paths("scan", number)
+        within = _within(self.so_far("scan").done, self.n_rows * context)
         how = self.cfg.harvest, paths, self.activations, self._seen, self.streams
         reports = sweep.scan_shard(self.lens, self.saes, self.rows, shard, *how)
         # What was counted so far is one point, which each report replaces.
         self.run.follow(relayed(reports, lambda report: replace(within(report), step=0)))
-        self._n_seen += 1
+        self._counted.add(number)
 
     def choose(self, index: int) -> None:
         """Merge an SAE's shards and choose its examples."""
@@ -889,14 +1016,16 @@ class _Hands:
     def selections(self) -> list[sweep.Selection]:
         """What was chosen of each SAE, without the sums, of which there are many."""
         if not self._selections:
-            self._selections = [sweep.Selection.load(files.selection).without_sums() for files in self.files]
+            chosen = [files.selection for files in sweep.files_of(self.source, len(self.saes))]
+            self._selections = [sweep.Selection.load(path).without_sums() for path in chosen]
         return self._selections
 
     def visit(self, number: int, part: range) -> None:
         """The examples of one part, in fp32."""
         paths, selections = [files.part(number) for files in self.files], self.selections
         reports = sweep.visit(self.lens, self.saes, self.rows, selections, part, self.cfg.harvest, paths, self.streams)
-        self.run.follow(relayed(reports, _within(part.start, len(sweep.visited_rows(selections)))))
+        before = self.so_far("visit")
+        self.run.follow(relayed(reports, _within(before.done, before.total)))
 
     def features(self, index: int, n_parts: int) -> None:
         """What is said of every feature of an SAE."""
@@ -1236,7 +1365,7 @@ class Worker:
     def _announce(self, job_id: str, attempt: int) -> None:
         """Call the webhook if this attempt was the job's last; another worker tells of its own."""
         job = self.jobs.get(job_id)
-        if job.ended and job.attempt == attempt:
+        if job.ended and job.attempt == attempt and job.kind != store.PARTS:
             webhook.announce(self.settings, job)
 
     def lens(self, name: str) -> Lens:
@@ -1288,7 +1417,10 @@ def tidy(data: Path, db: Database) -> None:
         with db.read() as session:
             job = store.find(session, folder.name)
             followers = store.children(session, folder.name)
-        if job and job.status == store.DONE and all(follower.ended for follower in followers):
+            whole = store.find(session, job.parent_id or "") if job and job.kind == store.PARTS else None
+        if whole is not None and not whole.ended:
+            continue  # what a part has made is gathered by whoever has the whole
+        if job and (job.status == store.DONE or whole) and all(follower.ended for follower in followers):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -1355,6 +1487,13 @@ def harvest_workflow(job_id: str) -> str:
     """DBOS's entry to `harvest_job`."""
     assert _worker is not None
     return _worker.work(job_id, harvest_job)
+
+
+@DBOS.workflow(name="shard", max_recovery_attempts=None)
+def shard_workflow(job_id: str) -> str:
+    """DBOS's entry to `shard_job`."""
+    assert _worker is not None
+    return _worker.work(job_id, shard_job)
 
 
 def run_worker(settings: Settings, db: Database) -> None:

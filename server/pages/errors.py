@@ -28,6 +28,8 @@ class InternalError(HeadscopeError):
     status = 500
 
 
+RETRY_AFTER = "3"
+"""Seconds after which what is away may be back."""
 TITLES = {
     401: "Who are you?",
     403: "Refused",
@@ -47,6 +49,8 @@ def error_response(request: Request, error: HeadscopeError) -> Response:
         return RedirectResponse(address, 307, headers)
     if isinstance(error, TooOften):
         headers["Retry-After"] = str(error.wait)
+    elif error.status == 503:
+        headers["Retry-After"] = RETRY_AFTER
     if speaks_neuronpedia(request):
         status = 400 if error.status == 422 else error.status
         return JSONResponse({"error": str(error), "message": str(error)}, status, headers)

@@ -384,6 +384,8 @@ def fail(session: Session, job_id: str, attempt: int, error: str) -> None:
     job = check(session, job_id, attempt)
     _end(job, FAILED)
     job.error = error
+    for part in session.scalars(_open_parts(job_id)):
+        _end(part, CANCELLED)
     _say(session, job_id, f"Failed: {error}")
 
 
@@ -422,14 +424,6 @@ def parts(session: Session, job_id: str, phase: str) -> list[JobRecord]:
     return sorted((_record(job) for job in found if job.config["phase"] == phase), key=lambda job: job.config["number"])
 
 
-def end_parts(session: Session, job_id: str, attempt: int) -> None:
-    """What is still open of a job's parts needs no more doing."""
-    check(session, job_id, attempt)
-    for part in session.scalars(_open_parts(job_id)):
-        _end(part, CANCELLED)
-        part.attempt += 1
-
-
 def take_part(session: Session, job_id: str, phase: str, worker: str) -> tuple[JobRecord, int] | None:
     """Take up the first part of a phase that nobody works at, and its attempt; None where there is none. `worker` has the whole,
     so whatever part it seems to have as well is left over from before."""
@@ -463,7 +457,9 @@ def leave(session: Session, worker: str) -> None:
 
 def take_from(session: Session, worker: str) -> int:
     """Put what a silent worker works at back into the queue, which shuts it out, and forget it; how many jobs it had."""
-    had = session.scalars(everything(sa.select(Job).where(Job.worker == worker, Job.status == RUNNING).with_for_update())).all()
+    had = session.scalars(
+        everything(sa.select(Job).where(Job.worker == worker, Job.status == RUNNING).order_by(Job.id).with_for_update())
+    ).all()
     for job in had:
         job.status, job.rate = QUEUED, 0.0
         _say(session, job.id, f"{worker} is silent; another worker takes it up.")
