@@ -96,7 +96,7 @@ def mix(name: str, d_sae: int, full: list[int]) -> Iterator[str]:
         "page {here}/features/{idx}": 45,
         "page {here}/features/{idx}.json": 8,
         "part {here}?sort={sort}": 8,
-        "part {here}?min_density={low:.7f}&sort=-max_act": 6,
+        "part {here}?min_density={low:.7f}&sort=-max": 6,
         "page {here}?sort={sort}": 5,
         "page {here}/heads/0": 5,
         "page {here}/search?q=the&kind=text": 4,
@@ -107,7 +107,7 @@ def mix(name: str, d_sae: int, full: list[int]) -> Iterator[str]:
     }
     chosen = draw.choices(list(kinds), list(kinds.values()), k=ADDRESSES)
     for kind in chosen:
-        sort = draw.choice(("density", "-density", "max_act", "-max_act", "index", "-top_head_share"))
+        sort = draw.choice(("density", "-density", "max", "-max", "idx", "-head_share"))
         yield kind.format(here=here, name=name, idx=draw.choice(full), sort=sort, low=10 ** draw.uniform(-5, -2), d_sae=d_sae)
 
 

@@ -260,16 +260,13 @@ class Jobs:
             )  # fmt: skip
             self.client.enqueue(options, job.id)
 
-    def adopt_older(self) -> None:
-        """Queue again what a worker of an older version left unfinished when it was stopped for an upgrade."""
-        with self._db.write() as session:
-            left = [job for job in store.abandoned(session) if self._older(job.id)]
-            for job in left:
-                store.take_back(session, job.id)
-
-    def _older(self, job_id: str) -> bool:
-        found = self.client.list_workflows(workflow_ids=[job_id], load_input=False, load_output=False)
-        return bool(found) and found[0].app_version != VERSION
+    def gone(self) -> set[str]:
+        """Workers that have left, or were thought dead, and still hold a job, by our book or by DBOS's: one that was asked to leave
+        in the middle of a job, perhaps for an upgrade, does not come back for it by necessity."""
+        held = self.client.list_workflows(status="PENDING", load_input=False, load_output=False)  # before who is there is asked
+        with self._db.read() as session:
+            there = {worker.id for worker in store.workers(session)}
+            return ({workflow.executor_id for workflow in held if workflow.executor_id} | store.at_work(session)) - there
 
     @cached_property
     def client(self) -> DBOSClient:

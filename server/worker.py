@@ -1285,7 +1285,6 @@ class Worker:
         for queue in mine:
             DBOS.register_queue(queue, worker_concurrency=1, polling_interval_sec=0.5)
         tidy(self.settings.data, self.db)
-        self.jobs.adopt_older()
         self.jobs.release()
         self._heart.start()
         self._watch.start()
@@ -1395,7 +1394,7 @@ class Worker:
                     store.beat(session, self.slot.name, self.device, os.getpid())
                 with self.db.read() as session:
                     silent = [slot for slot in ears.look(session) if slot != self.slot.name]
-                for slot in silent:
+                for slot in {*silent, *self.jobs.gone()}:
                     take_over(slot, self.db)
                 self.jobs.release()  # what was taken over, and what waited to be tried again
             except Exception:  # a database that is away for a while must not stop the heart
@@ -1433,7 +1432,7 @@ def take_over(slot: str, db: Database) -> int:
     moved = DBOS._recover_pending_workflows([slot])
     with db.write() as session:
         had = store.take_from(session, slot)
-    log.warning("%s is silent; took over %d jobs, %d of them in the queue again", slot, had, len(moved))
+    log.warning("%s is gone; took over %d jobs, %d of them in the queue again", slot, had, len(moved))
     return had
 
 

@@ -288,17 +288,9 @@ def _open_parts(job_id: str) -> sa.Select[Job]:
     return everything(sa.select(Job).where(Job.parent_id == job_id, Job.kind == PARTS, Job.status.in_(OPEN)).order_by(*_AGE))
 
 
-def abandoned(session: Session) -> list[JobRecord]:
-    """Running jobs whose worker is no more, since it has left."""
-    gone = ~sa.exists().where(Worker.id == Job.worker)
-    return [_record(job) for job in session.scalars(everything(sa.select(Job).where(Job.status == RUNNING, gone)))]
-
-
-def take_back(session: Session, job_id: str) -> None:
-    """Queue a running job that nobody works at."""
-    job = _locked(session, job_id)
-    if job.status == RUNNING:
-        job.status, job.rate = QUEUED, 0.0
+def at_work(session: Session) -> set[str]:
+    """Workers that have a running job."""
+    return set(session.scalars(everything(sa.select(Job.worker).where(Job.status == RUNNING, Job.worker.is_not(None)))))
 
 
 # ---- what a worker writes ----
@@ -462,7 +454,7 @@ def take_from(session: Session, worker: str) -> int:
     ).all()
     for job in had:
         job.status, job.rate = QUEUED, 0.0
-        _say(session, job.id, f"{worker} is silent; another worker takes it up.")
+        _say(session, job.id, f"{worker} is gone; another worker takes it up.")
     leave(session, worker)
     return len(had)
 
