@@ -261,8 +261,8 @@ class Jobs:
             self.client.enqueue(options, job.id)
 
     def gone(self) -> set[str]:
-        """Workers that have left, or were thought dead, and still hold a job, by our book or by DBOS's: one that was asked to leave
-        in the middle of a job, perhaps for an upgrade, does not come back for it by necessity."""
+        """Workers that have left, or were thought dead, and still hold a job, by our book or by DBOS's: who was asked to leave in
+        the middle of one, perhaps for an upgrade, need not come back for it."""
         held = self.client.list_workflows(status="PENDING", load_input=False, load_output=False)  # before who is there is asked
         with self._db.read() as session:
             there = {worker.id for worker in store.workers(session)}
