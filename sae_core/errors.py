@@ -30,6 +30,7 @@ HeadscopeError
 │   ├── Overloaded
 │   └── MissingWorkerExtra
 ├── Diverged                a training run, or the model it reads, gave values that are not numbers
+├── DamagedRow              what is stored of an example cannot be read
 ├── JobError
 │   ├── UnknownJob
 │   ├── Cancelled           a person cancelled the job; not a fault
@@ -183,6 +184,12 @@ class MissingWorkerExtra(MachineError):
 
 class Diverged(HeadscopeError):
     """Training, or the model it reads, gave values that are not finite; the last good checkpoint is kept."""
+
+    status = 500
+
+
+class DamagedRow(HeadscopeError):
+    """What is stored of an example cannot be read."""
 
     status = 500
 
