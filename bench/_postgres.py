@@ -5,7 +5,7 @@ import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,13 @@ def programs() -> Path | None:
 @contextmanager
 def server() -> Iterator[sa.URL]:
     """The address of an empty database, with PostgreSQL's own settings but for where it listens."""
+    with restartable() as (url, _):
+        yield url
+
+
+@contextmanager
+def restartable() -> Iterator[tuple[sa.URL, Callable[[], None]]]:
+    """The same, and what restarts it at once, as if the machine had lost its power: who is connected is cut off."""
     place = programs()
     if place is None:
         raise FileNotFoundError("PostgreSQL is not installed; on Debian: apt-get install postgresql.")
@@ -42,7 +49,11 @@ def server() -> Iterator[sa.URL]:
         call("initdb", "-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8")
         options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories=''"
         call("pg_ctl", "-l", f"{folder}/log", "-w", "-o", options, "start")
+
+        def restart() -> None:
+            call("pg_ctl", "-m", "immediate", "-l", f"{folder}/log", "-w", "-o", options, "restart")
+
         try:
-            yield sa.URL.create("postgresql+psycopg", "postgres", host="127.0.0.1", port=port, database="postgres")
+            yield sa.URL.create("postgresql+psycopg", "postgres", host="127.0.0.1", port=port, database="postgres"), restart
         finally:
             call("pg_ctl", "-m", "immediate", "-w", "stop")

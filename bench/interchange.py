@@ -16,7 +16,7 @@ import httpx
 
 from bench import _interchange
 from bench._processes import peak_of
-from bench._served import Address, Client, Figure, headscope, spread, times_of
+from bench._served import Client, Figure, headscope, spread, times_of
 from bench.pages import published
 from server.db import Database
 from server.settings import Settings

@@ -650,3 +650,21 @@ class SAEConfig(Config):
     """The run that made it; None for an imported SAE."""
     imported: Imported | None = None
     """Where it came from, if it was not trained here."""
+
+
+DeviceKind = Literal["cpu", "cuda", "mps"]
+
+
+class Wishes(Config):
+    """How a job is done, beside what it does."""
+
+    priority: int | None = Field(None, ge=1, le=9)
+    """Which of the jobs that wait starts first: 1 before all others, 9 after all others. Unset takes the kind's: 3 for what
+    somebody waits for, 5 for a training, 7 for a sweep."""
+    only_on: DeviceKind | None = None
+    """Only workers on this kind of device do it; unset lets every worker."""
+    time_limit: float | None = Field(None, ge=0)
+    """Seconds that it may work, all attempts together; 0 for as long as it takes, unset what HEADSCOPE_JOB_TIME_LIMIT says."""
+
+
+AS_USUAL = Wishes()

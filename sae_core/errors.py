@@ -27,12 +27,15 @@ HeadscopeError
 │   ├── DownloadFailed
 │   ├── CacheBusy
 │   ├── ProcessLost
+│   ├── Overloaded
 │   └── MissingWorkerExtra
 ├── Diverged                a training run, or the model it reads, gave values that are not numbers
+├── DamagedRow              what is stored of an example cannot be read
 ├── JobError
 │   ├── UnknownJob
 │   ├── Cancelled           a person cancelled the job; not a fault
-│   └── Fenced              another worker took this job over; this one must stop
+│   ├── Fenced              another worker took this job over; this one must stop
+│   └── TimeUp              a job worked for longer than it may
 ├── Outdated                somebody else changed it meanwhile
 ├── LoginNeeded             nobody knows who asks
 ├── Forbidden               whoever asks may not
@@ -179,12 +182,22 @@ class ProcessLost(MachineError):
     """One of the processes that train together was killed, or died without a word."""
 
 
+class Overloaded(MachineError):
+    """More is asked of the web than it can answer in time."""
+
+
 class MissingWorkerExtra(MachineError):
     """torch or transformer_lens is not installed here."""
 
 
 class Diverged(HeadscopeError):
     """Training, or the model it reads, gave values that are not finite; the last good checkpoint is kept."""
+
+    status = 500
+
+
+class DamagedRow(HeadscopeError):
+    """What is stored of an example cannot be read."""
 
     status = 500
 
@@ -205,6 +218,10 @@ class Cancelled(JobError):
 
 class Fenced(JobError):
     """Another worker has taken the job over; whatever this one still does must not count."""
+
+
+class TimeUp(JobError):
+    """The job has worked for longer than it may."""
 
 
 class Outdated(HeadscopeError):

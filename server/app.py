@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import sqlalchemy as sa
+from anyio import to_thread
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
@@ -17,6 +18,7 @@ from server.access import Limits, guard
 from server.api import neuronpedia, v1
 from server.api import page as api_page
 from server.db import Database
+from server.overload import Overload
 from server.pages import (
     compare,
     components,
@@ -49,6 +51,8 @@ from server.transport import Compressed, Heads
 
 log = logging.getLogger(__name__)
 
+AWAY = (sa.exc.OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError)
+"""What SQLAlchemy raises where the database is away, or has no connection left."""
 LARGEST_BODY = 1_000_000
 """Bytes of a request; forms and questions are far smaller."""
 
@@ -58,6 +62,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        to_thread.current_default_thread_limiter().total_tokens = settings.web_threads
         yield
         app.state.db.close()
         if app.state.live is not None:
@@ -72,15 +77,16 @@ def create_app(settings: Settings) -> FastAPI:
         max_body_size=LARGEST_BODY,
     )
     app.state.settings = settings
-    app.state.db = Database(settings.url)
+    app.state.db = Database(settings.url, connections=settings.web_threads)
     app.state.live = None
     app.state.limits = Limits(settings)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(Compressed)
     app.add_middleware(Heads)
+    app.add_middleware(Overload, most=settings.web_waiting, refuse=error_response)
     app.add_middleware(Proxied, settings=settings)  # outermost: nothing else knows of a prefix
-    for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, sa.exc.OperationalError):
+    for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, *AWAY):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
     about_saes = (sae, manage, head, embed, components, labels, lists, ratings)
@@ -132,9 +138,10 @@ def as_sentence(request: Request, error: Exception) -> HeadscopeError:
         return UsageError(f"{field}: {what}.", field=field)
     if isinstance(error, HTTPException) and error.status_code == 404:
         return NotFound(f"There is no page at {request.url.path}.")
-    if isinstance(error, sa.exc.OperationalError):
+    if isinstance(error, AWAY):
         log.error("the database failed", exc_info=error)
-        return DatabaseAway(f"The database does not answer ({error.orig}). Try again in a moment.")
+        why = str(error.orig).strip().partition("\n")[0] if isinstance(error, sa.exc.DBAPIError) else "no connection is free"
+        return DatabaseAway(f"The database does not answer ({why}). Try again in a moment.")
     if isinstance(error, HTTPException) and error.status_code == 405:
         return MethodNotAllowed(f"{request.method} is not possible at {request.url.path}; possible: {allowed(request, error)}.")
     if isinstance(error, HTTPException) and error.status_code == 413:

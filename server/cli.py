@@ -38,6 +38,7 @@ from sae_core.config import (
     SpecificityStudy,
     SweepConfig,
     TrainConfig,
+    Wishes,
 )
 from sae_core.errors import (
     DatabaseAway,
@@ -139,15 +140,24 @@ def up_(data: Data = None, host: Host = None, port: Port = None) -> None:
 
 
 @app.command(epilog="Example: [bold]headscope serve --port 8080[/bold]")
-def serve(data: Data = None, host: Host = None, port: Port = None) -> None:
+def serve(
+    data: Data = None,
+    host: Host = None,
+    port: Port = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="Processes that answer; one fills a core.", show_default="1", min=1, max=64),
+    ] = None,
+) -> None:
     """Start the web pages alone. Needs no torch."""
-    settings = _settings(data=data, host=host, port=port)
+    settings = _settings(data=data, host=host, port=port, web_workers=workers)
     with _opened(settings) as (_, db):
         from server.access import ensure_admin
         from server.app import create_app
 
         ensure_admin(settings, db)
-        _uvicorn(create_app(settings), settings, settings.host, settings.port, "Headscope's pages are")
+        db.close()  # a connection must not be shared by processes that are forked
+        _uvicorn(create_app(settings), settings, settings.host, settings.port, "Headscope's pages are", settings.web_workers)
 
 
 @app.command(epilog="Example, one worker per GPU: [bold]headscope worker --id gpu1 --device cuda:1[/bold]")
@@ -185,7 +195,9 @@ def engine(data: Data = None, device: Device = None) -> None:
 # ------------------------------------------------------------------------------------------------------------------ jobs
 
 
+OF_JOB = options(Wishes)
 OF_TRAIN = (
+    OF_JOB,
     options(RowsConfig, skip=("seed",)),
     {"rows_seed": options(RowsConfig, prefix="rows-")["rows_seed"]},
     options(TrainConfig, skip=("model", "corpus", "site", "rows", "harvests")),
@@ -248,12 +260,13 @@ def train(
     """
     if layer is not None and layers is not None:
         raise UsageError("--layer names one layer and --layers several; give one of them.", field="layers")
+    wishes = built(Wishes, given(values, Wishes))
     raw = _training(values, preset, config, harvest_tokens, model, corpus)
     if layer is not None:
         raw["site"] = {"layer": layer}
     listed = given({"layers": layers}, SweepConfig)
     settings = _settings(data=data, device=device, wandb=wandb, processes=processes)
-    _train(settings, raw, listed, name=name, revision=revision, watch=watch)
+    _train(settings, raw, listed, wishes, name=name, revision=revision, watch=watch)
 
 
 @app.command(
@@ -289,6 +302,7 @@ def sweep(
     """
     if layer is not None and layers is not None:
         raise UsageError("--layer names one layer and --layers several; give one of them.", field="layers")
+    wishes = built(Wishes, given(values, Wishes))
     raw = _training(values, preset, config, harvest_tokens or [0], model, corpus)
     if layer is not None:
         raw["site"] = {"layer": layer}
@@ -296,14 +310,14 @@ def sweep(
     if not listed:
         raise UsageError("Say what to vary: --layers, --archs, --ks, --expansions or --seeds; `headscope train` makes one SAE.")
     settings = _settings(data=data, device=device, wandb=wandb, processes=processes)
-    _train(settings, raw, listed, name=name, revision=revision, watch=watch)
+    _train(settings, raw, listed, wishes, name=name, revision=revision, watch=watch)
 
 
 @app.command(
     epilog="Examples: [bold]headscope harvest --sae gpt2-l5-1a2b3c --tokens 4000000[/bold]; "
     "[bold]headscope harvest --model gpt2[/bold]"
 )
-@takes(options(HarvestConfig))
+@takes(OF_JOB, options(HarvestConfig))
 def harvest(
     saes: Annotated[
         list[str] | None,
@@ -317,6 +331,7 @@ def harvest(
     **values: Any,
 ) -> None:
     """Sweep text through SAEs that exist: statistics, examples and their attribution, published when complete."""
+    wishes = built(Wishes, given(values, Wishes))
     harvest_config = built(HarvestConfig, given(values, HarvestConfig))
     with _opened(_settings(data=data, device=device)) as (settings, db):
         _give_token(settings)
@@ -331,7 +346,7 @@ def harvest(
             )
         rows = rows or RowsConfig(context=records[0].config.context, tokens=harvest_config.tokens, heldout_tokens=0)
         cfg = HarvestJob(saes=tuple(r.name for r in records), corpus=found.name, rows=rows, harvest=harvest_config)
-        queue = Jobs(settings, db)
+        queue = Jobs(settings, db, wishes)
         alive = queue.worker_alive()
         if not alive:
             doctors.need_worker_extra()
@@ -357,7 +372,7 @@ def harvest(
     epilog="Examples: [bold]headscope evaluate gpt2-l5-1a2b3c[/bold]; "
     "[bold]headscope evaluate mine --against mine-seed-2 --probe languages.jsonl --json[/bold]"
 )
-@takes(options(EvaluateConfig))
+@takes(OF_JOB, options(EvaluateConfig))
 def evaluate(
     sae: Annotated[str, typer.Argument(help="Name of the SAE.")],
     corpus: Annotated[
@@ -380,6 +395,7 @@ def evaluate(
     **values: Any,
 ) -> None:
     """Measure an SAE that exists: reconstruction, loss of the model with it, features; its page shows the result."""
+    wishes = built(Wishes, given(values, Wishes))
     how = built(EvaluateConfig, given(values, EvaluateConfig))
     for path in probes or []:
         if not path.exists():
@@ -400,7 +416,7 @@ def evaluate(
             probes=tuple(str(path.resolve()) for path in probes or ()),
             evaluate=how,
         )
-        queue = Jobs(settings, db)
+        queue = Jobs(settings, db, wishes)
         alive = queue.worker_alive()
         if not alive:
             doctors.need_worker_extra()
@@ -438,7 +454,7 @@ TextToSee = Annotated[
     epilog='Examples: [bold]headscope study specificity --sae mine --feature 14 --induction " board"[/bold]; '
     '[bold]headscope study specificity --sae mine --feature 7 --tokens " he, she" --not-regex "[.!?] \\w+"[/bold]',
 )
-@takes(options(SpecificityStudy, skip=("kind", "sae", "feature", "corpus", "rows", "proxies")))
+@takes(OF_JOB, options(SpecificityStudy, skip=("kind", "sae", "feature", "corpus", "rows", "proxies")))
 def study_specificity(
     sae: Annotated[str, typer.Option("--sae", help="Name of the SAE.")],
     feature: Annotated[int, typer.Option("--feature", help="Index of the feature.")],
@@ -512,7 +528,8 @@ def study_specificity(
         jobs.check_feature(record, feature)
         with db.write() as session:
             registry.add_corpus(session, found.name, found.source)
-        made = _study(settings, db, cfg.model_copy(update={"rows": rows}), wait=watch or as_json)
+        wishes = built(Wishes, given(values, Wishes))
+        made = _study(settings, db, cfg.model_copy(update={"rows": rows}), wishes, wait=watch or as_json)
     _show_study(made, as_json)
 
 
@@ -521,7 +538,7 @@ def study_specificity(
     epilog="Examples: [bold]headscope study heads --model gpt2[/bold]; "
     "[bold]headscope study heads --model smollm2 --layers 16,17,18 --corpus none[/bold]",
 )
-@takes(options(HeadsStudy, skip=("kind", "model", "corpus", "rows")))
+@takes(OF_JOB, options(HeadsStudy, skip=("kind", "model", "corpus", "rows")))
 def study_heads(
     model: LanguageModel,
     corpus: TextToSee = None,
@@ -541,7 +558,7 @@ def study_heads(
     epilog="Examples: [bold]headscope study induction --model gpt2 --layers 5[/bold]; "
     "[bold]headscope study induction --model smollm2 --corpus ./texts --samples 400[/bold]",
 )
-@takes(options(InductionStudy, skip=("kind", "model", "corpus", "rows")))
+@takes(OF_JOB, options(InductionStudy, skip=("kind", "model", "corpus", "rows")))
 def study_induction(
     model: LanguageModel,
     corpus: TextToSee = None,
@@ -589,7 +606,7 @@ def _study_of_heads(
             registry.add_model(session, found.name, found.source)
             if text:
                 registry.add_corpus(session, text.name, text.source)
-        made = _study(settings, db, cfg, wait=watch or as_json)
+        made = _study(settings, db, cfg, built(Wishes, given(values, Wishes)), wait=watch or as_json)
     _show_study(made, as_json)
 
 
@@ -612,9 +629,9 @@ def _proxies(
             yield {"kind": "regex", "pattern": pattern, "on": on}
 
 
-def _study(settings: Settings, db: Database, cfg: AnyStudy, *, wait: bool) -> studies.StudyRecord | None:
+def _study(settings: Settings, db: Database, cfg: AnyStudy, wishes: Wishes, *, wait: bool) -> studies.StudyRecord | None:
     """Queue a study, or make it here when no worker runs; what it found, unless that is left to a worker."""
-    queue = Jobs(settings, db)
+    queue = Jobs(settings, db, wishes)
     alive = queue.worker_alive()
     job_id = queue.enqueue_study(cfg)
     if (job := queue.get(job_id)).status == "done":
@@ -654,7 +671,7 @@ def _show_study(made: studies.StudyRecord | None, as_json: bool) -> None:
     epilog="Examples: [bold]headscope import sae ./my-saelens-folder --model gpt2[/bold]; "
     "[bold]headscope import sae google/gemma-scope-2b-pt-att/layer_12/width_16k/average_l0_41 --model google/gemma-2-2b[/bold]",
 )
-@takes(options(ImportJob, skip=("location", "model")))
+@takes(OF_JOB, options(ImportJob, skip=("location", "model")))
 def import_sae(
     location: Annotated[str, typer.Argument(help="A file, a folder, or <owner>/<repository>/<folder> on the hub.")],
     model: LanguageModel,
@@ -672,7 +689,7 @@ def import_sae(
         _give_token(settings)
         found = _find_model(db, model, None)
         cfg = built(ImportJob, raw | {"model": found.name})
-        queue = Jobs(settings, db)
+        queue = Jobs(settings, db, built(Wishes, given(values, Wishes)))
         alive = queue.worker_alive()
         if not alive:
             doctors.need_worker_extra()
@@ -691,7 +708,7 @@ def import_sae(
     epilog="Examples: [bold]headscope import dashboards ./saedashboard-output --sae gpt2-l5[/bold]; "
     "[bold]headscope import dashboards ./v1/gpt2-small/5-att-kk --sae gpt2-l5[/bold]",
 )
-@takes(options(DashboardsJob, skip=("location", "sae")))
+@takes(OF_JOB, options(DashboardsJob, skip=("location", "sae")))
 def import_dashboards(
     location: Annotated[
         Path, typer.Argument(help="Folder of SAEDashboard's batch-*.json, or of one source of Neuronpedia's files.")
@@ -708,7 +725,7 @@ def import_dashboards(
     cfg = built(DashboardsJob, {"location": str(folder), "sae": sae} | given(values, DashboardsJob))
     with _opened(_settings(data=data)) as (settings, db):
         dashboards.look(folder)  # what is wrong with the folder is said before anything is queued
-        queue = Jobs(settings, db)
+        queue = Jobs(settings, db, built(Wishes, given(values, Wishes)))
         alive = queue.worker_alive()
         if not alive:
             doctors.need_worker_extra()
@@ -1255,8 +1272,10 @@ def _give_token(settings: Settings) -> None:
         os.environ["HF_TOKEN"] = read_secret(settings.hf_token_file, "hf_token_file")
 
 
-def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str) -> None:
+def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, processes: int = 1) -> None:
     import uvicorn
+
+    from server import forked
 
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
@@ -1269,7 +1288,10 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str) -> N
         server_header=False,
         forwarded_allow_ips=settings.proxies,
     )
-    uvicorn.Server(config).run(sockets=[listening])
+    if processes == 1:
+        uvicorn.Server(config).run(sockets=[listening])
+    else:
+        forked.keep(processes, lambda: uvicorn.Server(config).run(sockets=[listening]))
 
 
 class _Found(Generic[S]):
@@ -1454,7 +1476,14 @@ def _config_file(path: Path | None) -> dict[str, Any]:
 
 
 def _train(
-    settings: Settings, raw: dict[str, Any], listed: dict[str, Any], *, name: str | None, revision: str | None, watch: bool
+    settings: Settings,
+    raw: dict[str, Any],
+    listed: dict[str, Any],
+    wishes: Wishes,
+    *,
+    name: str | None,
+    revision: str | None,
+    watch: bool,
 ) -> None:
     """Queue what the options ask for, or do it here when no worker runs."""
     wanted = (raw.get("model", ""), raw.get("corpus", ""))
@@ -1466,10 +1495,10 @@ def _train(
         _give_token(settings)
         model, corpus = _find_model(db, wanted[0], revision), _find_corpus(db, wanted[1])
         cfg = _config(raw | {"model": model.name, "corpus": corpus.name}, listed)
-        queue = Jobs(settings, db)
+        queue = Jobs(settings, db, wishes)
         if not queue.worker_alive():
             _allow_wandb(settings)
-            _train_here(settings, db, cfg, name, model, corpus)
+            _train_here(settings, db, cfg, wishes, name, model, corpus)
             return
         if "processes" in settings.model_fields_set and "HEADSCOPE_PROCESSES" not in os.environ:
             raise UsageError(
@@ -1497,6 +1526,7 @@ def _train_here(
     settings: Settings,
     db: Database,
     cfg: TrainConfig | SweepConfig,
+    wishes: Wishes,
     name: str | None,
     model: _Found[ModelSource],
     corpus: _Found[CorpusSource],
@@ -1520,7 +1550,7 @@ def _train_here(
         registry.note_shape(session, model.name, info)
     if len(runs) > 1:
         _say(f"{len(runs)} SAEs, which take about {doctors.gigabytes(need.disk)} of disk while they are made.")
-    job_id = _enqueue(Jobs(settings, db), cfg, name)
+    job_id = _enqueue(Jobs(settings, db, wishes), cfg, name)
     _work_here(settings, db, job_id, warm=(model.name, lens))
 
 

@@ -24,11 +24,14 @@ from sae_core.errors import DatabaseAway, DatabaseTooNew, DatabaseTooOld, Headsc
 from server.resources import resource_path
 
 
-def make_engine(url: sa.URL) -> sa.Engine:
-    """An engine on `url`. SQLite gets WAL, foreign keys, a busy timeout, and BEGIN IMMEDIATE in `write()`."""
+def make_engine(url: sa.URL, connections: int = 5) -> sa.Engine:
+    """An engine on `url`, which keeps so many connections and makes twice as many more when they are needed. SQLite gets WAL,
+    foreign keys, a busy timeout, and BEGIN IMMEDIATE in `write()`."""
     engine = sa.create_engine(
         url,
         pool_pre_ping=url.get_backend_name() != "sqlite",
+        pool_size=connections,
+        max_overflow=2 * connections,
         json_serializer=_compact,
         json_deserializer=_read_json,
         connect_args=_patience(url),
@@ -105,9 +108,9 @@ def _sqlite_begin(connection: sa.Connection) -> None:
 class Database:
     """Sessions on one database: `read()` never locks writers out, `write()` is one short transaction."""
 
-    def __init__(self, url: sa.URL) -> None:
+    def __init__(self, url: sa.URL, *, connections: int = 5) -> None:
         self.url = url
-        self.engine = make_engine(url)
+        self.engine = make_engine(url, connections)
         self._writer = self.engine.execution_options(write=True)
         self._session: type[Session] = Session
         self._info: Mapping[str, object] = {}

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import sqlalchemy as sa
 from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
@@ -17,6 +17,7 @@ from dbos import error as dbos_error
 from sqlalchemy.orm import Session
 
 from sae_core.config import (
+    AS_USUAL,
     AnyStudy,
     CompareJob,
     DashboardsJob,
@@ -27,6 +28,7 @@ from sae_core.config import (
     SpecificityStudy,
     SweepConfig,
     TrainConfig,
+    Wishes,
     said,
 )  # fmt: skip
 from sae_core.errors import DatabaseTooOld, LayerOutOfRange, NotFound, SAEMismatch, UsageError
@@ -38,17 +40,11 @@ from server.store.jobs import JobRecord
 from server.store.sweeps import run_names, sweep_name
 
 APP = "headscope"
-VERSION = "2"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
+VERSION = "3"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
 QUEUE = "gpu"
-PRIORITY = {
-    "compare": 1,
-    "evaluate": 1,
-    "study": 1,
-    "harvest": 1,
-    "import": 1,
-    "train": 2,
-    "sweep": 3,
-}  # what a person waits for comes before new work
+"""Of jobs that any worker may do; `queue_of` names those of jobs for one kind of device."""
+OPEN = ("ENQUEUED", "PENDING", "DELAYED")
+"""DBOS's words for a workflow that has not ended."""
 NAME_LENGTH = 60
 TITLE_LENGTH = 300
 SWEEP_NAME_LENGTH = 36  # what tells a run from its siblings is added to it, and both must fit a harvest's id
@@ -58,8 +54,23 @@ MANY_LAYERS = 200  # more than any model has, while it is not known how many thi
 class Jobs:
     """What the web and the command line do with jobs."""
 
-    def __init__(self, settings: Settings, db: Database) -> None:
-        self._settings, self._db = settings, db
+    def __init__(self, settings: Settings, db: Database, wishes: Wishes = AS_USUAL) -> None:
+        self._settings, self._db, self._wishes = settings, db, wishes
+
+    def _create(
+        self,
+        session: Session,
+        job_id: str,
+        kind: str,
+        title: str,
+        config: dict[str, Any],
+        *,
+        parent_id: str | None = None,
+        seconds_left: float | None = None,
+    ) -> None:
+        limit = self._settings.job_time_limit if self._wishes.time_limit is None else self._wishes.time_limit
+        wishes = self._wishes.model_copy(update={"time_limit": limit})
+        store.create(session, job_id, kind, title, config, parent_id=parent_id, seconds_left=seconds_left, wishes=wishes)
 
     def enqueue_train(self, cfg: TrainConfig, *, name: str | None = None) -> str:
         """Queue a training run and give its id. `name` is the SAE's; left out, it tells model, layer and config."""
@@ -70,7 +81,7 @@ class Jobs:
             base = slug(name) if name else default_name(cfg)
             job_id = free_id("train", base, store.ids_like(session, f"train-{base}-"), names_taken(session))
             title = f"Train {sae_name(job_id)} on {cfg.model}, layer {cfg.site.layer}"
-            store.create(session, job_id, "train", title, cfg.model_dump(mode="json"))
+            self._create(session, job_id, "train", title, cfg.model_dump(mode="json"))
         self.release()
         return job_id
 
@@ -84,7 +95,7 @@ class Jobs:
             base = slug(name or cfg.location.rstrip("/").removesuffix(".pt").removesuffix("/params.npz"))
             job_id = free_id("import", base, store.ids_like(session, f"import-{base}-"), names_taken(session))
             title = f"Import {sae_name(job_id)} for {cfg.model}"
-            store.create(session, job_id, "import", title, cfg.model_dump(mode="json"))
+            self._create(session, job_id, "import", title, cfg.model_dump(mode="json"))
         self.release()
         return job_id
 
@@ -94,7 +105,7 @@ class Jobs:
         with self._db.write() as session:
             registry.sae(session, cfg.sae)
             title = f"Import dashboards of {cfg.sae}"
-            store.create(session, job_id, "import", title, cfg.model_dump(mode="json"))
+            self._create(session, job_id, "import", title, cfg.model_dump(mode="json"))
         self.release()
         return job_id
 
@@ -116,7 +127,7 @@ class Jobs:
             job_id = f"sweep-{base}-{n}"
             known = cfg.layers != "all" or model.n_layers is not None
             title = f"Sweep {sweep_name(job_id)}: {f'{len(runs)} SAEs' if known else 'SAEs'} on {cfg.base.model}, {_layers(cfg)}"
-            store.create(session, job_id, "sweep", title, cfg.model_dump(mode="json"))
+            self._create(session, job_id, "sweep", title, cfg.model_dump(mode="json"))
         self.release()
         return job_id
 
@@ -140,7 +151,7 @@ class Jobs:
                 else f"{len(cfg.saes)} SAEs of {registry.model_by_id(session, next(iter(models))).name}"
             )
             title = f"Harvest {swept} over {cfg.harvest.tokens:,} tokens of {cfg.corpus}"
-            store.create(
+            self._create(
                 session, job_id, "harvest", title, cfg.model_dump(mode="json"), parent_id=parent, seconds_left=seconds_left
             )
         self.release()
@@ -156,7 +167,7 @@ class Jobs:
             base = f"evaluate-{cfg.sae}-{cfg.hash()}"
             n = 1 + store.n_ended(session, f"{base}-")
             title = f"Evaluate {cfg.sae} on {cfg.corpus}"
-            store.create(session, f"{base}-{n}", "evaluate", title, cfg.model_dump(mode="json"), seconds_left=seconds_left)
+            self._create(session, f"{base}-{n}", "evaluate", title, cfg.model_dump(mode="json"), seconds_left=seconds_left)
         self.release()
         return f"{base}-{n}"
 
@@ -176,7 +187,7 @@ class Jobs:
             if cfg.corpus is not None:
                 registry.corpus(session, cfg.corpus)
             shown = title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 1]}…"
-            store.create(session, job_id, "study", shown, cfg.model_dump(mode="json"))
+            self._create(session, job_id, "study", shown, cfg.model_dump(mode="json"))
         self.release()
         return job_id
 
@@ -192,7 +203,7 @@ class Jobs:
             seen = sorted(id for id in registry.harvests_of(session, (ours.id, theirs.id)))
             job_id = f"compare-{ours.id}-{theirs.id}-{'-'.join(map(str, seen)) or 'all'}"
             title = f"Match features of {cfg.sae} and {cfg.against}"
-            store.create(session, job_id, "compare", title, cfg.model_dump(mode="json"))
+            self._create(session, job_id, "compare", title, cfg.model_dump(mode="json"))
         self.release()
         return job_id
 
@@ -229,14 +240,33 @@ class Jobs:
             return bool(store.workers(session, seen_within=20))
 
     def release(self) -> None:
-        """Hand DBOS every queued job that may start and that it does not have yet."""
+        """Hand DBOS every queued job that may start and that it does not have yet; anew, what it ended or holds for an older
+        version of us: a job that is queued has nobody who works at it, and what it left on disk is found again."""
         with self._db.read() as session:
             ready = store.ready(session)
+        if not ready:
+            return
+        found = self.client.list_workflows(workflow_ids=[job.id for job in ready], load_input=False, load_output=False)
+        held = {workflow.workflow_id: workflow for workflow in found}
         for job in ready:
+            workflow = held.get(job.id)
+            if workflow is not None and workflow.status in OPEN and workflow.app_version == VERSION:
+                continue
+            if workflow is not None:
+                self.client.delete_workflow(job.id)
             options = EnqueueOptions(
-                queue_name=QUEUE, workflow_name=job.kind, workflow_id=job.id, app_version=VERSION, priority=PRIORITY[job.kind]
-            )
+                queue_name=queue_of(job.only_on), workflow_name=job.kind, workflow_id=job.id, app_version=VERSION,
+                priority=job.priority,
+            )  # fmt: skip
             self.client.enqueue(options, job.id)
+
+    def gone(self) -> set[str]:
+        """Workers that have left, or were thought dead, and still hold a job, by our book or by DBOS's: who was asked to leave in
+        the middle of one, perhaps for an upgrade, need not come back for it."""
+        held = self.client.list_workflows(status="PENDING", load_input=False, load_output=False)  # before who is there is asked
+        with self._db.read() as session:
+            there = {worker.id for worker in store.workers(session)}
+            return ({workflow.executor_id for workflow in held if workflow.executor_id} | store.at_work(session)) - there
 
     @cached_property
     def client(self) -> DBOSClient:
@@ -259,6 +289,11 @@ class Jobs:
         if "client" in self.__dict__:
             self.client.destroy()
             del self.client
+
+
+def queue_of(device: str | None) -> str:
+    """The queue of jobs for one kind of device, or for any."""
+    return f"{QUEUE}-only-{device}" if device else QUEUE
 
 
 def upgrade(settings: Settings, db: Database) -> None:

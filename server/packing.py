@@ -7,12 +7,18 @@ heads, and with them the identity that pages show, stay what they were. Measured
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from itertools import chain
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from sae_core.errors import DamagedRow
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 F4 = np.dtype("<f4")
 I4 = np.dtype("<i4")
@@ -273,6 +279,22 @@ def pack_many_acts(many: ManyActs) -> list[bytes]:
     return [blob if n else b"" for blob, n in zip(packed, header["n"].tolist(), strict=True)]
 
 
+def _whole(read: Callable[P, R]) -> Callable[P, R]:
+    """What packed bytes give, or DamagedRow: a disk that rots is not a fault of ours, and has a remedy."""
+
+    @wraps(read)
+    def reads(*given: P.args, **named: P.kwargs) -> R:
+        try:
+            return read(*given, **named)
+        except (ValueError, IndexError, OverflowError, MemoryError, FloatingPointError) as error:
+            raise DamagedRow(
+                "What is stored of these examples is damaged: it does not unpack. Harvest the SAE again, or restore a backup."
+            ) from error
+
+    return reads
+
+
+@_whole
 def read_acts(example: Packed) -> Acts:
     """What `pack_acts` holds."""
     found = read_examples([example])
@@ -341,6 +363,7 @@ def pack_many_dfa(many: ManyDfa) -> list[bytes]:
     return _packed(header, [*places, _coded(rests.reshape(size, -1)[kept], kept.sum(1)), _coded(entries, counts)])
 
 
+@_whole
 def read_dfa(example: Packed) -> Attribution:
     """What `pack_dfa` holds."""
     found = read_examples([example])
@@ -348,6 +371,7 @@ def read_dfa(example: Packed) -> Attribution:
     return Attribution(found.src, found.head, found.value, found.dropped, found.before, *sums)
 
 
+@_whole
 def read_examples(examples: Sequence[Packed]) -> Unpacked:
     """What `pack_acts` and `pack_dfa` hold of all `examples`: as quick for twenty as for two, since numpy takes its time by the
     call."""

@@ -54,6 +54,12 @@ class Settings(BaseSettings):
     """Address that the web listens on."""
     port: int = 8000
     """Port that the web listens on."""
+    web_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that answer; one fills a core. Each has the limits on logins and live questions for itself."""
+    web_threads: Annotated[int, Field(ge=2, le=128)] = 16
+    """Requests that each of them works at at a time, with a connection to the database each."""
+    web_waiting: Annotated[int, Field(ge=4)] = 256
+    """Requests that each of them takes at a time, those that wait included; more are refused with 503 and Retry-After."""
     public_url: str | None = None
     """Address that people type, where it is another one than host and port: that of the proxy in front. Its host is one that
     the web answers to, and a path in it stands before every address of ours. Unset says host and port."""
@@ -79,6 +85,16 @@ class Settings(BaseSettings):
     """Processes that a worker trains in, started by torchrun, a GPU each. The results do not depend on it."""
     worker_id: str = "worker-0"
     """This worker's slot. Each live worker needs its own; a restarted worker takes its old one and goes on with its jobs."""
+    gpu_workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Workers that may share one GPU, each with a job of its own; one more refuses to start."""
+    job_time_limit: Annotated[float, Field(ge=0)] = 0.0
+    """Seconds that a job may work, all attempts together, where it has no limit of its own; 0 lets it take what it takes."""
+    job_tries: Annotated[int, Field(ge=0, le=20)] = 3
+    """Times that a job is queued again by itself after a failure that may pass, such as a database that is away."""
+    beat_seconds: Annotated[float, Field(gt=0, le=60)] = 5.0
+    """Seconds between two heartbeats of a worker."""
+    silent_seconds: Annotated[float, Field(gt=0, le=3600)] = 40.0
+    """Seconds without a heartbeat after which other workers take a worker's jobs; the same for all workers of a database."""
     hf_token_file: Path | None = None
     """File with a Hugging Face token, for gated models; else the environment's `HF_TOKEN` is used."""
 
@@ -111,6 +127,12 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _safe(self) -> Self:
+        if self.silent_seconds < 4 * self.beat_seconds:
+            raise UsageError(
+                f"A worker that beats every {self.beat_seconds:g} s cannot be thought dead after {self.silent_seconds:g} s; "
+                "let HEADSCOPE_SILENT_SECONDS be at least four times HEADSCOPE_BEAT_SECONDS.",
+                field="silent_seconds",
+            )
         if self.host not in ("127.0.0.1", "localhost", "::1") and not self.accounts:
             raise UsageError(
                 f"Without accounts Headscope will not listen on {self.host}: set HEADSCOPE_ACCOUNTS=true and "

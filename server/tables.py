@@ -369,6 +369,12 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
     owner_id: Mapped[int | None] = mapped_column(sa.ForeignKey("account.id", ondelete="SET NULL"))
     visibility: Mapped[str] = mapped_column(sa.String(10), default="shared", server_default="shared")  # private, shared, public
+    priority: Mapped[int] = mapped_column(default=5, server_default="5")  # 1 starts first, 9 last
+    only_on: Mapped[str | None] = mapped_column(sa.String(10))  # cpu, cuda, mps: the only kind that may do it; null for any
+    time_limit: Mapped[float | None]  # seconds that it may work, all attempts together
+    worked: Mapped[float] = mapped_column(default=0.0, server_default="0")  # seconds that it has worked
+    tries: Mapped[int] = mapped_column(default=0, server_default="0")  # times that it was queued again by itself
+    not_before: Mapped[datetime | None]  # it waits until then
 
 
 class JobSae(Base):
@@ -407,6 +413,7 @@ class Worker(Base):
     device: Mapped[str] = mapped_column(sa.String(100))
     pid: Mapped[int]
     last_seen: Mapped[datetime]
+    beats: Mapped[int] = mapped_column(default=0, server_default="0")  # rises with every heartbeat, whatever the clocks say
 
 
 # What people write belongs to (sae, index), not to a harvest, and outlives it. Who wrote is a name: without accounts, any name.

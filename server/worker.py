@@ -9,19 +9,23 @@ What happens to a training job, top to bottom:
 
 A sweep trains many SAEs in one such step, then evaluates and publishes one after the other. An evaluation of an SAE that
 exists measures it and puts the numbers in the place of the old ones. A study puts a question to a feature or to a model's heads
-and keeps what it finds. And what happens to a harvest of one SAE or of many: scan (a step per shard, for all), choose (a step
-for each), visit (a step per part, for all); then for each: features, write (a step per part), publish.
+and keeps what it finds. And what happens to a harvest of one SAE or of many: scan (for all), choose (a step for each), visit (for
+all); then for each: features, write (a step per part), publish. Scan and visit are cut into shards, and where more workers are
+there, into jobs of some shards each, which any of them takes.
 
 Steps run at least once, their effects appear once: every write checks in its own transaction that this attempt still owns
 the job (`Fenced` otherwise), files are written aside and renamed, rows are found by job id. A worker's name is a slot with
 a file lock; another worker takes the jobs of a slot that has been silent for a minute.
 """
 
+import ctypes
 import fcntl
 import logging
+import math
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 import traceback
@@ -32,6 +36,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+import numpy as np
 import sqlalchemy as sa
 import torch
 from dbos import DBOS, DBOSConfig, DBOSPortableJSONSerializer, PortableWorkflowError
@@ -44,6 +49,7 @@ from sae_core.config import (
     AnyStudy,
     CompareJob,
     DashboardsJob,
+    DeviceKind,
     EvaluateJob,
     HarvestConfig,
     HarvestJob,
@@ -56,7 +62,21 @@ from sae_core.config import (
     study_job,
 )
 from sae_core.corpus import Rows, prepare_rows
-from sae_core.errors import Cancelled, DiskFull, Fenced, HeadscopeError, SAEMismatch, SlotTaken, UnreadableDashboards
+from sae_core.errors import (
+    CacheBusy,
+    Cancelled,
+    DatabaseAway,
+    DiskFull,
+    DownloadFailed,
+    EngineAway,
+    Fenced,
+    HeadscopeError,
+    ProcessLost,
+    SAEMismatch,
+    SlotTaken,
+    TimeUp,
+    UnreadableDashboards,
+)
 from sae_core.evaluate import evaluate
 from sae_core.formats import convert, fetched, open_peer
 from sae_core.lens import Lens, load_lens
@@ -77,6 +97,7 @@ from server.downloads import sha256_of
 from server.estimates import Shape
 from server.exchange import dashboards
 from server.exchange.reading import Readers
+from server.job_folders import left_by, take_folder
 from server.settings import Settings
 from server.store import harvests, imports, registry, search, studies
 from server.store import jobs as store
@@ -87,10 +108,14 @@ from server.tracking import Tracker
 log = logging.getLogger("headscope.worker")
 R = TypeVar("R")
 
-BEAT_SECONDS = 5.0
-SILENT_SECONDS = 60.0  # after which a slot counts as dead
+LOOK_SECONDS = 1.0  # between two looks whether the job in hand may go on
+TAKING_SECONDS = 10.0  # that a job which was taken from a queue needs at most to come to `Worker.work`
+PATIENCE = 1.5  # seconds that a step may take to notice that it may not, before it is broken off
+WAIT, LONGER = 5.0, 4  # seconds before a job is first tried again by itself, and how much longer each time
 REPORT_SECONDS = 2.0  # between two writes of progress
 AGAIN_SECONDS = 10.0  # between two tries to write to a database that refuses
+PART_SECONDS = 0.3  # between two looks whether others have done their parts
+SEEN_SECONDS = 20.0  # since a worker's last heartbeat, for it to be asked for help
 NEIGHBOURS = 10  # nearest features kept of an imported harvest
 TYPICAL_L0 = 50  # of an imported SAE whose files do not say it
 RETAKE = 50  # times that a job is taken up before it counts as one that takes its worker down
@@ -116,6 +141,14 @@ SAID = {
 }
 
 
+PASSING = (DatabaseAway, EngineAway, DownloadFailed, CacheBusy, ProcessLost, ConnectionError, TimeoutError)
+"""Failures that may be gone when the job is tried again; all others are of what was asked for, or need somebody's hand."""
+
+
+class Broken(BaseException):
+    """Raised from outside into a step that does not notice that it must end."""
+
+
 class Leave(BaseException):
     """Stop working at a job here without ending it. Not an `Exception`, so that DBOS records no outcome."""
 
@@ -132,7 +165,12 @@ class Run:
 
     def __init__(self, worker: "Worker", job: JobRecord, attempt: int) -> None:
         self.worker, self.job, self.attempt, self.id = worker, job, attempt, job.id
-        self.folder = worker.settings.data / "jobs" / job.id
+        self.folder = take_folder(worker.settings.data, job.id, attempt)
+        self.over: Exception | None = None  # why it may not go on
+        self._worked, self._looked, self._over_since = job.worked, time.monotonic(), 0.0
+        self._uncounted = 0.0
+        self._thread: int | None = None  # where a step runs that may be broken off
+        self._breaking = threading.Lock()
         self.clock = estimates.Clock({})
         kept, project = worker.settings.data / "logs", worker.settings.wandb
         self.tracker = Tracker(project, job.id, job.config, kept) if project and job.kind in ("train", "sweep") else None
@@ -164,6 +202,8 @@ class Run:
         """Between two batches: may we go on?"""
         if self.worker.stopping.is_set():
             raise Leave
+        if self.over is not None:
+            raise self.over
         with self.worker.db.read() as session:
             store.still_ours(session, self.id, self.attempt)
 
@@ -174,12 +214,65 @@ class Run:
     def _guarded(self, work: Callable[[], R]) -> R:
         try:
             self.check()
-            return work()
+            with self._breakable():
+                return work()
         except (Cancelled, Fenced) as error:
             raise Leave from error
+        except Broken as error:
+            if not isinstance(self.over, TimeUp):
+                raise Leave from error
+            self.fail(self.over)
+            raise Failed(str(self.over)) from error
         except Exception as error:
             self.fail(error)
             raise Failed(str(error)) from error
+
+    @contextmanager
+    def _breakable(self) -> Iterator[None]:
+        with self._breaking:
+            self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            with self._breaking:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), None)
+                self._thread = None
+
+    def look(self) -> None:
+        """From another thread, again and again: count the time, and see that the step in hand ends where the job was cancelled or
+        taken over, or has worked for too long. Most steps notice between two batches; what does not is broken off."""
+        at = time.monotonic()
+        passed, self._looked = min(at - self._looked, 5 * LOOK_SECONDS), at  # we may have been asleep
+        self._worked, self._uncounted = self._worked + passed, self._uncounted + passed
+        if self.over is None:
+            self.over, self._over_since = self._why_over(), at
+        elif at - self._over_since >= PATIENCE:
+            with self._breaking:
+                if self._thread is not None:
+                    log.info("%s: breaking off a step that goes on", self.id)
+                    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread), ctypes.py_object(Broken))
+                    self._over_since = math.inf  # once
+
+    def _why_over(self) -> Exception | None:
+        try:
+            if self._uncounted >= self.worker.settings.beat_seconds:
+                with self.worker.db.write() as session:
+                    store.tick(session, self.id, self.attempt, self._uncounted)
+                self._uncounted = 0.0
+            else:
+                with self.worker.db.read() as session:
+                    store.still_ours(session, self.id, self.attempt)
+        except (Cancelled, Fenced) as error:
+            return error
+        except sa.exc.OperationalError:
+            return None  # a database that is away says nothing about the job
+        limit = self.job.time_limit
+        if limit is not None and self._worked > limit:
+            return TimeUp(
+                f"It has worked for {self._worked:,.0f} s, and its limit was {limit:,.0f} s. Run it again to go on from what it "
+                "left on disk, or ask for more time."
+            )
+        return None
 
     def follow(self, work: Generator[Progress, None, R]) -> R:
         """Run a generator of `sae_core` to its end, storing what it says; its return value."""
@@ -235,18 +328,28 @@ class Run:
         log.info("%s: done", self.id)
 
     def fail(self, error: Exception) -> None:
-        """The job ends with a sentence."""
+        """The job ends with a sentence; or waits to be tried again, where what was wrong may pass."""
         log.error("%s failed", self.id, exc_info=error)
         while True:
             try:
                 with self.worker.db.write() as session:
-                    return store.fail(session, self.id, self.attempt, sentence(error, self.worker))
+                    said = sentence(error, self.worker)
+                    if may_pass(error) and (tries := store.get(session, self.id).tries) < self.worker.settings.job_tries:
+                        return store.try_again(session, self.id, self.attempt, said, WAIT * LONGER**tries)
+                    return store.fail(session, self.id, self.attempt, said)
             except (Cancelled, Fenced) as other:
                 raise Leave from other
             except sa.exc.OperationalError:  # a full disk, a database that is away: say it when it can be said
                 log.exception("%s cannot be marked as failed now; trying again", self.id)
                 if self.worker.stopping.wait(AGAIN_SECONDS):
                     raise Leave from error
+
+
+def may_pass(error: Exception) -> bool:
+    """Whether it may go well when it is tried again, though nobody does anything."""
+    if isinstance(error, sa.exc.DBAPIError):
+        return isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError) and "disk is full" not in str(error)
+    return isinstance(error, PASSING)
 
 
 def sentence(error: Exception, worker: "Worker") -> str:
@@ -257,6 +360,8 @@ def sentence(error: Exception, worker: "Worker") -> str:
         return str(error.message)
     if (isinstance(error, OSError) and error.errno in NO_ROOM) or "disk is full" in str(error):
         return str(no_room(worker.settings))
+    if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError):
+        return f"The database did not answer ({str(error.orig).strip().splitlines()[0][:200]})."
     if isinstance(error, torch.OutOfMemoryError):
         return "The device ran out of memory; lower `collect_rows`, `batch` or `batch_rows`, or choose another device."
     first = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
@@ -310,7 +415,12 @@ def _publish_sae(run: Run, model: str, name: str, metrics: dict[str, Any], index
     home, made = run.worker.settings.data / "saes" / name, made_by(run.folder, index)
     home.parent.mkdir(parents=True, exist_ok=True)
     if made.exists():  # else it was moved before a crash
-        shutil.rmtree(home, ignore_errors=True)
+        # Nothing is removed at the final name: that would be done by a late attempt too. What it renames starts or ends in its
+        # own folder, which is gone once another attempt has taken the job.
+        if home.exists():
+            aside = run.folder / f"replaced-{index:03d}"
+            shutil.rmtree(aside, ignore_errors=True)
+            home.rename(aside)
         made.rename(home)
     sae, sha256 = load_sae(home), sha256_of(home / "sae.safetensors")
     with run.write() as session:
@@ -698,15 +808,13 @@ def harvest_job(run: Run) -> None:
     hand = _Hands(run, cfg)
 
     # ---- sweep and choose: every row once, for all SAEs ----
-    for shard in hand.shards:
-        run.step(f"scan {shard.start}", partial(hand.scan, shard))
+    run.step("scan", lambda: _share_out(run, hand, "scan"))
     for index in range(len(cfg.saes)):
         run.step(f"choose {index}", partial(hand.choose, index))
 
     # ---- visit: every row chosen once, for all SAEs ----
-    parts = sweep.visit_parts(hand.selections, cfg.harvest)
-    for number, part in enumerate(parts):
-        run.step(f"visit {part.start}", partial(hand.visit, number, part))
+    run.step("visit", lambda: _share_out(run, hand, "visit"))
+    parts = hand.visits
 
     # ---- describe, write and publish: SAE after SAE ----
     for index in range(len(cfg.saes)):
@@ -720,11 +828,87 @@ def harvest_job(run: Run) -> None:
         run.step(f"publish {index}", partial(hand.publish, index, harvest_id, len(parts)))
 
 
-class _Hands:
-    """What a harvest's steps hold: model, SAEs, rows; opened once per attempt."""
+PARTS_EACH = 2
+"""Parts of a phase for each worker: whoever is quicker takes more."""
 
-    def __init__(self, run: Run, cfg: HarvestJob) -> None:
+
+def _share_out(run: Run, hand: "_Hands", phase: str) -> None:
+    """Do a phase of a harvest, shard by shard, with all workers on this kind of device that are there. Each part is a job of its
+    own, which writes into its own folder; whoever has the whole takes parts as well, and moves into its folder what others have
+    made. What is there is not made again, so it does not matter who was killed when."""
+    numbers = [number for number in range(hand.count(phase)) if not hand.there(phase, number)]
+    with run.write() as session:
+        alive = [
+            one for one in store.workers(session, seen_within=SEEN_SECONDS) if one.device.partition(":")[0] == run.worker.kind
+        ]
+        cut = store.parts(session, run.id, phase)
+        if not cut and len(alive) > 1 and len(numbers) > 1:
+            n = min(len(numbers), PARTS_EACH * len(alive))
+            configs = [
+                {"phase": phase, "number": i, "shards": [int(at) for at in share], "saes": list(hand.cfg.saes)}
+                for i, share in enumerate(np.array_split(numbers, n))
+            ]
+            store.add_parts(session, run.id, run.attempt, phase, configs, run.worker.kind)
+        elif cut:
+            store.add_parts(session, run.id, run.attempt, phase, [], run.worker.kind)
+    run.worker.jobs.release()
+    while _take_part(run, hand, phase):
+        pass
+    for number in numbers:  # whose files are lost, or which were never cut
+        if not hand.there(phase, number):
+            hand.do(phase, number)
+
+
+def _take_part(run: Run, hand: "_Hands", phase: str) -> bool:
+    """Do a part, or wait a while for those who do; False when nothing is left to wait for."""
+    run.check()
+    with run.worker.db.read() as session:
+        parts = store.parts(session, run.id, phase)
+    for part in parts:
+        if part.status == store.FAILED:
+            raise HeadscopeError(part.error or f"A part of it, {part.id}, failed.")
+        if part.status == store.DONE:
+            hand.gather(part.id)
+    if all(part.ended for part in parts):
+        return False
+    with run.write() as session:
+        taken = store.take_part(session, run.id, phase, run.worker.slot.name)
+    if taken is None:
+        run.report(hand.so_far(phase))
+        time.sleep(PART_SECONDS)
+        return True
+    part, attempt = taken
+    for number in part.config["shards"]:
+        if not hand.there(phase, number):
+            hand.do(phase, number)
+    with run.worker.db.write() as session, suppress(Cancelled, Fenced):
+        store.finish(session, part.id, attempt)
+    return True
+
+
+def shard_job(run: Run) -> None:
+    """A part of another worker's harvest, into a folder of its own."""
+    whole = run.job.parent_id or ""
+    with run.worker.db.read() as session:
+        asked = store.get(session, whole)
+    if asked.ended:
+        return
+    cfg = HarvestJob.model_validate(asked.config)
+    run.step("part", lambda: _do_part(run, cfg, whole))
+
+
+def _do_part(run: Run, cfg: HarvestJob, whole: str) -> None:
+    hand, phase = _Hands(run, cfg, whole), run.job.config["phase"]
+    for number in run.job.config["shards"]:
+        hand.do(phase, number)
+
+
+class _Hands:
+    """What a harvest's steps hold: model, SAEs, rows; opened once per attempt. Of a part, `whole` is the harvest's job."""
+
+    def __init__(self, run: Run, cfg: HarvestJob, whole: str | None = None) -> None:
         self.run, self.cfg, worker = run, cfg, run.worker
+        self.source = left_by(worker.settings.data, whole) if whole else run.folder
         with worker.db.read() as session:
             self.records = [registry.sae(session, name) for name in cfg.saes]
             self.corpus = registry.corpus(session, cfg.corpus)
@@ -741,9 +925,13 @@ class _Hands:
         self.files = sweep.files_of(run.folder, len(self.saes))
         self.n_rows = sweep.swept_rows(self.rows, cfg.harvest)
         self.shards = sweep.shards(self.n_rows, cfg.harvest)
-        self.streams = sweep.streams_of(run.folder, self.lens, self.saes, self.rows, cfg.harvest, self.activations)
-        self._seen, self._n_seen = sweep.Seen(self.saes), 0
+        self.phase = run.job.config.get("phase")  # of a part; the whole has none
+        # What a scan keeps of the streams goes where it writes; a visit reads what all scans have kept.
+        kept = self.source if self.phase == "visit" else run.folder
+        self.streams = sweep.streams_of(kept, self.lens, self.saes, self.rows, cfg.harvest, self.activations)
+        self._seen, self._counted = sweep.Seen(self.saes), set[int]()
         self._selections: list[sweep.Selection] = []
+        self._visits: list[range] = []
         self._table: tuple[int, sweep.FeatureTable] | None = None
 
     def _cached(self) -> dict[int, Activations]:
@@ -752,25 +940,70 @@ class _Hands:
         for record in self.records:
             train = record.config.train
             if train is not None and train.corpus == self.cfg.corpus and train.rows == self.cfg.rows:
-                parent = self.run.worker.settings.data / "jobs" / (record.job_id or "none")
+                parent = left_by(self.run.worker.settings.data, record.job_id or "none")
                 held = _activations(self.run, parent, self.lens, self.rows, train)
                 if held is not None:
                     found.setdefault(train.site.layer, held)
         return found
 
-    def scan(self, shard: range) -> None:
+    def count(self, phase: str) -> int:
+        """Into how much a phase is cut."""
+        return len(self.shards) if phase == "scan" else len(self.visits)
+
+    @property
+    def visits(self) -> list[range]:
+        """The parts of the visit."""
+        if not self._visits:
+            self._visits = sweep.visit_parts(self.selections, self.cfg.harvest)
+        return self._visits
+
+    def so_far(self, phase: str) -> Progress:
+        """How much of a phase is done, whoever did it."""
+        of_one, unit = (self.rows.context, "tokens") if phase == "scan" else (1, "rows")
+        sizes = [len(one) * of_one for one in (self.shards if phase == "scan" else self.visits)]
+        done = sum(size for number, size in enumerate(sizes) if self.there(phase, number))
+        return Progress(phase, done, sum(sizes), unit)
+
+    def paths(self, phase: str, number: int) -> list[Path]:
+        """What a shard of the scan, or a part of the visit, leaves: a file for each SAE."""
+        return [files.shard(self.shards[number]) if phase == "scan" else files.part(number) for files in self.files]
+
+    def there(self, phase: str, number: int) -> bool:
+        """Whether it has been done."""
+        return all(path.exists() for path in self.paths(phase, number))
+
+    def do(self, phase: str, number: int) -> None:
+        """Do it."""
+        if phase == "scan":
+            self.scan(number)
+        else:
+            self.visit(number, self.visits[number])
+
+    def gather(self, part: str) -> None:
+        """Move into our folder what a part has made in its own, unless it is here already."""
+        made = left_by(self.run.worker.settings.data, part)
+        for path in sorted(made.rglob("*")) if made.exists() else ():
+            if path.is_file() and path.suffix != ".aside":
+                place = self.run.folder / path.relative_to(made)
+                place.parent.mkdir(exist_ok=True)
+                if not place.exists():
+                    path.rename(place)
+        shutil.rmtree(self.run.worker.settings.data / "jobs" / part, ignore_errors=True)
+
+    def scan(self, number: int) -> None:
         """One shard of the sweep."""
-        context = self.rows.context
-        while self.shards[self._n_seen] != shard:  # what an earlier attempt has swept
-            self._seen.add([files.shard(self.shards[self._n_seen]) for files in self.files])
-            self._n_seen += 1
-        paths = [files.shard(shard) for files in self.files]
-        within = _within(shard.start * context, self.n_rows * context)
+        context, shard = self.rows.context, self.shards[number]
+        for other in range(number):  # what was swept before, here or elsewhere, is counted for those who watch
+            if other not in self._counted and self.there("scan", other):
+                self._seen.add(self.paths("scan", other))
+                self._counted.add(other)
+        paths = self.paths("scan", number)
+        within = _within(self.so_far("scan").done, self.n_rows * context)
         how = self.cfg.harvest, paths, self.activations, self._seen, self.streams
         reports = sweep.scan_shard(self.lens, self.saes, self.rows, shard, *how)
         # What was counted so far is one point, which each report replaces.
         self.run.follow(relayed(reports, lambda report: replace(within(report), step=0)))
-        self._n_seen += 1
+        self._counted.add(number)
 
     def choose(self, index: int) -> None:
         """Merge an SAE's shards and choose its examples."""
@@ -783,14 +1016,16 @@ class _Hands:
     def selections(self) -> list[sweep.Selection]:
         """What was chosen of each SAE, without the sums, of which there are many."""
         if not self._selections:
-            self._selections = [sweep.Selection.load(files.selection).without_sums() for files in self.files]
+            chosen = [files.selection for files in sweep.files_of(self.source, len(self.saes))]
+            self._selections = [sweep.Selection.load(path).without_sums() for path in chosen]
         return self._selections
 
     def visit(self, number: int, part: range) -> None:
         """The examples of one part, in fp32."""
         paths, selections = [files.part(number) for files in self.files], self.selections
         reports = sweep.visit(self.lens, self.saes, self.rows, selections, part, self.cfg.harvest, paths, self.streams)
-        self.run.follow(relayed(reports, _within(part.start, len(sweep.visited_rows(selections)))))
+        before = self.so_far("visit")
+        self.run.follow(relayed(reports, _within(before.done, before.total)))
 
     def features(self, index: int, n_parts: int) -> None:
         """What is said of every feature of an SAE."""
@@ -947,6 +1182,14 @@ class Slot:
         """The slot that the settings name; unnamed, the first one that is free."""
         named = "worker_id" in settings.model_fields_set
         names = [settings.worker_id] if named else [f"worker-{n}" for n in range(64)]
+        found = cls.first(settings, names)
+        if found is None:
+            raise SlotTaken(f"Another worker runs as {names[0]}; give this one another name with --id.", field="id")
+        return found
+
+    @classmethod
+    def first(cls, settings: Settings, names: Sequence[str]) -> "Slot | None":
+        """The first of the names that is free; None where each is taken."""
         folder = settings.data / "workers"
         folder.mkdir(parents=True, exist_ok=True)
         for name in names:
@@ -957,11 +1200,32 @@ class Slot:
                 file.close()
                 continue
             return cls(name, file)
-        raise SlotTaken(f"Another worker runs as {names[0]}; give this one another name with --id.", field="id")
+        return None
 
     def free(self) -> None:
         """Let another process have it."""
         self._file.close()
+
+
+def take_gpu(settings: Settings, device: str) -> Slot | None:
+    """One of the places that a GPU has for workers, held as long as the process lives; None on other devices.
+
+    Raises SlotTaken where none is free.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda":
+        return None
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    name = visible[int(index or 0)] if visible else index or "0"
+    found = Slot.first(settings, [f"gpu-{socket.gethostname()}-{name}-{n}" for n in range(settings.gpu_workers)])
+    if found is None:
+        places = f"{settings.gpu_workers} worker{'s' if settings.gpu_workers > 1 else ''}"
+        raise SlotTaken(
+            f"{device} of this machine has {places} already, as many as HEADSCOPE_GPU_WORKERS allows; choose another device with "
+            "--device, or set it higher.",
+            field="device",
+        )
+    return found
 
 
 class Worker:
@@ -977,8 +1241,18 @@ class Worker:
         check_processes(settings.processes, self.device)
         self.speed = estimates.UNKNOWN
         self._busy = threading.Lock()  # held while a job is worked at
+        self._taken = -math.inf  # when a job was taken from a queue that has not come here yet
+        self._run: Run | None = None
+        self._gpu = take_gpu(settings, self.device)
         self._loaded: tuple[registry.ModelRecord, Lens] | None = None
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._watch = threading.Thread(target=self._look, name="watch", daemon=True)
+
+    @property
+    def kind(self) -> DeviceKind:
+        """What kind of device it is."""
+        kind: DeviceKind = self.device.partition(":")[0]  # type: ignore[assignment]  # pick_device knows no other
+        return kind
 
     @property
     def busy(self) -> bool:
@@ -1003,13 +1277,34 @@ class Worker:
             log_level="WARNING",
             enable_otlp=False,
         )
-        DBOS(config=config)
+        mine = (jobs.QUEUE, jobs.queue_of(self.kind))
+        dbos = DBOS(config=config)
+        DBOS.listen_queues(mine)
         DBOS.launch()
-        DBOS.register_queue(jobs.QUEUE, worker_concurrency=1, polling_interval_sec=0.5)
+        self._one_at_a_time(dbos)  # a queue's thread waits before it first looks
+        for queue in mine:
+            DBOS.register_queue(queue, worker_concurrency=1, polling_interval_sec=0.5)
         tidy(self.settings.data, self.db)
         self.jobs.release()
         self._heart.start()
+        self._watch.start()
         log.info("%s takes jobs on %s", self.slot.name, self.device)
+
+    def _one_at_a_time(self, dbos: DBOS) -> None:
+        """Let DBOS take a workflow from a queue only while none is worked at. It bounds each queue by itself, and a worker that
+        listens to two would take a second job, to wait for the first, while another worker is idle. The method is private, hence
+        the pinned minor version."""
+        inner, gate = dbos._sys_db.start_queued_workflows, threading.Lock()
+
+        def start(*given: Any, **named: Any) -> Any:
+            with gate:
+                if self.busy or time.monotonic() - self._taken < TAKING_SECONDS:
+                    return [], None
+                found = inner(*given, **named)
+                self._taken = time.monotonic() if found[0] else -math.inf
+                return found
+
+        dbos._sys_db.start_queued_workflows = start  # type: ignore[method-assign]
 
     def close(self) -> None:
         """Stop at the next batch, keep what is needed to go on, and free the slot."""
@@ -1018,16 +1313,20 @@ class Worker:
         with self._busy:
             DBOS.destroy()
         self._heart.join()
+        self._watch.join()
         with self.db.write() as session:
             store.leave(session, self.slot.name)
         self.jobs.close()
         self.slot.free()
+        if self._gpu:
+            self._gpu.free()
         _worker = None
         log.info("%s has stopped", self.slot.name)
 
     def work(self, job_id: str, tell: Callable[[Run], None]) -> str:
         """Make an attempt at a job; the status it ends with."""
         with self._busy:
+            self._taken = -math.inf
             if self.stopping.is_set():
                 raise Leave
             try:
@@ -1035,8 +1334,12 @@ class Worker:
                     attempt = store.start_attempt(session, job_id, self.slot.name)
             except Cancelled:
                 return "ended before"
-            run = Run(self, self.jobs.get(job_id), attempt)
             try:
+                run = Run(self, self.jobs.get(job_id), attempt)
+            except Fenced as error:
+                raise Leave from error
+            try:
+                self._run = run
                 if attempt % RETAKE == 0:
                     raise HeadscopeError(f"It was taken up {RETAKE} times and never ended; see the worker's log.")
                 tell(run)
@@ -1050,6 +1353,7 @@ class Worker:
                 run.fail(error)
                 return "failed"
             finally:
+                self._run = None
                 if run.tracker:
                     run.tracker.close()
                 if not self.stopping.is_set():
@@ -1060,7 +1364,7 @@ class Worker:
     def _announce(self, job_id: str, attempt: int) -> None:
         """Call the webhook if this attempt was the job's last; another worker tells of its own."""
         job = self.jobs.get(job_id)
-        if job.ended and job.attempt == attempt:
+        if job.ended and job.attempt == attempt and job.kind != store.PARTS:
             webhook.announce(self.settings, job)
 
     def lens(self, name: str) -> Lens:
@@ -1083,17 +1387,27 @@ class Worker:
         return Shape.of(self._loaded[1].info) if self._loaded and self._loaded[0].name == name else None
 
     def _beat(self) -> None:
-        while not self.stopping.wait(BEAT_SECONDS):
+        beat, ears = self.settings.beat_seconds, store.Listener(self.settings.silent_seconds, self.settings.beat_seconds)
+        while not self.stopping.wait(beat):
             try:
                 with self.db.write() as session:
                     store.beat(session, self.slot.name, self.device, os.getpid())
-                    silent = store.silent_workers(session, SILENT_SECONDS)
-                for slot in silent:
+                with self.db.read() as session:
+                    silent = [slot for slot in ears.look(session) if slot != self.slot.name]
+                for slot in {*silent, *self.jobs.gone()}:
                     take_over(slot, self.db)
-                if silent:
-                    self.jobs.release()
+                self.jobs.release()  # what was taken over, and what waited to be tried again
             except Exception:  # a database that is away for a while must not stop the heart
                 log.exception("the heartbeat failed; trying again")
+
+    def _look(self) -> None:
+        while not self.stopping.wait(LOOK_SECONDS):
+            run = self._run
+            if run is not None:
+                try:
+                    run.look()
+                except Exception:
+                    log.exception("looking after %s failed; trying again", run.id)
 
 
 def tidy(data: Path, db: Database) -> None:
@@ -1102,7 +1416,10 @@ def tidy(data: Path, db: Database) -> None:
         with db.read() as session:
             job = store.find(session, folder.name)
             followers = store.children(session, folder.name)
-        if job and job.status == store.DONE and all(follower.ended for follower in followers):
+            whole = store.find(session, job.parent_id or "") if job and job.kind == store.PARTS else None
+        if whole is not None and not whole.ended:
+            continue  # what a part has made is gathered by whoever has the whole
+        if job and (job.status == store.DONE or whole) and all(follower.ended for follower in followers):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -1114,9 +1431,9 @@ def take_over(slot: str, db: Database) -> int:
     """
     moved = DBOS._recover_pending_workflows([slot])
     with db.write() as session:
-        store.leave(session, slot)
-    log.warning("%s has been silent for %d seconds; took over %d jobs", slot, SILENT_SECONDS, len(moved))
-    return len(moved)
+        had = store.take_from(session, slot)
+    log.warning("%s is gone; took over %d jobs, %d of them in the queue again", slot, had, len(moved))
+    return had
 
 
 _worker: Worker | None = None
@@ -1169,6 +1486,13 @@ def harvest_workflow(job_id: str) -> str:
     """DBOS's entry to `harvest_job`."""
     assert _worker is not None
     return _worker.work(job_id, harvest_job)
+
+
+@DBOS.workflow(name="shard", max_recovery_attempts=None)
+def shard_workflow(job_id: str) -> str:
+    """DBOS's entry to `shard_job`."""
+    assert _worker is not None
+    return _worker.work(job_id, shard_job)
 
 
 def run_worker(settings: Settings, db: Database) -> None:

@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from sae_core.config import HarvestConfig, RowsConfig, TrainConfig
+from server.job_folders import left_by
 from server.options import built, given, options
 from tests.core.tiny_models import save_gguf, save_tiny
 from tests.jobs.conftest import wait_for, write_text
@@ -206,8 +207,8 @@ def test_control_c_in_a_foreground_run_loses_nothing(environment: dict[str, str]
         stderr=subprocess.STDOUT,
         text=True,
     )
-    folder = Path(environment["HEADSCOPE_DATA"]) / "jobs" / "train-long-1" / "runs/000/checkpoints"
-    wait_for(lambda: any(folder.glob("step-*")))
+    data = Path(environment["HEADSCOPE_DATA"])
+    wait_for(lambda: any((left_by(data, "train-long-1") / "runs/000/checkpoints").glob("step-*")))
     running.send_signal(signal.SIGINT)
     said, _ = running.communicate(timeout=60)
     assert running.returncode == 130
@@ -217,7 +218,7 @@ def test_control_c_in_a_foreground_run_loses_nothing(environment: dict[str, str]
         status = connection.execute("select status from job").fetchall()
     connection.close()
     assert status == [("running",)]
-    assert any(folder.glob("step-*"))
+    assert any((left_by(data, "train-long-1") / "runs/000/checkpoints").glob("step-*"))
 
 
 def test_with_a_worker_running_train_queues_for_it_and_can_watch(

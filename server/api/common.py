@@ -15,6 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
 
+from sae_core.config import AS_USUAL, Wishes
 from sae_core.errors import HeadscopeError, LoginNeeded, UsageError
 from server.access import shown
 from server.api.described import describe
@@ -227,9 +228,9 @@ Signed = Annotated[str, Depends(signed)]
 
 
 @contextmanager
-def queue(request: Request) -> Iterator[Jobs]:
-    """The job queue."""
-    with closing(Jobs(request.app.state.settings, known_schema(request))) as jobs:
+def queue(request: Request, how: Wishes = AS_USUAL) -> Iterator[Jobs]:
+    """The job queue, and how what is put into it is to be done."""
+    with closing(Jobs(request.app.state.settings, known_schema(request), how)) as jobs:
         yield jobs
 
 

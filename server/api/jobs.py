@@ -11,6 +11,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.config import (
+    AS_USUAL,
     CompareJob,
     DashboardsJob,
     EvaluateJob,
@@ -19,6 +20,7 @@ from sae_core.config import (
     StudyJob,
     SweepConfig,
     TrainConfig,
+    Wishes,
 )
 from sae_core.errors import UsageError
 from server.api.common import LONGEST_NAME, PREFIX, api_router, queue, replies, respond
@@ -40,7 +42,12 @@ class _Body(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class NewTraining(_Body):
+class _NewJob(_Body):
+    how: Wishes = AS_USUAL
+    """How it is to be done: how urgent it is, where, and for how long at most."""
+
+
+class NewTraining(_NewJob):
     """Train an SAE."""
 
     kind: Literal["train"]
@@ -50,7 +57,7 @@ class NewTraining(_Body):
     """Of the SAE; left out, it tells model, layer and config."""
 
 
-class NewSweep(_Body):
+class NewSweep(_NewJob):
     """Train many SAEs on one stream of activations."""
 
     kind: Literal["sweep"]
@@ -60,7 +67,7 @@ class NewSweep(_Body):
     """Of the sweep."""
 
 
-class NewHarvest(_Body):
+class NewHarvest(_NewJob):
     """Harvest SAEs that exist."""
 
     kind: Literal["harvest"]
@@ -68,7 +75,7 @@ class NewHarvest(_Body):
     """The SAEs and the sweep of text."""
 
 
-class NewEvaluation(_Body):
+class NewEvaluation(_NewJob):
     """Measure an SAE that exists."""
 
     kind: Literal["evaluate"]
@@ -76,7 +83,7 @@ class NewEvaluation(_Body):
     """The SAE and what is measured of it."""
 
 
-class NewStudy(_Body):
+class NewStudy(_NewJob):
     """Put a question to a feature or to a model's heads."""
 
     kind: Literal["study"]
@@ -84,7 +91,7 @@ class NewStudy(_Body):
     """Its own `kind` says which question."""
 
 
-class NewComparison(_Body):
+class NewComparison(_NewJob):
     """Match the features of two SAEs of one site."""
 
     kind: Literal["compare"]
@@ -92,7 +99,7 @@ class NewComparison(_Body):
     """The two SAEs."""
 
 
-class NewImport(_Body):
+class NewImport(_NewJob):
     """Make a peer's SAE one of ours."""
 
     kind: Literal["import"]
@@ -103,7 +110,7 @@ class NewImport(_Body):
     """Of the SAE here; left out, it is made of the location."""
 
 
-class NewDashboards(_Body):
+class NewDashboards(_NewJob):
     """Make dashboards of SAEDashboard or Neuronpedia a harvest. The job's own kind is `import`."""
 
     kind: Literal["dashboards"]
@@ -123,8 +130,8 @@ class JobsQuery(BaseModel):
 
     status: Status | None = None
     """Only those of this status."""
-    kind: Literal["train", "sweep", "harvest", "evaluate", "study", "compare", "import"] | None = None
-    """Only those of this kind."""
+    kind: Literal["train", "sweep", "harvest", "evaluate", "study", "compare", "import", "shard"] | None = None
+    """Only those of this kind; a `shard` is a part of a harvest that many workers do, and listed only when it is asked for."""
     after: str | None = Field(None, max_length=LONGEST_NAME)
     """Id of the job with which the page before this one ended."""
     limit: int = Field(100, ge=1, le=500)
@@ -176,7 +183,7 @@ def create_job(request: Request, body: NewJob) -> Response:
     """Queue a job: `config` is checked by the same models as the forms and the command line, so a refusal names its field.
     Harvests, studies, comparisons and imports of dashboards have ids that follow from what they do: asked twice, they run once.
     The header `Location` is the job's address."""
-    with queue(request) as jobs:
+    with queue(request, body.how) as jobs:
         job = jobs.get(_enqueue(jobs, body))
     return respond(job, status=201, headers={"Location": f"{PREFIX}/jobs/{job.id}"})
 

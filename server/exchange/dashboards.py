@@ -416,7 +416,12 @@ class _Block(NamedTuple):
 
 def _block(path: Path, index: int, shown: Sequence[_Shown | _ShownLine], prompts: Prompts) -> _Block:
     """The examples among what is shown of a feature."""
-    texts = [prompts.of(one.tokens) for one in shown]
+    try:
+        texts = [prompts.of(one.tokens) for one in shown]
+    except ValueError as error:
+        raise UnreadableDashboards(
+            f"Feature {index} in {path} has tokens that are no list of texts ({str(error)[:200]}); make the file again."
+        ) from error
     lengths, flat = _numbers_of(f"{path}, feature {index}, values", [one.values for one in shown])
     if wrong := [(n, of) for n, (_, of) in zip(lengths.tolist(), texts, strict=True) if n != of]:
         n, of = wrong[0]

@@ -6,7 +6,7 @@ from urllib.parse import quote
 from fastapi import Request, Response
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
 
-from sae_core.errors import DatabaseAway, EngineAway, HeadscopeError, LoginNeeded, Renamed, TooOften
+from sae_core.errors import HeadscopeError, LoginNeeded, Renamed, TooOften
 from server.access import shown
 from server.pages.reply import VARY, link, render, sae_path, wants_json, wants_part
 
@@ -50,7 +50,7 @@ def error_response(request: Request, error: HeadscopeError) -> Response:
         return RedirectResponse(address, 307, headers)
     if isinstance(error, TooOften):
         headers["Retry-After"] = str(error.wait)
-    elif isinstance(error, DatabaseAway | EngineAway):
+    elif error.status == 503:
         headers["Retry-After"] = str(SOON)
     if speaks_neuronpedia(request):
         status = 400 if error.status == 422 else error.status

@@ -21,9 +21,10 @@ from sae_core.config import (
     SpecificityStudy,
     SweepConfig,
     TrainConfig,
+    Wishes,
 )
 from sae_core.errors import HeadscopeError, NotFound, UsageError
-from server.forms import filled, groups, refused, typed
+from server.forms import Group, filled, groups, refused, typed
 from server.jobs import Jobs
 from server.pages.reply import Read, known_schema, reply
 from server.pages.writing import Form
@@ -164,11 +165,13 @@ def send(request: Request, kind: str, read: Read, sent: Form) -> Response:
     """Queue the job, or the form again with what is wrong beside its inputs."""
     starts = _starts(kind)
     name, source = sent.pop("name", "").strip(), sent.pop("from", "") or None
-    result = filled(starts.model, sent)
-    errors = result.errors
-    if result.config is not None:
+    how = {key: sent.pop(f"how.{key}", "") for key in Wishes.model_fields}
+    result, wishes = filled(starts.model, sent), filled(Wishes, how)
+    errors = result.errors | {f"how.{key}" if key else "": text for key, text in wishes.errors.items()}
+    sent |= {f"how.{key}": value for key, value in how.items()}
+    if result.config is not None and wishes.config is not None:
         try:
-            with closing(Jobs(request.app.state.settings, known_schema(request))) as jobs:
+            with closing(Jobs(request.app.state.settings, known_schema(request), wishes.config)) as jobs:
                 return RedirectResponse(f"/jobs/{starts.enqueue(jobs, result.config, name or None)}", 303)
         except HeadscopeError as error:
             errors = refused(starts.model, sent, error)
@@ -195,6 +198,7 @@ def _shown(
     saes = registry.seen_names(session)
     known = {"model": models, "corpus": corpora, "sae": saes, "saes": saes, "against": saes}
     made = groups(starts.model, values, errors, first=starts.first, known=known, usual=starts.begins)
+    made += [_how(values, errors)]
     needed = {one.name.rpartition(".")[2] for group in made for one in group.inputs if one.required}
     wanted = {"model": "model", "corpus": "corpus", "sae": "SAE", "saes": "SAE"}
     lacking = [what for name, what in wanted.items() if name in needed and not known[name]]
@@ -209,6 +213,20 @@ def _shown(
         lacking=lacking,
         name=name,
         alive=bool(store.workers(session, seen_within=60)),
+    )
+
+
+def _how(values: Mapping[str, str], errors: Mapping[str, str]) -> Group:
+    """How the job is to be done: the same of every kind."""
+
+    def inner(given: Mapping[str, str]) -> dict[str, str]:
+        return {key.removeprefix("how."): text for key, text in given.items() if key.startswith("how.")}
+
+    _, group = groups(Wishes, inner(values), inner(errors), first=(), known={}, usual={})
+    return group._replace(
+        name="how it is done",
+        words="How urgent it is, where, and for how long at most.",
+        inputs=tuple(one._replace(name=f"how.{one.name}") for one in group.inputs),
     )
 
 

@@ -1,17 +1,27 @@
 """Jobs, their attempts and their workers. Whatever a worker writes is checked against its attempt in the same transaction."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
+from sae_core.config import AS_USUAL, DeviceKind, Wishes
 from sae_core.errors import Cancelled, Fenced, JobError, UnknownJob
 from sae_core.progress import Progress
 from server.store.viewers import check_own, everything, own, viewer_of
 from server.tables import SAE, FormerName, Job, JobLog, JobPoint, JobSae, Worker, now
+
+FIRST, LAST = 1, 9
+PRIORITY = {"shard": 1, "compare": 3, "evaluate": 3, "study": 3, "harvest": 3, "import": 3, "train": 5, "sweep": 7}
+"""By kind: what a person waits for comes before new work, and between any two there is room for what is more urgent."""
+PARTS = "shard"
+"""The kind of the jobs that a harvest over many workers is cut into."""
+LONGEST_WAIT = 600.0
+"""Seconds that a job waits at most before it is tried again by itself."""
 
 QUEUED, RUNNING, DONE, FAILED, CANCELLED = "queued", "running", "done", "failed", "cancelled"
 OPEN = (QUEUED, RUNNING)
@@ -24,7 +34,7 @@ class JobRecord:
 
     id: str
     kind: str
-    """What it does: train, sweep, harvest, evaluate, study, compare, import."""
+    """What it does: train, sweep, harvest, evaluate, study, compare, import; shard, which is a part of a harvest."""
     title: str
     """The same in words."""
     config: dict[str, Any]
@@ -55,6 +65,18 @@ class JobRecord:
     """When it last told how far it is, in UTC."""
     finished_at: datetime | None
     """When it ended, in UTC."""
+    priority: int = 5
+    """From 1, which starts first, to 9."""
+    only_on: str | None = None
+    """The only kind of device that may do it: cpu, cuda or mps; null for any."""
+    time_limit: float | None = None
+    """Seconds that it may work, all attempts together; null for as long as it takes."""
+    worked: float = 0.0
+    """Seconds that it has worked."""
+    tries: int = 0
+    """Times that it was queued again by itself, after a failure that may pass."""
+    not_before: datetime | None = None
+    """When it is tried again, in UTC."""
 
     @property
     def ended(self) -> bool:
@@ -90,6 +112,8 @@ class WorkerRecord:
     """Number of its process."""
     last_seen: datetime
     """When it was last heard, in UTC."""
+    beats: int = 0
+    """Heartbeats so far: a count, so that no clock matters."""
 
 
 # ---- what people ask for ----
@@ -104,6 +128,7 @@ def create(
     *,
     parent_id: str | None = None,
     seconds_left: float | None = None,
+    wishes: Wishes = AS_USUAL,
 ) -> bool:
     """Put a job in the book as queued; False, and no change, when one of that id is there. It belongs to whoever asks, or, where
     it follows from another, to whom that one belongs."""
@@ -114,7 +139,9 @@ def create(
     if parent is None:
         own(session, job)
     else:
-        job.owner_id, job.visibility = parent.owner_id, parent.visibility
+        job.owner_id, job.visibility, job.only_on = parent.owner_id, parent.visibility, parent.only_on
+    job.priority = PRIORITY[kind] if wishes.priority is None else wishes.priority
+    job.only_on, job.time_limit = wishes.only_on or job.only_on, wishes.time_limit or None
     session.add(job)
     session.flush()
     session.add_all(JobSae(job_id=job_id, sae_id=sae_id) for sae_id in _read_by(session, config))
@@ -136,8 +163,9 @@ def cancel(session: Session, job_id: str) -> bool:
     _check_may_change(session, job)
     if job.status in ENDED:
         return False
-    job.status, job.finished_at, job.seconds_left, job.rate = CANCELLED, now(), None, 0.0
-    _say(session, job_id, "Cancelled.")
+    for part in (job, *session.scalars(_open_parts(job_id))):
+        part.status, part.finished_at, part.seconds_left, part.rate = CANCELLED, now(), None, 0.0
+        _say(session, part.id, "Cancelled.")
     return True
 
 
@@ -149,6 +177,7 @@ def requeue(session: Session, job_id: str, *, even_done: bool = False) -> None:
         raise JobError(f"Job {job_id} is {job.status}; only a failed or cancelled job can be run again.", field="job")
     job.status, job.error, job.phase, job.finished_at, job.done, job.total = QUEUED, None, None, None, 0, 0
     job.attempt += 1  # whoever still works on an earlier attempt is shut out from now on
+    job.tries, job.worked, job.not_before = 0, 0.0, None
     _say(session, job_id, "Queued again.")
 
 
@@ -174,12 +203,11 @@ def find(session: Session, job_id: str) -> JobRecord | None:
 def newest(
     session: Session, limit: int = 100, *, status: str | None = None, kind: str | None = None, after: str | None = None
 ) -> list[JobRecord]:
-    """Jobs, newest first, from the one after the job `after`; of one status or kind."""
+    """Jobs, newest first, from the one after the job `after`; of one status or kind, without parts of others unless asked for."""
     listed = sa.select(Job).order_by(Job.created_at.desc(), Job.id.desc()).limit(limit)
     if status is not None:
         listed = listed.where(Job.status == status)
-    if kind is not None:
-        listed = listed.where(Job.kind == kind)
+    listed = listed.where(Job.kind == kind) if kind is not None else listed.where(Job.kind != PARTS)
     if after is not None:
         last = get(session, after)
         listed = listed.where(sa.tuple_(Job.created_at, Job.id) < sa.tuple_(sa.literal(last.created_at), sa.literal(last.id)))
@@ -218,11 +246,13 @@ def n_ended(session: Session, prefix: str) -> int:
 
 def ready(session: Session) -> list[JobRecord]:
     """Queued jobs that may start: no older job of the same parent with one of its SAEs is open, since harvests replace each
-    other in order."""
-    free, taken = [], set[tuple[str, str]]()
+    other in order; and none waits to be tried again. Should the clock jump back, none waits longer than it may."""
+    free, taken, at = [], set[tuple[str, str]](), clock(session)
     for job in all_open(session):
-        line = {(job.parent_id, sae) for sae in (saes_of(job.config) or ("",))} if job.parent_id else set()
-        if job.status == QUEUED and line.isdisjoint(taken):
+        in_order = job.parent_id is not None and job.kind != PARTS
+        line = {(job.parent_id or "", sae) for sae in (saes_of(job.config) or ("",))} if in_order else set()
+        waits = job.not_before is not None and at < job.not_before <= at + timedelta(seconds=LONGEST_WAIT)
+        if job.status == QUEUED and not waits and line.isdisjoint(taken):
             free.append(job)
         taken |= line
     return free
@@ -246,13 +276,31 @@ def log_lines(session: Session, job_id: str, *, after: int = 0, limit: int = 500
     return [LogLine(line.id, line.at, line.text) for line in session.scalars(query)]
 
 
+def clock(session: Session) -> datetime:
+    """The time by the one clock that all processes share: PostgreSQL's, or, with SQLite, this machine's."""
+    if session.get_bind().dialect.name != "postgresql":
+        return now()
+    at: datetime = session.scalars(sa.select(sa.func.clock_timestamp(type_=sa.DateTime(timezone=True)))).one()
+    return at.astimezone(UTC)
+
+
+def _open_parts(job_id: str) -> sa.Select[Job]:
+    return everything(sa.select(Job).where(Job.parent_id == job_id, Job.kind == PARTS, Job.status.in_(OPEN)).order_by(*_AGE))
+
+
+def at_work(session: Session) -> set[str]:
+    """Workers that have a running job."""
+    return set(session.scalars(everything(sa.select(Job.worker).where(Job.status == RUNNING, Job.worker.is_not(None)))))
+
+
 # ---- what a worker writes ----
 
 
 def start_attempt(session: Session, job_id: str, worker: str) -> int:
-    """Take the job up: every attempt before this one is shut out. `Cancelled` when there is nothing to do any more."""
+    """Take the job up: every attempt before this one is shut out. `Cancelled` when there is nothing to do any more, or, of a
+    part, when a worker that lives is doing it: whoever has the whole took it out of the queue."""
     job = _locked(session, job_id)
-    if job.status in ENDED:
+    if job.status in ENDED or (job.kind == PARTS and not _free(session, job, worker)):
         raise Cancelled(f"Job {job_id} is {job.status}.")
     resumed = job.status == RUNNING
     job.attempt += 1
@@ -285,6 +333,14 @@ def still_ours(session: Session, job_id: str, attempt: int) -> None:
         raise Fenced(f"Job {job_id} has been taken over.")
     if row.status == CANCELLED:
         raise Cancelled(f"Job {job_id} was cancelled.")
+    if row.status != RUNNING:
+        raise Fenced(f"Job {job_id} is {row.status} already.")
+
+
+def tick(session: Session, job_id: str, attempt: int, seconds: float) -> None:
+    """Count time that the job was worked at."""
+    job = check(session, job_id, attempt)
+    job.worked += seconds
 
 
 def report(session: Session, job_id: str, attempt: int, progress: Progress, seconds_left: float | None) -> None:
@@ -320,7 +376,58 @@ def fail(session: Session, job_id: str, attempt: int, error: str) -> None:
     job = check(session, job_id, attempt)
     _end(job, FAILED)
     job.error = error
+    for part in session.scalars(_open_parts(job_id)):
+        _end(part, CANCELLED)
     _say(session, job_id, f"Failed: {error}")
+
+
+def try_again(session: Session, job_id: str, attempt: int, error: str, wait: float) -> None:
+    """Queue the job again by itself, `wait` seconds from now: what was wrong may pass."""
+    job = check(session, job_id, attempt)
+    job.status, job.rate, job.seconds_left, job.updated_at = QUEUED, 0.0, None, now()
+    job.attempt += 1
+    job.tries, job.not_before = job.tries + 1, clock(session) + timedelta(seconds=min(wait, LONGEST_WAIT))
+    _say(session, job_id, f"{error} It is tried again in {wait:.0f} s.")
+
+
+# ---- parts of a job, which any worker may do ----
+
+
+def add_parts(
+    session: Session, job_id: str, attempt: int, phase: str, configs: Sequence[dict[str, Any]], kind: DeviceKind
+) -> None:
+    """Queue parts of a phase of a job, to be done on one kind of device; those that are there already stay."""
+    job = check(session, job_id, attempt)
+    for part in parts(session, job_id, phase):
+        if part.status in (FAILED, CANCELLED):  # the whole was cancelled or failed, and is done again
+            again = session.get_one(Job, part.id)
+            again.status, again.attempt, again.error, again.finished_at = QUEUED, part.attempt + 1, None, None
+    for number, config in enumerate(configs):
+        title = f"{job.title}: {phase}, part {number + 1} of {len(configs)}"
+        create(
+            session, f"{job_id[:80]}-{phase}-{number}", PARTS, title[:300], config, parent_id=job_id,
+            wishes=Wishes(only_on=kind),
+        )  # fmt: skip
+
+
+def parts(session: Session, job_id: str, phase: str) -> list[JobRecord]:
+    """The parts of a phase, in order."""
+    found = session.scalars(everything(sa.select(Job).where(Job.parent_id == job_id, Job.kind == PARTS)))
+    return sorted((_record(job) for job in found if job.config["phase"] == phase), key=lambda job: job.config["number"])
+
+
+def take_part(session: Session, job_id: str, phase: str, worker: str) -> tuple[JobRecord, int] | None:
+    """Take up the first part of a phase that nobody works at, and its attempt; None where there is none. `worker` has the whole,
+    so whatever part it seems to have as well is left over from before."""
+    for part in parts(session, job_id, phase):
+        if not part.ended and _free(session, session.get_one(Job, part.id), worker):
+            number = start_attempt(session, part.id, worker)
+            return get(session, part.id), number
+    return None
+
+
+def _free(session: Session, part: Job, worker: str) -> bool:
+    return part.status == QUEUED or part.worker == worker or session.get(Worker, part.worker or "") is None
 
 
 # ---- workers ----
@@ -330,9 +437,9 @@ def beat(session: Session, worker: str, device: str, pid: int) -> None:
     """Say that the worker is alive."""
     row = session.get(Worker, worker)
     if row is None:
-        session.add(Worker(id=worker, device=device, pid=pid, last_seen=now()))
+        session.add(Worker(id=worker, device=device, pid=pid, last_seen=clock(session), beats=1))
     else:
-        row.device, row.pid, row.last_seen = device, pid, now()
+        row.device, row.pid, row.last_seen, row.beats = device, pid, clock(session), row.beats + 1
 
 
 def leave(session: Session, worker: str) -> None:
@@ -340,17 +447,48 @@ def leave(session: Session, worker: str) -> None:
     session.execute(sa.delete(Worker).where(Worker.id == worker))
 
 
+def take_from(session: Session, worker: str) -> int:
+    """Put what a silent worker works at back into the queue, which shuts it out, and forget it; how many jobs it had."""
+    had = session.scalars(
+        everything(sa.select(Job).where(Job.worker == worker, Job.status == RUNNING).order_by(Job.id).with_for_update())
+    ).all()
+    for job in had:
+        job.status, job.rate = QUEUED, 0.0
+        _say(session, job.id, f"{worker} is gone; another worker takes it up.")
+    leave(session, worker)
+    return len(had)
+
+
 def workers(session: Session, *, seen_within: float | None = None) -> list[WorkerRecord]:
     """Workers, or those seen in the last `seen_within` seconds."""
     query = sa.select(Worker).order_by(Worker.id)
     if seen_within is not None:
-        query = query.where(Worker.last_seen >= now() - timedelta(seconds=seen_within))
-    return [WorkerRecord(row.id, row.device, row.pid, row.last_seen) for row in session.scalars(query)]
+        query = query.where(Worker.last_seen >= clock(session) - timedelta(seconds=seen_within))
+    return [WorkerRecord(row.id, row.device, row.pid, row.last_seen, row.beats) for row in session.scalars(query)]
 
 
-def silent_workers(session: Session, seconds: float) -> list[str]:
-    """Slots that have not been heard for `seconds`."""
-    return list(session.scalars(sa.select(Worker.id).where(Worker.last_seen < now() - timedelta(seconds=seconds))))
+class Listener:
+    """Which workers are silent, as one that listens to their heartbeats knows it by its own monotonic clock: no clock that is
+    set makes a worker seem dead or alive. Only time in which beats could be heard counts: after a pause of ours, of the whole
+    machine or of the database, nobody is thought dead for it."""
+
+    def __init__(self, silent: float, beat: float, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._silent, self._most, self._monotonic = silent, 2 * beat, monotonic
+        self._heard: dict[str, tuple[int, int, float]] = {}  # pid and beats as last seen, and how long they have been the same
+        self._looked = monotonic()
+
+    def look(self, session: Session) -> list[str]:
+        """Slots that have been silent for too long."""
+        found = workers(session)
+        at = self._monotonic()
+        passed, self._looked = min(at - self._looked, self._most), at
+        heard: dict[str, tuple[int, int, float]] = {}
+        for worker in found:
+            *said, quiet = self._heard.get(worker.id, (0, 0, 0.0))
+            same = said == [worker.pid, worker.beats]
+            heard[worker.id] = (worker.pid, worker.beats, quiet + passed if same else 0.0)
+        self._heard = heard
+        return [name for name, (_, _, quiet) in heard.items() if quiet >= self._silent]
 
 
 _AGE = (Job.created_at, Job.id)

@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from sae_core.errors import NotFound, Renamed
 from server.db import read_stored
 from server.store.kept import kept
-from server.store.viewers import sees_all, seen_metrics
+from server.store.viewers import seen_metrics, sees_all
 from server.tables import SAE, Corpus, Feature, FormerName, Harvest, Job, JobPoint, Model
 
 DENSITY_EDGES = tuple(10 ** (exponent / 3) for exponent in range(-18, 1))

@@ -16,6 +16,7 @@ import pytest
 from sae_core.config import CorpusSource, HarvestConfig, ModelSource, RowsConfig, Site, TrainConfig
 from server import jobs
 from server.db import Database
+from server.job_folders import left_by
 from server.jobs import Jobs
 from server.settings import Settings
 from server.store import jobs as store
@@ -89,7 +90,7 @@ class Home:
 
     def folder(self, job_id: str) -> Path:
         """Where the job keeps its files."""
-        return self.settings.data / "jobs" / job_id
+        return left_by(self.settings.data, job_id)
 
     def error(self, job_id: str) -> str | None:
         """The sentence it failed with."""
@@ -140,6 +141,8 @@ class WorkerProcess:
             "MKL_NUM_THREADS": "1",
             "HEADSCOPE_CACHE": str(settings.cache),
             "HEADSCOPE_DEVICE": "cpu",
+            "HEADSCOPE_BEAT_SECONDS": str(settings.beat_seconds),
+            "HEADSCOPE_SILENT_SECONDS": str(settings.silent_seconds),
         }
         self.process = subprocess.Popen(
             [sys.executable, "-m", "server.cli", "worker", "--data", str(settings.data), *arguments],

@@ -139,15 +139,12 @@ def test_the_jobs_of_a_dead_worker_are_taken_over_by_another(home: Home, worker_
     first = worker_process(home.settings, "--id", "gone")
     wait_for(begun(home, job_id))
     first.kill()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "BEAT_SECONDS", 0.2)
-        patch.setattr(worker, "SILENT_SECONDS", 1.0)
-        other = worker.Worker(home.settings, home.db)
-        start(other)
-        try:
-            assert home.wait(job_id) == "done", home.error(job_id)
-        finally:
-            other.close()
+    other = worker.Worker(home.settings.model_copy(update={"beat_seconds": 0.2, "silent_seconds": 1.0}), home.db)
+    start(other)
+    try:
+        assert home.wait(job_id) == "done", home.error(job_id)
+    finally:
+        other.close()
     record = home.jobs.get(job_id)
     assert (record.worker, record.attempt) == ("worker-0", 2)
     with home.db.read() as session:

@@ -147,13 +147,114 @@ def test_harvests_of_one_training_start_one_after_the_other(db: Database) -> Non
     assert "harvest-2" in ready()
 
 
+class Ears:
+    """A listener of heartbeats whose monotonic clock the test moves."""
+
+    def __init__(self, db: Database) -> None:
+        self.db, self.at = db, 100.0
+        self.listener = store.Listener(60, 5, monotonic=lambda: self.at)
+
+    def after(self, seconds: float, *beating: str) -> list[str]:
+        """Who is silent, `seconds` after the last look and right after these have beaten."""
+        self.at += seconds
+        with self.db.write() as session:
+            for name in beating:
+                store.beat(session, name, "cpu", 1)
+        with self.db.read() as session:
+            return self.listener.look(session)
+
+
 def test_only_a_silent_worker_is_taken_for_dead(db: Database) -> None:
+    ears = Ears(db)
+    assert ears.after(0, "alive", "dead") == []
+    for _ in range(11):
+        assert ears.after(5, "alive") == []
+    assert ears.after(5, "alive") == ["dead"]
+    assert ears.after(5, "alive", "dead") == []
+
+
+@pytest.mark.parametrize("jump", [timedelta(days=-2), timedelta(days=2)])
+def test_a_clock_that_jumps_makes_nobody_dead_and_hides_nobody(
+    db: Database, monkeypatch: pytest.MonkeyPatch, jump: timedelta
+) -> None:
+    ears = Ears(db)
+    ears.after(0, "alive", "dead")
+    monkeypatch.setattr(store, "now", lambda: now() + jump)
+    for _ in range(11):
+        assert ears.after(5, "alive") == []
+    assert ears.after(5, "alive") == ["dead"]
+
+
+def test_who_slept_or_had_no_database_thinks_nobody_dead_for_it(db: Database) -> None:
+    ears = Ears(db)
+    ears.after(0, "alive")
+    assert ears.after(3600) == []
+    assert ears.after(5, "alive") == []
+
+
+def test_a_worker_is_shown_while_it_was_seen_lately(db: Database) -> None:
     with db.write() as session:
         store.beat(session, "alive", "cpu", 1)
         session.add(Worker(id="dead", device="cpu", pid=2, last_seen=now() - timedelta(seconds=61)))
     with db.read() as session:
-        assert store.silent_workers(session, 60) == ["dead"]
         assert [worker.id for worker in store.workers(session, seen_within=20)] == ["alive"]
+
+
+def test_what_is_tried_again_waits_but_not_for_a_clock_that_jumped_back(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = attempt(db)
+    with db.write() as session:
+        store.try_again(session, "train-x-1", number, "The database was away.", 80)
+    with pytest.raises(Fenced), db.write() as session:
+        store.finish(session, "train-x-1", number)
+
+    def starts(after: timedelta) -> bool:
+        monkeypatch.setattr(store, "now", lambda: now() + after)
+        with db.read() as session:
+            return [job.id for job in store.ready(session)] == ["train-x-1"]
+
+    assert not starts(timedelta(seconds=10))
+    assert starts(timedelta(seconds=81))
+    assert starts(timedelta(days=-1))
+
+
+def test_a_silent_workers_jobs_are_queued_and_it_is_shut_out(db: Database) -> None:
+    number = attempt(db, "silent")
+    with db.write() as session:
+        assert store.take_from(session, "silent") == 1
+        assert store.take_from(session, "silent") == 0
+    with pytest.raises(Fenced), db.read() as session:
+        store.still_ours(session, "train-x-1", number)
+    with pytest.raises(Fenced), db.write() as session:
+        store.finish(session, "train-x-1", number)
+    assert attempt(db, "other") == number + 1
+
+
+def test_a_part_is_done_once_by_whoever_takes_it_first(db: Database) -> None:
+    with db.write() as session:
+        for name in ("boss", "helper"):
+            store.beat(session, name, "cpu", 1)
+        number = store.start_attempt(session, "train-x-1", "boss")
+        configs = [{"phase": "scan", "number": n} for n in range(2)]
+        store.add_parts(session, "train-x-1", number, "scan", configs, "cpu")
+        store.add_parts(session, "train-x-1", number, "scan", configs, "cpu")
+        assert [part.id for part in store.parts(session, "train-x-1", "scan")] == ["train-x-1-scan-0", "train-x-1-scan-1"]
+        taken = store.take_part(session, "train-x-1", "scan", "boss")
+        assert taken is not None
+        with pytest.raises(Cancelled):
+            store.start_attempt(session, taken[0].id, "helper")
+        store.start_attempt(session, "train-x-1-scan-1", "helper")
+        assert [job.id for job in store.newest(session)] == ["train-x-1"]
+    with db.write() as session:
+        assert store.take_part(session, "train-x-1", "scan", "boss") == (store.get(session, taken[0].id), 2)
+        store.leave(session, "helper")
+        store.finish(session, taken[0].id, 2)
+    with db.write() as session:
+        again = store.take_part(session, "train-x-1", "scan", "boss")
+        assert again is not None
+        assert again[0].id == "train-x-1-scan-1"
+        assert store.cancel(session, "train-x-1")
+    with db.read() as session:
+        assert [part.status for part in store.parts(session, "train-x-1", "scan")] == ["done", "cancelled"]
 
 
 def test_an_unknown_job_is_said_to_be_unknown(db: Database) -> None:

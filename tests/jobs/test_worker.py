@@ -301,8 +301,8 @@ def test_a_model_whose_weights_changed_is_refused_where_saes_rest_on_it(home: Ho
     assert home.status(train_id) == "done"
 
 
-def test_the_heart_beats_while_a_worker_lives(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "BEAT_SECONDS", 0.05)
+def test_the_heart_beats_while_a_worker_lives(home: Home) -> None:
+    home.settings = home.settings.model_copy(update={"beat_seconds": 0.05})
     with working(home):
         with home.db.read() as session:
             first = store.workers(session)[0].last_seen

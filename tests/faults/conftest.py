@@ -1,0 +1,119 @@
+"""Homes on SQLite and on PostgreSQL, and worker processes that are quick to start, so that many can be killed."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from sae_core.config import CorpusSource, ModelSource
+from server import jobs
+from server.db import Database
+from server.jobs import Jobs
+from server.settings import Settings
+from server.store import registry
+from tests.jobs.conftest import Home, tiny_folder, tiny_text  # noqa: F401 - fixtures
+
+BEAT, SILENT = 0.25, 2.0
+"""Seconds, in tests: a worker that is stopped for longer than `SILENT` loses its job."""
+
+
+def quick(folder: Path, url: sa.URL | None = None, **more: object) -> Settings:
+    """Settings with a quick heart."""
+    address = url.render_as_string(hide_password=False) if url else None
+    given = {"data": folder / "data", "cache": folder / "cache", "database_url": address, "device": "cpu"}
+    return Settings(**given, beat_seconds=BEAT, silent_seconds=SILENT, **more).prepare()  # type: ignore[arg-type]
+
+
+def home_of(settings: Settings, model: Path, text: Path) -> Home:
+    """Both databases, the tiny model and the tiny corpus."""
+    db = Database(settings.url)
+    jobs.upgrade(settings, db)
+    with db.write() as session:
+        registry.add_model(session, "tiny", ModelSource(location=str(model)))
+        registry.add_corpus(session, "words", CorpusSource(location=str(text)))
+    return Home(settings, db, Jobs(settings, db))
+
+
+@pytest.fixture
+def new_database(postgres: sa.URL, request: pytest.FixtureRequest) -> Iterator[sa.URL]:
+    """An empty database of the server's, dropped afterwards."""
+    name = f"t{abs(hash(request.node.nodeid)) % 10**9}"
+    admin = sa.create_engine(postgres, isolation_level="AUTOCOMMIT")
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"create database {name}"))
+    yield postgres.set(database=name)
+    with admin.connect() as connection:
+        connection.execute(sa.text(f"drop database {name} with (force)"))
+    admin.dispose()
+
+
+def work(settings: Settings, said: Path) -> None:
+    """A worker, in a process of its own."""
+    with said.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    import torch
+
+    from server.worker import run_worker
+
+    torch.set_num_threads(1)  # so that every run rounds alike
+    run_worker(settings, Database(settings.url))
+
+
+class Crew:
+    """Worker processes, forked from one that has loaded everything."""
+
+    def __init__(self, context: ForkServerContext) -> None:
+        self._context, self.processes = context, list[ForkServerProcess]()
+
+    def start(self, settings: Settings) -> ForkServerProcess:
+        """One more; it takes the first slot that is free."""
+        process = self._context.Process(target=work, args=(settings, settings.data / "logs" / "crew.log"), daemon=True)
+        (settings.data / "logs").mkdir(exist_ok=True)
+        process.start()
+        self.processes.append(process)
+        return process
+
+    def send(self, process: ForkServerProcess, number: int) -> None:
+        """A signal, unless it is gone."""
+        with suppress(ProcessLookupError):
+            os.kill(process.pid or 0, number)
+
+    def end(self) -> None:
+        """Kill all that are left."""
+        for process in self.processes:
+            self.send(process, signal.SIGKILL)
+        for process in self.processes:
+            process.join(30)
+
+
+@pytest.fixture(scope="session")
+def forkserver() -> ForkServerContext:
+    """Where workers are forked from."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["server.worker", "tests.faults.conftest"])
+    return context
+
+
+@pytest.fixture
+def crew(forkserver: ForkServerContext) -> Iterator[Crew]:
+    """Nobody yet; whoever is left at the end is killed."""
+    made = Crew(forkserver)
+    yield made
+    made.end()
+
+
+def until(found: Callable[[], object], seconds: float = 120) -> None:
+    """Poll until it is true."""
+    deadline = time.monotonic() + seconds
+    while not found():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {seconds} s in vain")
+        time.sleep(0.05)
