@@ -56,13 +56,15 @@ class Needs:
     """`nobody`: not even the start token."""
     live: bool = False
     """It asks the engine, which has one model and much to do."""
+    metrics: bool = False
+    """It is for a monitor, which a setting lets in without a role."""
 
 
-def needs(role: Role | Literal["nobody"], *, live: bool = False) -> Callable[[F], F]:
+def needs(role: Role | Literal["nobody"], *, live: bool = False, metrics: bool = False) -> Callable[[F], F]:
     """Say what a route needs; put it between the route's decorator and the function."""
 
     def mark(function: F) -> F:
-        function.needs = Needs(role, live)  # type: ignore[attr-defined]
+        function.needs = Needs(role, live, metrics)  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -74,18 +76,24 @@ async def guard(request: Request) -> None:
     wanted: Needs = getattr(request.scope["route"].endpoint, "needs", None) or Needs(
         "anonymous" if request.method in SAFE else "editor"
     )
-    who = await _who(request, settings)
-    request.state.viewer = who
-    if wanted.role == "nobody":
+    request.state.viewer = await _who(request, settings)
+    if wanted.role == "nobody" or (wanted.metrics and settings.metrics_public):
         return
+    require(request, wanted.role)
+    if wanted.live and settings.accounts:
+        who = viewer(request)
+        limits(request).live.take(str(who.account or who.address), "asking")
+
+
+def require(request: Request, role: Role) -> None:
+    """Raise LoginNeeded or Forbidden unless whoever asks may do what `role` may."""
+    who: Viewer | None = request.state.viewer
     if who is None:
         raise LoginNeeded("This Headscope is somebody's own: open the address that `headscope up` printed, with its token.")
-    if not who.may(wanted.role):
+    if not who.may(role):
         if who.role == "anonymous":
             raise LoginNeeded("Log in first, at /login, or send a key in the header Authorization: Bearer.")
-        raise Forbidden(f"You may not do this: it needs the role {wanted.role}, and this is {_said(who)}.")
-    if wanted.live and settings.accounts:
-        limits(request).live.take(str(who.account or who.address), "asking")
+        raise Forbidden(f"You may not do this: it needs the role {role}, and this is {_said(who)}.")
 
 
 def _said(viewer: Viewer) -> str:

@@ -37,6 +37,7 @@ from server.pages import (
     sae,
     search,
     start,
+    status,
     study,
     sweep,
     writing,
@@ -46,6 +47,7 @@ from server.proxied import Proxied
 from server.resources import resource_path
 from server.security import SecurityHeaders, refuse_cross_origin
 from server.settings import Settings
+from server.watch import Watch, Watched
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.db = Database(settings.url)
     app.state.live = None
     app.state.limits = Limits(settings)
+    app.state.watch = Watch(settings, app.state.db, "web")
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
+    app.add_middleware(Watched, watch=app.state.watch, on_fault=on_error)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(GZipMiddleware, minimum_size=1000, compresslevel=GZIP_LEVEL)
     app.add_middleware(Proxied, settings=settings)  # outermost: nothing else knows of a prefix
@@ -85,7 +89,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
     about_saes = (sae, manage, head, feature, embed, components, labels, lists, ratings)
-    pages = (home, search, *about_saes, compare, start, jobs, sweep, study)
+    pages = (home, search, *about_saes, compare, start, jobs, sweep, study, status)
     for page in (health, login, keys, people, writing, *pages):
         app.include_router(page.router)
     app.include_router(neuronpedia.router)

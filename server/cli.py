@@ -147,6 +147,7 @@ def serve(data: Data = None, host: Host = None, port: Port = None) -> None:
         from server.app import create_app
 
         ensure_admin(settings, db)
+        _watched(settings, "web")
         _uvicorn(create_app(settings), settings, settings.host, settings.port, "Headscope's pages are")
 
 
@@ -167,6 +168,7 @@ def worker(
         _allow_wandb(settings)
         from server.worker import run_worker
 
+        _watched(settings, "worker")
         run_worker(settings, db)
 
 
@@ -179,6 +181,7 @@ def engine(data: Data = None, device: Device = None) -> None:
         from server.engine import create_engine
 
         port = settings.engine_port or settings.port + 1
+        _watched(settings, "engine")
         _uvicorn(create_engine(settings, db), settings, settings.engine_host, port, "The engine is")
 
 
@@ -1255,6 +1258,16 @@ def _give_token(settings: Settings) -> None:
         os.environ["HF_TOKEN"] = read_secret(settings.hf_token_file, "hf_token_file")
 
 
+def _watched(settings: Settings, process: str) -> None:
+    """Let this process say what happens, as the settings ask for it."""
+    import atexit
+
+    from server import logs, telemetry
+
+    logs.begin(settings, process)
+    atexit.register(telemetry.begin(settings, process))
+
+
 def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str) -> None:
     import uvicorn
 
@@ -1264,7 +1277,8 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str) -> N
     gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
     config = uvicorn.Config(
         web,
-        log_level="warning",
+        log_config=None,  # `logs.begin` has said how
+        access_log=False,  # its lines show queries; ours do not
         timeout_graceful_shutdown=3,
         server_header=False,
         forwarded_allow_ips=settings.proxies,

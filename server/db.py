@@ -25,7 +25,11 @@ from server.resources import resource_path
 def make_engine(url: sa.URL) -> sa.Engine:
     """An engine on `url`. SQLite gets WAL, foreign keys, a busy timeout, and BEGIN IMMEDIATE in `write()`."""
     engine = sa.create_engine(
-        url, pool_pre_ping=url.get_backend_name() != "sqlite", json_serializer=_compact, connect_args=_patience(url)
+        url,
+        pool_pre_ping=url.get_backend_name() != "sqlite",
+        json_serializer=_compact,
+        connect_args=_patience(url),
+        hide_parameters=True,  # an error must not carry what somebody typed into a log
     )
     if url.get_backend_name() == "sqlite":
         engine.dialect.statement_compiler = _HintingCompiler

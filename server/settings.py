@@ -106,6 +106,8 @@ class Settings(BaseSettings):
     """Address on which a worker answers /healthz and /metrics."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """The port of that; 0 for none. The web has them among its pages."""
+    metrics_public: bool = False
+    """Let everybody read the web's /metrics, without the start token or a login."""
     telemetry: bool = False
     """Send traces of requests by OpenTelemetry, to where its own variables (OTEL_EXPORTER_OTLP_ENDPOINT) say."""
 

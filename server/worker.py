@@ -71,7 +71,7 @@ from sae_core.studies import heads as head_study
 from sae_core.studies import induction
 from sae_core.studies.specificity import specificity
 from sae_core.train import activations_of, curve_of, diverged, made_by, train_many
-from server import doctor, estimates, jobs, webhook
+from server import doctor, estimates, jobs, logs, telemetry, watch, webhook
 from server.db import Database
 from server.downloads import sha256_of
 from server.estimates import Shape
@@ -83,6 +83,7 @@ from server.store import jobs as store
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
 from server.tracking import Tracker
+from server.watch import Gpu
 
 log = logging.getLogger("headscope.worker")
 R = TypeVar("R")
@@ -978,6 +979,7 @@ class Worker:
         self.speed = estimates.UNKNOWN
         self._busy = threading.Lock()  # held while a job is worked at
         self._loaded: tuple[registry.ModelRecord, Lens] | None = None
+        self.beaten = time.monotonic()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
     @property
@@ -985,12 +987,20 @@ class Worker:
         """Whether a job is worked at."""
         return self._busy.locked()
 
+    def trouble(self) -> str | None:
+        """What is wrong with this process, in a sentence; None where nothing is."""
+        if not self._heart.is_alive():
+            return "The heartbeat has stopped."
+        silent = time.monotonic() - self.beaten
+        return None if silent < SILENT_SECONDS else f"The database has not taken a heartbeat for {silent:.0f} s."
+
     def start(self) -> None:
         """Take the slot's unfinished jobs up again, then take new ones from the queue."""
         global _worker
         assert _worker is None, "one worker per process: DBOS is a singleton"
         _worker = self
-        _log_to(self.log_path)
+        jobs.quiet()
+        logs.to_file(self.settings, self.log_path)
         self.speed = estimates.Speed(**machine.speeds(self.device))
         with self.db.write() as session:
             store.beat(session, self.slot.name, self.device, os.getpid())
@@ -1027,7 +1037,7 @@ class Worker:
 
     def work(self, job_id: str, tell: Callable[[Run], None]) -> str:
         """Make an attempt at a job; the status it ends with."""
-        with self._busy:
+        with self._busy, logs.about_job(job_id):
             if self.stopping.is_set():
                 raise Leave
             try:
@@ -1039,7 +1049,8 @@ class Worker:
             try:
                 if attempt % RETAKE == 0:
                     raise HeadscopeError(f"It was taken up {RETAKE} times and never ended; see the worker's log.")
-                tell(run)
+                with telemetry.job(job_id, run.job.kind):
+                    tell(run)
                 run.finish()
                 tidy(self.settings.data, self.db)
             except Failed:
@@ -1088,6 +1099,7 @@ class Worker:
                 with self.db.write() as session:
                     store.beat(session, self.slot.name, self.device, os.getpid())
                     silent = store.silent_workers(session, SILENT_SECONDS)
+                self.beaten = time.monotonic()
                 for slot in silent:
                     take_over(slot, self.db)
                 if silent:
@@ -1171,6 +1183,17 @@ def harvest_workflow(job_id: str) -> str:
     return _worker.work(job_id, harvest_job)
 
 
+def gpus() -> list[Gpu]:
+    """Memory of the GPUs that this process has begun to use."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return []  # asking would take a few hundred MB of it
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Gpu(f"cuda:{index}", total - free, total, torch.cuda.memory_reserved(index)))
+    return found
+
+
 def run_worker(settings: Settings, db: Database) -> None:
     """The worker process: works until SIGTERM or SIGINT; a second signal leaves at once (nothing is lost either way)."""
     stop = threading.Event()
@@ -1184,20 +1207,7 @@ def run_worker(settings: Settings, db: Database) -> None:
         signal.signal(number, leave)
     worker = Worker(settings, db)
     worker.start()
+    if settings.metrics_port:
+        watch.listening(settings, watch.Watch(settings, db, "worker", worker=worker.slot.name, gpus=gpus), worker.trouble)
     stop.wait()
     worker.close()
-
-
-def _log_to(path: Path) -> None:
-    """Ours and DBOS's important lines go to the worker's log file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    jobs.quiet()
-    for name, level in (("headscope", logging.INFO), ("dbos", logging.WARNING)):
-        logger = logging.getLogger(name)
-        for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
-            logger.removeHandler(old)
-            old.close()
-        logger.addHandler(handler)
-        logger.setLevel(level)

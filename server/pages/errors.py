@@ -40,6 +40,10 @@ TITLES = {
 }
 
 
+AGAIN = "5"
+"""Seconds after which one may ask again what could not be answered now."""
+
+
 def error_response(request: Request, error: HeadscopeError) -> Response:
     """The sentence of `error` in the form that the request wants."""
     headers = {"Vary": VARY, "Cache-Control": "no-store"}
@@ -47,6 +51,8 @@ def error_response(request: Request, error: HeadscopeError) -> Response:
         return RedirectResponse(address, 307, headers)
     if isinstance(error, TooOften):
         headers["Retry-After"] = str(error.wait)
+    elif error.status == 503:
+        headers["Retry-After"] = AGAIN
     if speaks_neuronpedia(request):
         status = 400 if error.status == 422 else error.status
         return JSONResponse({"error": str(error), "message": str(error)}, status, headers)
