@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from sae_core.errors import Forbidden, LoginNeeded, UsageError
 from server.db import Database
 from server.limits import Limit
+from server.oidc import COOKIE, Oidc
 from server.passwords import digest, hashed, is_right, is_weak, new_token, same
 from server.settings import Settings
 from server.store import accounts
@@ -197,7 +198,7 @@ def let_in(request: Request, response: Response, token: str) -> None:
     if settings.token is not None:
         if not same(token, settings.token):
             raise LoginNeeded("That is not the token of this Headscope: `headscope up` prints the address with it.")
-        _set(request, response, start_cookie(settings), token, timedelta(days=settings.login_days))
+        set_cookie(request, response, start_cookie(settings), token, int(timedelta(days=settings.login_days).total_seconds()))
 
 
 # ---- logging in ----
@@ -236,7 +237,17 @@ def keep_login(request: Request, response: Response, account: int, name: str) ->
             session, account, digest(token), datetime.now(UTC) + lasts, address(request), request.headers.get("user-agent", "")
         )
         accounts.record(session, "log in", name, viewer=by)
-    _set(request, response, LOGIN_COOKIE, token, lasts)
+    set_cookie(request, response, LOGIN_COOKIE, token, int(lasts.total_seconds()))
+
+
+def log_in_elsewhere(request: Request, service: Oidc, response: Response) -> str:
+    """Log in whoever came back from the login service; the address they wanted to see."""
+    limits(request).address.take(address(request), "trying")
+    claims, back = service.end(request.query_params, request.cookies.get(COOKIE, ""))
+    with _database(request).write() as session:
+        found = service.account(session, claims)
+    keep_login(request, response, found.id, found.name)
+    return back
 
 
 def log_out(request: Request, response: Response) -> None:
@@ -247,9 +258,10 @@ def log_out(request: Request, response: Response) -> None:
     response.delete_cookie(LOGIN_COOKIE)
 
 
-def _set(request: Request, response: Response, name: str, value: str, lasts: timedelta) -> None:
+def set_cookie(request: Request, response: Response, name: str, value: str, seconds: int) -> None:
+    """Give a cookie that no script reads, that other sites' forms do not send, and that https keeps to itself."""
     secure = request.url.scheme == "https" or str(getattr(request.app.state.settings, "public_url", "")).startswith("https:")
-    response.set_cookie(name, value, max_age=int(lasts.total_seconds()), httponly=True, samesite="lax", secure=secure)
+    response.set_cookie(name, value, max_age=seconds, httponly=True, samesite="lax", secure=secure)
 
 
 def new_key(session: Session, account: int, name: str, scope: str, days: str) -> tuple[str, accounts.KeyRecord]:

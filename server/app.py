@@ -43,6 +43,7 @@ from server.pages import (
     writing,
 )  # fmt: skip
 from server.pages.errors import InternalError, MethodNotAllowed, TooLarge, error_response
+from server.oidc import Oidc
 from server.proxied import Proxied
 from server.resources import resource_path
 from server.security import SecurityHeaders, refuse_cross_origin
@@ -79,6 +80,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.db = Database(settings.url)
     app.state.live = None
     app.state.limits = Limits(settings)
+    app.state.oidc = Oidc(settings) if settings.oidc_issuer else None
     app.state.watch = Watch(settings, app.state.db, "web")
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
     app.add_middleware(Watched, watch=app.state.watch, on_fault=on_error)

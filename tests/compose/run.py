@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import yaml
 
 from server.demo import fetch_model, fetch_text
 from server.settings import Settings
@@ -87,7 +88,7 @@ class Stack:
         self.folder = folder
         self.password = secrets.token_hex(12)
         models = folder / "models"
-        models.mkdir()
+        models.mkdir(exist_ok=True)
         shutil.copy(fetch_model(settings.cache), models / "model.gguf")
         with fetch_text(settings.cache).open() as lines, (models / "text.jsonl").open("w") as few:
             few.writelines(line for _, line in zip(range(400), lines, strict=False))
@@ -99,11 +100,16 @@ class Stack:
             "WEB_IMAGE": WEB, "WORKER_IMAGE": WEB, "POSTGRES_IMAGE": POSTGRES, "PORT": str(self.port),
             "PUBLIC_URL": f"http://127.0.0.1:{self.port}",
         }  # fmt: skip
-        for name in ("compose.yml", "podman.yml"):
-            shutil.copy(ROOT / "docker-compose.yml" if name == "compose.yml" else HERE / name, folder / name)
-        (folder / "secrets").mkdir(mode=0o700)
+        # This podman cannot start what needs a container that needs another. So nothing waits but the processes themselves.
+        read = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+        for service in read["services"].values():
+            service.pop("depends_on", None)
+        (folder / "compose.yml").write_text(yaml.safe_dump(read))
+        shutil.copy(HERE / "podman.yml", folder)
+        (folder / "secrets").mkdir(mode=0o700, exist_ok=True)
         for name in ("database_password", "engine_secret", "admin_password"):
             path = folder / "secrets" / name
+            path.unlink(missing_ok=True)
             path.write_text(self.password if name == "admin_password" else secrets.token_hex(16))
             path.chmod(0o444)  # read by the containers' users, within a folder that only we may enter
 
@@ -203,7 +209,8 @@ def checked(stack: Stack) -> None:
         address = trained(client)
         before = client.get(f"{address}.json").json()
         assert "composed" in client.get(address).text
-        asked = client.post(f"/api/v1{address}/activations", json={"text": "The cat sat on the mat."})
+        sae, index = address.split("/")[2], int(address.split("/")[-1])
+        asked = client.post("/api/v1/live/attribution", json={"sae": sae, "index": index, "text": "The cat sat on the mat."})
         say(f"a page: {address}, {before['feature']['n_firings'] if 'feature' in before else len(before)} firings; the engine answers {asked.status_code}")
         status = client.get("/status.json").json()
         say(f"status: {len(status['workers'])} worker, {status['database']}, {status['database_bytes'] / 1e6:.0f} MB, engine {status['engine']['model']}")
@@ -229,21 +236,23 @@ def main() -> None:
     """Run it; 0 where all of it held."""
     asked = argparse.ArgumentParser(description=__doc__)
     asked.add_argument("--keep", action="store_true", help="leave the stack running, to look at it")
-    keep = asked.parse_args().keep
+    asked.add_argument("--again", type=Path, help="take the images of a run that was kept")
+    given = asked.parse_args()
     lacking = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/libexec/podman") is None]
     if lacking or os.geteuid():
         raise SystemExit(f"This needs root, and: {' '.join(lacking) or 'nothing else'} (see the top of {Path(__file__).name}).")
     settings = Settings().prepare()
     packed = base(settings.cache)
     say("a Debian")
-    folder = Path(tempfile.mkdtemp(prefix="headscope-compose-"))
+    folder = given.again or Path(tempfile.mkdtemp(prefix="headscope-compose-"))
     stack = Stack(folder, settings)
     try:
-        stack.build(packed)
+        if given.again is None:
+            stack.build(packed)
         say("images: " + ", ".join(call("podman", "images", "--format", "{{.Repository}} {{.Size}}").splitlines()))
         checked(stack)
     finally:
-        if not keep:
+        if not given.keep:
             stack.remove()
             shutil.rmtree(folder, ignore_errors=True)
     say("everything held")
