@@ -178,23 +178,58 @@ def finished(client: httpx.Client, job: str, seconds: float = 1500) -> dict[str,
 
 
 def trained(client: httpx.Client) -> str:
-    """Train and harvest a small SAE through the API; the address of its strongest feature's page."""
+    """Train and harvest a small SAE through the API; the address of a feature of it that fires."""
     config = {
-        "model": "smollm2", "corpus": "text", "site": {"layer": 1}, "arch": "batchtopk", "d_sae": 256, "k": 8,
-        "rows": {"context": 64, "tokens": 40_000}, "harvests": [{"tokens": 20_000}],
+        "model": "smollm2", "corpus": "text", "site": {"layer": 1}, "arch": "batchtopk", "expansion": 1, "k": 8, "batch": 1024,
+        "rows": {"context": 64, "tokens": 32_768, "heldout_tokens": 2048}, "harvests": [{"tokens": 16_384, "top_k": 5}],
     }  # fmt: skip
-    made = client.post("/api/v1/jobs", json={"kind": "train", "name": "composed", "config": config})
+    made = client.post("/api/v1/jobs", json={"kind": "train", "name": f"composed-{secrets.token_hex(2)}", "config": config})
     assert made.status_code == 201, made.text
     job = made.json()["id"]
     page = finished(client, job)
-    say(f"trained: {job}")
+    say(f"trained by the API: {job}")
     for child in page["children"]:
         finished(client, child["id"])
-    say("harvested")
+        say(f"harvested: {child['id']}")
     (sae,) = finished(client, job)["saes"]
-    table = client.get(f"/saes/{sae}.json").json()
-    live = next(one for one in table["features"]["rows"] if one["n_firings"] if one.get("n_firings"))
-    return f"/saes/{sae}/features/{live['index']}"
+    rows = client.get(f"/saes/{sae}.json").json()["table"]["rows"]
+    return f"/saes/{sae}/features/{next(one['index'] for one in rows if one['n_fired'])}"
+
+
+def looked_at(stack: Stack, client: httpx.Client, address: str) -> dict[str, Any]:
+    """A feature's page, opened and asked about; what it says."""
+    page: dict[str, Any] = client.get(f"{address}.json").json()
+    html = client.get(address)
+    assert html.status_code == 200
+    assert page["sae"]["name"] in html.text
+    question = {"sae": page["sae"]["name"], "index": page["index"], "text": "The cat sat on the mat."}
+    answer = client.post("/api/v1/live/attribution", json=question)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["gap"] < 1e-3
+    say(f"opened {address}: {page['n_fired']} firings, {len(page['examples'])} examples; the engine answers, gap {answer.json()['gap']:.1e}")
+    status = client.get("/status.json").json()
+    assert [one["id"] for one in status["workers"]] == ["worker-0"]
+    assert status["engine"]["answers"]
+    say(f"/status: {status['workers'][0]['device']} worker, {status['database']}, {status['database_bytes'] / 1e6:.0f} MB")
+    metrics = httpx.get(f"http://127.0.0.1:{stack.port}/metrics", trust_env=False)
+    worker = stack.inside("worker", "python", "-c", f"{OPEN}print(urlopen('http://127.0.0.1:9100/metrics').read().decode())")
+    assert metrics.status_code in (303, 401)
+    assert "headscope_worker_busy 0.0" in worker
+    return page
+
+
+OPEN = "from urllib.request import urlopen; "
+
+
+def left(stack: Stack) -> None:
+    """Each process leaves when it is asked to."""
+    for service in ("web", "worker", "engine"):
+        began = time.monotonic()
+        call("podman", "stop", "--time", "60", stack.name(service))
+        seconds = time.monotonic() - began
+        code = call("podman", "inspect", stack.name(service), "--format", "{{.State.ExitCode}}")
+        say(f"{service} left {seconds:.1f} s after SIGTERM with {code}")
+        assert code == "0", call("podman", "logs", "--tail", "20", stack.name(service))
 
 
 def checked(stack: Stack) -> None:
@@ -202,28 +237,16 @@ def checked(stack: Stack) -> None:
     stack.compose("up", "--detach")
     stack.wait()
     say("the stack is up: " + ", ".join(sorted(call("podman", "ps", "--format", "{{.Names}}").split())))
-    assert httpx.get(f"http://127.0.0.1:{stack.port}/", trust_env=False).status_code == 200
+    absent = stack.inside("web", "python", "-c", "import importlib.util as u; print(u.find_spec('torch'))")
+    assert absent == "None"
     stack.inside("worker", "headscope", "model", "add", "smollm2", "/models/model.gguf")
     stack.inside("worker", "headscope", "corpus", "add", "text", "/models/text.jsonl")
     with stack.visit() as client:
         address = trained(client)
-        before = client.get(f"{address}.json").json()
-        assert "composed" in client.get(address).text
-        sae, index = address.split("/")[2], int(address.split("/")[-1])
-        asked = client.post("/api/v1/live/attribution", json={"sae": sae, "index": index, "text": "The cat sat on the mat."})
-        say(f"a page: {address}, {before['feature']['n_firings'] if 'feature' in before else len(before)} firings; the engine answers {asked.status_code}")
-        status = client.get("/status.json").json()
-        say(f"status: {len(status['workers'])} worker, {status['database']}, {status['database_bytes'] / 1e6:.0f} MB, engine {status['engine']['model']}")
-    say(f"metrics: web {httpx.get(f'http://127.0.0.1:{stack.port}/metrics', trust_env=False).status_code} to a stranger; worker "
-        + stack.inside("worker", "python", "-c", "from urllib.request import urlopen as o; print(len(o('http://127.0.0.1:9100/metrics').read()))") + " bytes")
-    assert "torch" not in stack.inside("web", "python", "-m", "pip", "list") or True
-    for service in ("web", "worker", "engine"):
-        began = time.monotonic()
-        call("podman", "stop", "--time", "30", stack.name(service))
-        code = call("podman", "inspect", stack.name(service), "--format", "{{.State.ExitCode}}")
-        say(f"{service} left {time.monotonic() - began:.1f} s after SIGTERM with {code}")
+        before = looked_at(stack, client, address)
+    left(stack)
     stack.compose("down")
-    assert call("podman", "ps", "-q") == ""
+    assert call("podman", "ps", "-aq") == ""
     say("stopped and removed; the volumes stay")
     stack.compose("up", "--detach")
     stack.wait()
