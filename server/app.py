@@ -18,6 +18,7 @@ from server.access import Limits, guard
 from server.api import neuronpedia, v1
 from server.api import page as api_page
 from server.db import Database
+from server.oidc import Oidc
 from server.pages import (
     compare,
     components,
@@ -43,7 +44,6 @@ from server.pages import (
     writing,
 )  # fmt: skip
 from server.pages.errors import InternalError, MethodNotAllowed, TooLarge, error_response
-from server.oidc import Oidc
 from server.proxied import Proxied
 from server.resources import resource_path
 from server.security import SecurityHeaders, refuse_cross_origin

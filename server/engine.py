@@ -348,7 +348,9 @@ def answer_firings(lens: Lens, sae: SAE, tokens: list[int], question: FiringQues
 def failed(_: Request, error: Exception) -> Response:
     """A fault of ours; the log says which."""
     del error
-    return JSONResponse({"error": {"code": "internal_error", "message": "The engine failed; its log says why.", "field": None}}, 500)
+    return JSONResponse(
+        {"error": {"code": "internal_error", "message": "The engine failed; its log says why.", "field": None}}, 500
+    )
 
 
 def create_engine(settings: Settings, db: Database) -> FastAPI:

@@ -10,7 +10,7 @@ from sae_core.errors import EngineAway, HeadscopeError
 from server import logs, telemetry
 from server.settings import Settings
 
-SECRET_HEADER = "X-Headscope-Secret"  # noqa: S105 - the header's name, not a secret
+SECRET_HEADER = "X-Headscope-Secret"  # noqa: S105 - the header's name, not a secret  pragma: allowlist secret
 LOAD_SECONDS = 120.0  # the first question loads a model
 
 
@@ -18,7 +18,11 @@ class TextQuestion(BaseModel):
     """A text, and the SAE that reads it."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, hide_input_in_errors=True  # typed text
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # typed text
     )
 
     sae: str

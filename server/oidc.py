@@ -54,7 +54,9 @@ class Oidc:
         try:
             from authlib.integrations.httpx_client import OAuth2Client
         except ImportError as error:
-            raise UsageError("HEADSCOPE_OIDC_ISSUER needs Authlib: pip install 'headscope[oidc]'.", field="oidc_issuer") from error
+            raise UsageError(
+                "HEADSCOPE_OIDC_ISSUER needs Authlib: pip install 'headscope[oidc]'.", field="oidc_issuer"
+            ) from error
         assert settings.oidc_issuer is not None
         self._settings, self.issuer = settings, settings.oidc_issuer.rstrip("/")
         self._key = hashlib.sha256(b"headscope oidc " + settings.secret.encode()).digest()
@@ -110,7 +112,9 @@ class Oidc:
             found = accounts.link(session, mail, subject)
         if found is None:
             if role is None:
-                raise LoginNeeded("There is no account for you here; ask an admin to make one that has your e-mail address as its name.")
+                raise LoginNeeded(
+                    "There is no account for you here; ask an admin to make one that has your e-mail address as its name."
+                )
             return accounts.add_elsewhere(session, _name(claims), role, subject)
         if found.disabled_at is not None:
             raise LoginNeeded("That account is kept out.")
@@ -164,7 +168,9 @@ class Oidc:
                 with httpx.Client(timeout=PATIENCE, follow_redirects=False) as client:
                     described = client.get(f"{self.issuer}/.well-known/openid-configuration").raise_for_status().json()
                     if described["issuer"].rstrip("/") != self.issuer:
-                        raise ServiceAway(f"The login service at {self.issuer} says to be another one; set HEADSCOPE_OIDC_ISSUER right.")
+                        raise ServiceAway(
+                            f"The login service at {self.issuer} says to be another one; set HEADSCOPE_OIDC_ISSUER right."
+                        )
                     keys = KeySet.import_key_set(client.get(described["jwks_uri"]).raise_for_status().json())
             except (httpx.HTTPError, ValueError, KeyError, AttributeError) as error:
                 raise ServiceAway(f"The login service at {self.issuer} does not answer as it should.") from error

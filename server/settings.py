@@ -149,7 +149,9 @@ class Settings(BaseSettings):
         if not safe or not parts.hostname or parts.query or parts.fragment:
             raise UsageError("HEADSCOPE_OIDC_ISSUER must be an address that begins with https://.", field="oidc_issuer")
         if not self.accounts or not self.oidc_client_id:
-            raise UsageError("HEADSCOPE_OIDC_ISSUER needs HEADSCOPE_ACCOUNTS=true and HEADSCOPE_OIDC_CLIENT_ID.", field="oidc_issuer")
+            raise UsageError(
+                "HEADSCOPE_OIDC_ISSUER needs HEADSCOPE_ACCOUNTS=true and HEADSCOPE_OIDC_CLIENT_ID.", field="oidc_issuer"
+            )
 
     @property
     def oidc_secret(self) -> str | None:

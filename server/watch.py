@@ -233,7 +233,7 @@ def listening(settings: Settings, watch: Watch, lives: Callable[[], str | None])
     """
 
     class Answers(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802 - the base class's name
+        def do_GET(self) -> None:
             if self.path == "/metrics":
                 self._answer(200, watch.page(), FORMAT)
             elif self.path == "/healthz":

@@ -89,4 +89,6 @@ def _check_accounts(request: Request) -> None:
 
 
 def _form(request: Request, back: str, trouble: str, status: int = 200, name: str = "") -> Response:
-    return reply(request, None, "login.html", status=status, back=back, trouble=trouble, name=name, elsewhere=request.app.state.oidc)
+    return reply(
+        request, None, "login.html", status=status, back=back, trouble=trouble, name=name, elsewhere=request.app.state.oidc
+    )

@@ -6,5 +6,5 @@ ENV PATH=/usr/lib/postgresql/15/bin:$PATH PGDATA=/var/lib/postgresql/data
 COPY postgres.sh /usr/local/bin/postgres.sh
 RUN install --directory --owner postgres --mode 0700 /var/lib/postgresql/data
 VOLUME /var/lib/postgresql/data
-USER postgres
+USER 999
 ENTRYPOINT ["sh", "/usr/local/bin/postgres.sh"]

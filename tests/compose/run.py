@@ -9,7 +9,6 @@ Needs root and: apt-get install podman buildah runc netavark aardvark-dns iptabl
 """
 
 import argparse
-import json
 import os
 import secrets
 import shutil
@@ -119,14 +118,18 @@ class Stack:
         # `--format docker` keeps HEALTHCHECK; the certificates are those that this machine trusts.
         common = ["buildah", "bud", "--network=host", "--pull-never", "--format", "docker", "--build-arg", f"BASE={BASE}"]
         trust = ["--build-arg", f"PIP_CERT={CERTIFICATES}", "-v", f"{CERTIFICATES}:{CERTIFICATES}:ro"]
-        index = [word for name in ("PIP_INDEX_URL",) if name in os.environ for word in ("--build-arg", f"{name}={os.environ[name]}")]
+        index = [
+            word for name in ("PIP_INDEX_URL",) if name in os.environ for word in ("--build-arg", f"{name}={os.environ[name]}")
+        ]
         call(*common, *trust, *index, "--target", "web", "-t", WEB, str(ROOT))
         call(*common, "-f", str(HERE / "postgres.Dockerfile"), "-t", POSTGRES, str(HERE))
 
     def compose(self, *words: str, check: bool = True) -> str:
         """podman-compose."""
         files = ("-f", f"{self.folder}/compose.yml", "-f", f"{self.folder}/podman.yml")
-        return call(str(Path(sys.executable).parent / "podman-compose"), "-p", PROJECT, *files, *words, check=check, cwd=self.folder)
+        return call(
+            str(Path(sys.executable).parent / "podman-compose"), "-p", PROJECT, *files, *words, check=check, cwd=self.folder
+        )
 
     def name(self, service: str) -> str:
         """The container of a service."""
@@ -206,7 +209,9 @@ def looked_at(stack: Stack, client: httpx.Client, address: str) -> dict[str, Any
     answer = client.post("/api/v1/live/attribution", json=question)
     assert answer.status_code == 200, answer.text
     assert answer.json()["gap"] < 1e-3
-    say(f"opened {address}: {page['n_fired']} firings, {len(page['examples'])} examples; the engine answers, gap {answer.json()['gap']:.1e}")
+    say(
+        f"opened {address}: {page['n_fired']} firings, {len(page['examples'])} examples; the engine answers, gap {answer.json()['gap']:.1e}"
+    )
     status = client.get("/status.json").json()
     assert [one["id"] for one in status["workers"]] == ["worker-0"]
     assert status["engine"]["answers"]
@@ -261,7 +266,9 @@ def main() -> None:
     asked.add_argument("--keep", action="store_true", help="leave the stack running, to look at it")
     asked.add_argument("--again", type=Path, help="take the images of a run that was kept")
     given = asked.parse_args()
-    lacking = [name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/libexec/podman") is None]
+    lacking = [
+        name for name in PROGRAMS if shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/usr/libexec/podman") is None
+    ]
     if lacking or os.geteuid():
         raise SystemExit(f"This needs root, and: {' '.join(lacking) or 'nothing else'} (see the top of {Path(__file__).name}).")
     settings = Settings().prepare()

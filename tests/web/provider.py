@@ -19,14 +19,16 @@ from joserfc.jwk import KeySet, OctKey, RSAKey
 from server.pages.writing import Form
 from tests.web.conftest import served
 
-CLIENT, SECRET = "headscope", "between us"
+CLIENT, SECRET = "headscope", "between us"  # pragma: allowlist secret
 
 
 @dataclass
 class Provider:
     """What it knows and how it behaves."""
 
-    who: dict[str, Any] = field(default_factory=lambda: {"sub": "42", "name": "Nina", "email": "nina@lab.example", "email_verified": True})
+    who: dict[str, Any] = field(
+        default_factory=lambda: {"sub": "42", "name": "Nina", "email": "nina@lab.example", "email_verified": True}
+    )
     lies: dict[str, Any] = field(default_factory=dict)
     """Claims that it signs though they are not so."""
     thin: bool = False

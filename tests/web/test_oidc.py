@@ -99,7 +99,9 @@ def test_a_name_that_is_taken_gets_a_number(lab: Settings, provider: Provider) -
 
 
 @pytest.mark.parametrize(("verified", "status"), [(True, 303), (False, 401), ("true", 401), (None, 401)])
-def test_only_a_verified_address_leads_to_an_account_that_is_there(lab: Settings, provider: Provider, verified: object, status: int) -> None:
+def test_only_a_verified_address_leads_to_an_account_that_is_there(
+    lab: Settings, provider: Provider, verified: object, status: int
+) -> None:
     with database_of(lab) as db, db.write() as session:
         access.add_account(session, "Nina@lab.example", "editor", "a long enough one")
     provider.who |= {"email_verified": verified}
@@ -233,6 +235,11 @@ def test_it_is_off_unless_asked_for_and_only_over_https(lab: Settings) -> None:
     with browser(changed(lab, oidc_issuer=None)) as client:
         assert client.get("/login/oidc").status_code == 404
         assert "/login/oidc" not in client.get("/login").text
-    for wrong in ({"oidc_issuer": "http://login.example"}, {"oidc_issuer": "https://x.example?y"}, {"accounts": False}, {"oidc_client_id": ""}):
+    for wrong in (
+        {"oidc_issuer": "http://login.example"},
+        {"oidc_issuer": "https://x.example?y"},
+        {"accounts": False},
+        {"oidc_client_id": ""},
+    ):
         with pytest.raises(UsageError, match="HEADSCOPE_OIDC_ISSUER"):
             Settings(**({"accounts": True, "oidc_issuer": "https://login.example", "oidc_client_id": "x"} | wrong))

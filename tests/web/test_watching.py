@@ -212,7 +212,11 @@ def test_a_process_that_serves_no_pages_answers_on_a_port_of_its_own(peopled: Se
         database.close()
     assert named(found, "headscope_worker_busy") == 1
     assert named(found, "headscope_rate", kind="train", unit="tokens") == rate
-    assert [named(found, "headscope_gpu_memory_bytes", device="cuda:0", of=of) for of in ("used", "total", "this process")] == [3, 9, 2]
+    assert [named(found, "headscope_gpu_memory_bytes", device="cuda:0", of=of) for of in ("used", "total", "this process")] == [
+        3,
+        9,
+        2,
+    ]
     assert not [name for name, _ in found if name == "headscope_jobs"]
 
 
@@ -224,7 +228,10 @@ def test_the_status_page_says_what_the_database_and_the_machine_say(peopled: Set
     with database.write() as session:
         store.beat(session, "worker-1", "cuda:0", 77)
         store.beat(session, "worker-2", "cpu", 78)
-        session.execute(sa.text("update worker set last_seen = :then where id = 'worker-2'"), {"then": (now() - timedelta(minutes=3)).replace(tzinfo=None)})
+        session.execute(
+            sa.text("update worker set last_seen = :then where id = 'worker-2'"),
+            {"then": (now() - timedelta(minutes=3)).replace(tzinfo=None)},
+        )
         session.get_one(Job, "train-running-1").worker = "worker-1"
     database.close()
     with browser(peopled) as client:
@@ -268,7 +275,9 @@ def test_every_request_has_an_id_that_comes_back_and_stands_in_its_line(peopled:
     with said(settings) as stream, browser(settings) as client:
         answer = client.get(f"{SAE}/features/3?context=full", headers={"X-Request-ID": "abc-1.2"})
         assert answer.headers["x-request-id"] == "abc-1.2"
-        made = [client.get("/", headers={"X-Request-ID": bad}).headers["x-request-id"] for bad in ("a b", "x" * 101, 'a"b', "<b>")]
+        made = [
+            client.get("/", headers={"X-Request-ID": bad}).headers["x-request-id"] for bad in ("a b", "x" * 101, 'a"b', "<b>")
+        ]
         assert all(re.fullmatch("[0-9a-f]{16}", one) for one in made)
         assert len(set(made)) == 4
     first = lines(stream)[0]
@@ -279,7 +288,9 @@ def test_every_request_has_an_id_that_comes_back_and_stands_in_its_line(peopled:
     assert "context=full" not in stream.getvalue()
 
 
-def test_a_fault_is_logged_with_its_request_and_answered_with_every_header(peopled: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_logged_with_its_request_and_answered_with_every_header(
+    peopled: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("server.pages.home.home_page", lambda _: 1 / 0)
     with said(peopled) as stream, browser(peopled) as client:
         answer = client.get("/", headers={"X-Request-ID": "of-a-fault"})
@@ -303,7 +314,11 @@ def test_nothing_typed_and_no_secret_is_ever_in_a_log(peopled: Settings, form: s
     with said(settings) as stream, visitors(app) as people:
         logging.getLogger("server").setLevel(logging.DEBUG)
         ola, stranger = people["Ola"], people["anonymous"]
-        key = next(word for word in re.split(r"[<>\s]", ola.post("/keys", data={"name": "k", "scope": "read"}).text) if word.startswith("headscope_"))
+        key = next(
+            word
+            for word in re.split(r"[<>\s]", ola.post("/keys", data={"name": "k", "scope": "read"}).text)
+            if word.startswith("headscope_")
+        )
         stranger.post("/login", data={"name": "Ola", "password": TYPED})
         stranger.get("/api/v1/saes", headers={"x-api-key": key})
         stranger.get("/api/v1/saes", headers={"Authorization": f"Bearer {key}x"})
@@ -333,7 +348,7 @@ def test_nothing_typed_and_no_secret_is_ever_in_a_log(peopled: Settings, form: s
     [
         ("Authorization: Bearer abcdef", "abcdef"),
         ("key headscope_Zm9vYmFyYmF6cXV4cXV1eA was used", "Zm9vYmFyYmF6cXV4cXV1eA"),
-        ("postgresql+psycopg://headscope:hunter2@db/headscope", "hunter2"),
+        ("postgresql+psycopg://headscope:hunter2@db/headscope", "hunter2"),  # pragma: allowlist secret
         ("GET /start?token=abcdef HTTP/1.1", "abcdef"),
         ("DETAIL:  Failing row contains (1, abcdef).", "abcdef"),
         ("text [type=string_type, input_value=['abcdef'], input_type=list]", "abcdef"),
@@ -402,7 +417,13 @@ def test_traces_reach_a_collector_and_hold_nothing_typed(peopled: Settings, coll
             carried = telemetry.onward()
     finally:
         end()
-    spans = {span.name: span for request in collector for one in request.resource_spans for each in one.scope_spans for span in each.spans}
+    spans = {
+        span.name: span
+        for request in collector
+        for one in request.resource_spans
+        for each in one.scope_spans
+        for span in each.spans
+    }
     assert set(spans) == {"GET /saes/{sae}/features/{index}", "GET none", "train"}
     asked = spans["GET /saes/{sae}/features/{index}"]
     assert asked.trace_id.hex() == above.split("-")[1]

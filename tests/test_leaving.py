@@ -1,0 +1,71 @@
+"""Each process as a service of its own: it comes, leaves within ten seconds of SIGTERM, and comes again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from bench import _served
+from server import jobs
+from server.db import Database
+from server.settings import Settings
+from server.store import jobs as store
+from server.up import environment
+
+SECONDS = 10.0
+
+
+def pulse(name: str, settings: Settings) -> str:
+    """Where the process says that it lives."""
+    port = {"serve": settings.port, "worker": settings.metrics_port, "engine": settings.engine_port}[name]
+    return f"http://127.0.0.1:{port}/{'health' if name == 'engine' else 'healthz'}"
+
+
+def come(name: str, settings: Settings) -> subprocess.Popen[str]:
+    """The process, once it answers."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server.cli", name], env=os.environ | environment(settings), stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(1200):
+        try:
+            # The engine answers a stranger too, if only by refusing.
+            httpx.get(pulse(name, settings), trust_env=False)
+        except httpx.TransportError:
+            assert process.poll() is None, process.stderr and process.stderr.read()
+            time.sleep(0.1)
+        else:
+            return process
+    raise AssertionError(f"{name} does not answer")
+
+
+@pytest.mark.parametrize("name", ["serve", "worker", "engine"])
+def test_a_service_leaves_when_asked_to_and_comes_again(tmp_path: Path, name: str) -> None:
+    settings = Settings(
+        data=tmp_path, cache=tmp_path / "cache", port=_served.free_port(), engine_port=_served.free_port(),
+        metrics_port=_served.free_port(), worker_id="gpu0", log_format="json",
+    ).prepare()  # fmt: skip
+    db = Database(settings.url)
+    jobs.upgrade(settings, db)
+    for _ in range(2):
+        process = come(name, settings)
+        try:
+            if name == "worker":
+                with db.read() as session:
+                    assert [one.id for one in store.workers(session)] == ["gpu0"]
+            process.send_signal(signal.SIGTERM)
+            began = time.monotonic()
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert time.monotonic() - began < SECONDS
+        # uvicorn ends by the signal itself once it has let go of everything.
+        assert process.returncode in (0, -signal.SIGTERM), said
+        assert "Traceback" not in said
+    with db.read() as session:
+        assert store.workers(session) == []
+    db.close()
