@@ -1,7 +1,7 @@
 """Login by another service (OpenID Connect), if asked to: authorization code with PKCE, state and nonce. No torch.
 
-What must outlive the way there and back stands in a cookie of ten minutes, signed, so web processes share nothing for it. Whoever comes
-back is known by issuer and subject; the first time also by a verified e-mail address that is an account's name.
+What must outlive the way there and back stands in a signed cookie of ten minutes, so web processes share nothing for it. Whoever
+comes back is known by issuer and subject; the first time also by a verified e-mail address that is an account's name.
 """
 
 import base64

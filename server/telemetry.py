@@ -1,7 +1,7 @@
 """Traces of requests and jobs by OpenTelemetry, if asked to; where they go is said by its own variables. No torch.
 
-Without the setting nothing of it is loaded and a request pays for an `if`. A span holds method, route and status, of a job its id and
-kind: nothing that anybody typed.
+Without the setting nothing of it is loaded and a request pays for an `if`. A span holds method, route and status, of a job its
+id and kind: nothing that anybody typed.
 """
 
 from collections.abc import Callable, Iterator, MutableMapping

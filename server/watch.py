@@ -1,7 +1,7 @@
 """What each process tells Prometheus, and its answer to whether it lives. No torch.
 
-What follows from the database (queue, workers, rates) is asked of it when somebody looks, and not twice within `KEPT` seconds, so a
-scrape costs a few small queries however many jobs there were lately. Nothing told here names a job, an SAE or a person.
+What follows from the database (queue, workers, rates) is asked of it when somebody looks, and not twice within `KEPT` seconds, so
+a scrape costs a few small queries however many jobs there were lately. Nothing told here names a job, an SAE or a person.
 """
 
 import json

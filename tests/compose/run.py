@@ -1,8 +1,9 @@
 """`make compose-test`: docker-compose.yml really run, by podman, from no image that somebody else made.
 
-A Debian is made with debootstrap (kept in the cache), the web's image is built on it by our Dockerfile, PostgreSQL's is Debian's. No
-image holds torch: worker and engine get the packages of this environment mounted, which therefore must be Python 3.11 as well. Then a
-small SAE is trained and harvested through the published port, a page is opened, a text is asked about, everything is stopped and
+A Debian is made with debootstrap (kept in the cache), the web's image is built on it by our Dockerfile, PostgreSQL's is Debian's.
+No image holds torch: worker and engine get the packages of this environment mounted, whose Python must be 3.11 too. Then a
+small SAE is trained and harvested through the published port, a page is opened, a text is asked about, everything is stopped
+and
 started again, and the page must still say the same. Afterwards nothing of it is left but the Debian.
 
 Needs root and: apt-get install podman buildah runc netavark aardvark-dns iptables catatonit debootstrap
@@ -51,14 +52,13 @@ BEGAN = time.monotonic()
 
 
 def say(text: str) -> None:
-    print(f"{time.monotonic() - BEGAN:6.0f} s  {text}", flush=True)
+    sys.stdout.write(f"{time.monotonic() - BEGAN:6.0f} s  {text}\n")
+    sys.stdout.flush()
 
 
-def call(*words: str, quiet: bool = True, check: bool = True, **more: Any) -> str:
+def call(*words: str, check: bool = True, **more: Any) -> str:
     """Run a program; its output. What it said is shown where it fails."""
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, **more)
-    if not quiet:
-        print(done.stdout)
     if check and done.returncode:
         raise SystemExit(f"{' '.join(words[:6])} ended with {done.returncode}:\n{done.stdout[-4000:]}")
     return done.stdout.strip()
@@ -95,7 +95,8 @@ class Stack:
         (folder / "containers.conf").write_text(CONTAINERS)
         os.environ |= {
             "CONTAINERS_STORAGE_CONF": f"{folder}/storage.conf", "CONTAINERS_CONF": f"{folder}/containers.conf",
-            "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(folder), "PACKAGES": sysconfig.get_paths()["purelib"], "MODELS": str(models),
+            "BUILDAH_ISOLATION": "chroot", "TMPDIR": str(folder), "MODELS": str(models),
+            "PACKAGES": sysconfig.get_paths()["purelib"],
             "WEB_IMAGE": WEB, "WORKER_IMAGE": WEB, "POSTGRES_IMAGE": POSTGRES, "PORT": str(self.port),
             "PUBLIC_URL": f"http://127.0.0.1:{self.port}",
         }  # fmt: skip
@@ -209,9 +210,8 @@ def looked_at(stack: Stack, client: httpx.Client, address: str) -> dict[str, Any
     answer = client.post("/api/v1/live/attribution", json=question)
     assert answer.status_code == 200, answer.text
     assert answer.json()["gap"] < 1e-3
-    say(
-        f"opened {address}: {page['n_fired']} firings, {len(page['examples'])} examples; the engine answers, gap {answer.json()['gap']:.1e}"
-    )
+    says = f"{page['n_fired']} firings, {len(page['examples'])} examples"
+    say(f"opened {address}: {says}; the engine answers, gap {answer.json()['gap']:.1e}")
     status = client.get("/status.json").json()
     assert [one["id"] for one in status["workers"]] == ["worker-0"]
     assert status["engine"]["answers"]

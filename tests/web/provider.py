@@ -1,4 +1,4 @@
-"""A login service of the tests' own, listening on 127.0.0.1: OpenID Connect's code flow as its specification has it, with PKCE. It lets
+"""A login service of the tests' own, listening on 127.0.0.1: OpenID Connect's code flow as specified, with PKCE. It lets
 everybody in who is named by `who`, and lies on demand."""
 
 import base64

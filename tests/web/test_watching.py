@@ -307,7 +307,7 @@ def test_nothing_typed_and_no_secret_is_ever_in_a_log(peopled: Settings, form: s
     settings = lab.settings.model_copy(update={"log_format": form})
     app, labels = lab_app(settings), "/api/v1/saes/shared-sae/features/4/labels"
 
-    def read_only(connection: sa.Connection, cursor: Any, statement: str, *_: object) -> None:
+    def read_only(_: sa.Connection, cursor: Any, statement: str, *_rest: object) -> None:
         if statement.startswith("INSERT INTO label"):
             cursor.execute("pragma query_only=on")
 
