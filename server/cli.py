@@ -1271,6 +1271,9 @@ def _watched(settings: Settings, process: str) -> None:
 def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str) -> None:
     import uvicorn
 
+    # uvicorn lets go of everything at SIGTERM and then sends it to itself once more: that is no failure, and what is to be
+    # done at the end still is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
     gc.collect()

@@ -442,7 +442,7 @@ def import_dashboards(run: Run, cfg: DashboardsJob) -> None:
     run.step("count", lambda: imports.count_up(worker.db, harvest_id, run.fence))
     run.step("search", lambda: search.write(worker.db, harvest_id, run.fence))
     run.step("publish", lambda: harvests.publish(worker.db, harvest_id, 0, run.fence))
-    run.say(f"Published: http://{worker.settings.host}:{worker.settings.port}/saes/{record.name}.")
+    run.say(f"Published: {worker.settings.address}/saes/{record.name}.")
 
 
 def _begin_dashboards(run: Run, cfg: DashboardsJob, record: registry.SAERecord, layout: dashboards.Layout) -> int:
@@ -850,7 +850,7 @@ class _Hands:
         """Readers see it from now on."""
         settings, name = self.run.worker.settings, self.records[index].name
         harvests.publish(self.run.worker.db, harvest_id, n_parts, self.run.fence)
-        self.run.say(f"Published: http://{settings.host}:{settings.port}/saes/{name}.")
+        self.run.say(f"Published: {settings.address}/saes/{name}.")
 
 
 def _within(before: int, total: int) -> Callable[[Progress], Progress]:
