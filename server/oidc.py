@@ -11,6 +11,7 @@ import json
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,11 +119,11 @@ class Oidc:
             return accounts.add_elsewhere(session, _name(claims), role, subject)
         if found.disabled_at is not None:
             raise LoginNeeded("That account is kept out.")
-        if self._settings.oidc_role_claim and role not in (None, found.role):
-            try:
-                accounts.set_role(session, found.name, role or found.role)
-            except UsageError:  # the last admin stays one
-                return found
+        if self._settings.oidc_role_claim and role != found.role:  # who has lost their role there has lost it here
+            if role is None:
+                raise LoginNeeded("The login service gives you no role here; ask whoever looks after it.")
+            with suppress(UsageError):  # the last admin stays one
+                accounts.set_role(session, found.name, role)
         return found
 
     def _role(self, claims: Mapping[str, Any]) -> str | None:

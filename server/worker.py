@@ -990,7 +990,7 @@ class Worker:
     def trouble(self) -> str | None:
         """What is wrong with this process, in a sentence; None where nothing is."""
         if not self._heart.is_alive():
-            return "The heartbeat has stopped."
+            return "The heart does not beat."
         silent = time.monotonic() - self.beaten
         return None if silent < SILENT_SECONDS else f"The database has not taken a heartbeat for {silent:.0f} s."
 
@@ -1206,8 +1206,8 @@ def run_worker(settings: Settings, db: Database) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
     worker = Worker(settings, db)
-    worker.start()
-    if settings.metrics_port:
+    if settings.metrics_port:  # first: where the port is taken, nothing has begun
         watch.listening(settings, watch.Watch(settings, db, "worker", worker=worker.slot.name, gpus=gpus), worker.trouble)
+    worker.start()
     stop.wait()
     worker.close()

@@ -33,13 +33,11 @@ def come(name: str, settings: Settings, log: Path) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(command, env=os.environ | environment(settings), stderr=output)
     for _ in range(1200):
         try:
-            # The engine answers a stranger too, if only by refusing.
-            httpx.get(pulse(name, settings), trust_env=False)
+            if httpx.get(pulse(name, settings), trust_env=False).status_code < 500:  # the engine refuses a stranger, and lives
+                return process
         except httpx.TransportError:
             assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        else:
-            return process
+        time.sleep(0.1)
     raise AssertionError(f"{name} does not answer")
 
 

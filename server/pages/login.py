@@ -47,6 +47,7 @@ def log_in(request: Request, form: Form) -> Response:
 @needs("nobody")
 def leave_to_log_in(request: Request, back: str = "/") -> Response:
     """On to the login service."""
+    access.limits(request).address.take(access.address(request), "trying")
     begun = _service(request).begin(local(back))
     answer = see(begun.address)
     access.set_cookie(request, answer, COOKIE, begun.cookie, LASTS)
