@@ -1,7 +1,7 @@
 # Bare `make` lists what there is. Everything runs in .venv, which is made when it is first needed.
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test fast lint format types docs screenshots bench wheel schema lock clean chromium
+.PHONY: help venv demo test fast lint format types docs screenshots bench wheel schema lock clean chromium secrets audit compose-test
 SHELL := /bin/bash
 
 # Python to make .venv with; 3.11 or newer.
@@ -67,6 +67,19 @@ schema: $(STAMP) ## Check that the migrations make exactly the tables of tables.
 
 bench: $(STAMP) ## Measure: `make bench NAME=<name>`
 	@$(BIN)/python -m bench $(NAME)
+
+# Hashes and weights look random too, so only what has the shape of a key, or stands after `password =`, counts.
+NO_SECRETS := --disable-plugin HexHighEntropyString --disable-plugin Base64HighEntropyString
+secrets: $(STAMP) ## Look for passwords and keys in what git tracks
+	@git ls-files -z | grep -zvE '^(tests/fixtures/|static/vendor/|constraints\.txt$$)|\.(png|ipynb)$$' \
+	  | xargs -0 $(BIN)/detect-secrets-hook --no-verify $(NO_SECRETS)
+
+audit: $(STAMP) ## Report known faults of the pinned packages; needs a network, and fails nothing
+	@timeout 120 $(BIN)/pip-audit --requirement constraints.txt --no-deps --disable-pip --progress-spinner off --timeout 20 \
+	  || echo "pip-audit found something, or could not ask (see above); nothing fails for it."
+
+compose-test: $(STAMP) ## Run docker-compose.yml for real, with podman; needs root (see tests/compose/run.py)
+	@$(BIN)/python -m tests.compose.run
 
 wheel: $(STAMP) ## Build dist/headscope-*.whl
 	$(BIN)/python -m build --wheel --no-isolation

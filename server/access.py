@@ -17,6 +17,7 @@ from starlette.concurrency import run_in_threadpool
 from sae_core.errors import Forbidden, LoginNeeded, UsageError
 from server.db import Database
 from server.limits import Limit
+from server.oidc import COOKIE, Oidc
 from server.passwords import digest, hashed, is_right, is_weak, new_token, same
 from server.settings import Settings
 from server.store import accounts
@@ -56,13 +57,15 @@ class Needs:
     """`nobody`: not even the start token."""
     live: bool = False
     """It asks the engine, which has one model and much to do."""
+    metrics: bool = False
+    """It is for a monitor, which a setting lets in without a role."""
 
 
-def needs(role: Role | Literal["nobody"], *, live: bool = False) -> Callable[[F], F]:
+def needs(role: Role | Literal["nobody"], *, live: bool = False, metrics: bool = False) -> Callable[[F], F]:
     """Say what a route needs; put it between the route's decorator and the function."""
 
     def mark(function: F) -> F:
-        function.needs = Needs(role, live)  # type: ignore[attr-defined]
+        function.needs = Needs(role, live, metrics)  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -74,18 +77,24 @@ async def guard(request: Request) -> None:
     wanted: Needs = getattr(request.scope["route"].endpoint, "needs", None) or Needs(
         "anonymous" if request.method in SAFE else "editor"
     )
-    who = await _who(request, settings)
-    request.state.viewer = who
-    if wanted.role == "nobody":
+    request.state.viewer = await _who(request, settings)
+    if wanted.role == "nobody" or (wanted.metrics and settings.metrics_public):
         return
+    require(request, wanted.role)
+    if wanted.live and settings.accounts:
+        who = viewer(request)
+        limits(request).live.take(str(who.account or who.address), "asking")
+
+
+def require(request: Request, role: Role) -> None:
+    """Raise LoginNeeded or Forbidden unless whoever asks may do what `role` may."""
+    who: Viewer | None = request.state.viewer
     if who is None:
         raise LoginNeeded("This Headscope is somebody's own: open the address that `headscope up` printed, with its token.")
-    if not who.may(wanted.role):
+    if not who.may(role):
         if who.role == "anonymous":
             raise LoginNeeded("Log in first, at /login, or send a key in the header Authorization: Bearer.")
-        raise Forbidden(f"You may not do this: it needs the role {wanted.role}, and this is {_said(who)}.")
-    if wanted.live and settings.accounts:
-        limits(request).live.take(str(who.account or who.address), "asking")
+        raise Forbidden(f"You may not do this: it needs the role {role}, and this is {_said(who)}.")
 
 
 def _said(viewer: Viewer) -> str:
@@ -189,7 +198,7 @@ def let_in(request: Request, response: Response, token: str) -> None:
     if settings.token is not None:
         if not same(token, settings.token):
             raise LoginNeeded("That is not the token of this Headscope: `headscope up` prints the address with it.")
-        _set(request, response, start_cookie(settings), token, timedelta(days=settings.login_days))
+        set_cookie(request, response, start_cookie(settings), token, int(timedelta(days=settings.login_days).total_seconds()))
 
 
 # ---- logging in ----
@@ -228,7 +237,17 @@ def keep_login(request: Request, response: Response, account: int, name: str) ->
             session, account, digest(token), datetime.now(UTC) + lasts, address(request), request.headers.get("user-agent", "")
         )
         accounts.record(session, "log in", name, viewer=by)
-    _set(request, response, LOGIN_COOKIE, token, lasts)
+    set_cookie(request, response, LOGIN_COOKIE, token, int(lasts.total_seconds()))
+
+
+def log_in_elsewhere(request: Request, service: Oidc, response: Response) -> str:
+    """Log in whoever came back from the login service; the address they wanted to see."""
+    limits(request).address.take(address(request), "trying")
+    claims, back = service.end(request.query_params, request.cookies.get(COOKIE, ""))
+    with _database(request).write() as session:
+        found = service.account(session, claims)
+    keep_login(request, response, found.id, found.name)
+    return back
 
 
 def log_out(request: Request, response: Response) -> None:
@@ -239,9 +258,10 @@ def log_out(request: Request, response: Response) -> None:
     response.delete_cookie(LOGIN_COOKIE)
 
 
-def _set(request: Request, response: Response, name: str, value: str, lasts: timedelta) -> None:
+def set_cookie(request: Request, response: Response, name: str, value: str, seconds: int) -> None:
+    """Give a cookie that no script reads, that other sites' forms do not send, and that https keeps to itself."""
     secure = request.url.scheme == "https" or str(getattr(request.app.state.settings, "public_url", "")).startswith("https:")
-    response.set_cookie(name, value, max_age=int(lasts.total_seconds()), httponly=True, samesite="lax", secure=secure)
+    response.set_cookie(name, value, max_age=seconds, httponly=True, samesite="lax", secure=secure)
 
 
 def new_key(session: Session, account: int, name: str, scope: str, days: str) -> tuple[str, accounts.KeyRecord]:

@@ -18,6 +18,7 @@ from server.access import Limits, guard
 from server.api import neuronpedia, v1
 from server.api import page as api_page
 from server.db import Database
+from server.oidc import Oidc
 from server.overload import Overload
 from server.pages import (
     compare,
@@ -38,6 +39,7 @@ from server.pages import (
     sae,
     search,
     start,
+    status,
     study,
     sweep,
     writing,
@@ -48,6 +50,7 @@ from server.resources import resource_path
 from server.security import SecurityHeaders, refuse_cross_origin
 from server.settings import Settings
 from server.transport import Compressed, Heads
+from server.watch import Watch, Watched
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +83,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.db = Database(settings.url, connections=settings.web_threads)
     app.state.live = None
     app.state.limits = Limits(settings)
+    app.state.oidc = Oidc(settings) if settings.oidc_issuer else None
+    app.state.watch = Watch(settings, app.state.db, "web")
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
+    app.add_middleware(Watched, watch=app.state.watch, on_fault=on_error)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(Compressed)
     app.add_middleware(Heads)
@@ -90,7 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
     about_saes = (sae, manage, head, embed, components, labels, lists, ratings)
-    pages = (home, search, *about_saes, compare, start, jobs, sweep, study)
+    pages = (home, search, *about_saes, compare, start, jobs, sweep, study, status)
     # The feature's page first: routes are tried one after another, and most of what is asked for is one.
     for page in (feature, health, login, keys, people, writing, *pages):
         app.include_router(page.router)

@@ -156,6 +156,7 @@ def serve(
         from server.app import create_app
 
         ensure_admin(settings, db)
+        _watched(settings, "web")
         db.close()  # a connection must not be shared by processes that are forked
         _uvicorn(create_app(settings), settings, settings.host, settings.port, "Headscope's pages are", settings.web_workers)
 
@@ -177,6 +178,7 @@ def worker(
         _allow_wandb(settings)
         from server.worker import run_worker
 
+        _watched(settings, "worker")
         run_worker(settings, db)
 
 
@@ -189,6 +191,7 @@ def engine(data: Data = None, device: Device = None) -> None:
         from server.engine import create_engine
 
         port = settings.engine_port or settings.port + 1
+        _watched(settings, "engine")
         _uvicorn(create_engine(settings, db), settings, settings.engine_host, port, "The engine is")
 
 
@@ -1272,18 +1275,32 @@ def _give_token(settings: Settings) -> None:
         os.environ["HF_TOKEN"] = read_secret(settings.hf_token_file, "hf_token_file")
 
 
+def _watched(settings: Settings, process: str) -> None:
+    """Let this process say what happens, as the settings ask for it."""
+    import atexit
+
+    from server import logs, telemetry
+
+    logs.begin(settings, process)
+    atexit.register(telemetry.begin(settings, process))
+
+
 def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, processes: int = 1) -> None:
     import uvicorn
 
     from server import forked
 
+    # uvicorn lets go of everything at SIGTERM and then sends it to itself once more: that is no failure, and what is to be
+    # done at the end still is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
     gc.collect()
     gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
     config = uvicorn.Config(
         web,
-        log_level="warning",
+        log_config=None,  # `logs.begin` has said how
+        access_log=False,  # its lines show queries; ours do not
         timeout_graceful_shutdown=3,
         server_header=False,
         forwarded_allow_ips=settings.proxies,

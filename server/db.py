@@ -35,6 +35,7 @@ def make_engine(url: sa.URL, connections: int = 5) -> sa.Engine:
         json_serializer=_compact,
         json_deserializer=_read_json,
         connect_args=_patience(url),
+        hide_parameters=True,  # an error must not carry what somebody typed into a log
     )
     if url.get_backend_name() == "sqlite":
         engine.dialect.statement_compiler = _HintingCompiler

@@ -44,7 +44,8 @@ from server.live import (
 )
 from server.settings import Settings
 from server.store import registry
-from server.worker import open_sae
+from server.watch import FORMAT, Watch, Watched
+from server.worker import gpus, open_sae
 
 log = logging.getLogger("headscope.engine")
 
@@ -344,6 +345,14 @@ def answer_firings(lens: Lens, sae: SAE, tokens: list[int], question: FiringQues
     )
 
 
+def failed(_: Request, error: Exception) -> Response:
+    """A fault of ours; the log says which."""
+    del error
+    return JSONResponse(
+        {"error": {"code": "internal_error", "message": "The engine failed; its log says why.", "field": None}}, 500
+    )
+
+
 def create_engine(settings: Settings, db: Database) -> FastAPI:
     """The engine's ASGI app."""
     engine = Engine(settings, db)
@@ -374,6 +383,8 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.engine = engine
+    watch = Watch(settings, db, "engine", gpus=gpus)
+    app.add_middleware(Watched, watch=watch, on_fault=failed)
 
     @app.exception_handler(HeadscopeError)
     def refused(_: Request, error: HeadscopeError) -> Response:
@@ -383,6 +394,10 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
     def misasked(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         return refused(request, UsageError(f"{first['loc'][-1]}: {first['msg']}.", field=str(first["loc"][-1])))
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        return Response(watch.page(), media_type=FORMAT)
 
     @app.get("/health")
     def health() -> dict[str, str | None]:

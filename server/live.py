@@ -7,16 +7,23 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from sae_core import errors
 from sae_core.errors import EngineAway, HeadscopeError, Unfitting
+from server import logs, telemetry
 from server.settings import Settings
 
-SECRET_HEADER = "X-Headscope-Secret"  # noqa: S105 - the header's name, not a secret
+SECRET_HEADER = "X-Headscope-Secret"  # noqa: S105 - the header's name, not a secret  pragma: allowlist secret
 LOAD_SECONDS = 120.0  # the first question loads a model
 
 
 class TextQuestion(BaseModel):
     """A text, and the SAE that reads it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        use_attribute_docstrings=True,
+        hide_input_in_errors=True,  # typed text
+    )
 
     sae: str
     """Name of the SAE."""
@@ -215,11 +222,11 @@ class LiveComponents(BaseModel):
 class Live:
     """Asks the engine."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, seconds: float = LOAD_SECONDS) -> None:
         self._client = httpx.Client(
             base_url=settings.engine_url,
             headers={SECRET_HEADER: settings.secret},
-            timeout=httpx.Timeout(LOAD_SECONDS, connect=2.0),
+            timeout=httpx.Timeout(seconds, connect=2.0),
             trust_env=False,  # a proxy has no business between two processes of one machine
         )
 
@@ -254,7 +261,7 @@ class Live:
 
     def _ask(self, method: str, path: str, json: dict[str, object] | None = None) -> dict[str, str | None]:
         try:
-            response = self._client.request(method, path, json=json)
+            response = self._client.request(method, path, json=json, headers=_onward())
             body: dict[str, object] = response.json()
         except httpx.TimeoutException as error:
             raise EngineAway("The engine takes too long to answer; try again when it has less to do.") from error
@@ -263,6 +270,12 @@ class Live:
         if response.is_success:
             return body  # type: ignore[return-value]
         raise _as_error(body, response.status_code)
+
+
+def _onward() -> dict[str, str]:
+    """What tells the engine's lines and spans by which request of ours they were caused."""
+    known = logs.request_id.get()
+    return {**telemetry.onward(), **({logs.REQUEST_HEADER: known} if known else {})}
 
 
 def _as_error(body: dict[str, object], status: int) -> HeadscopeError:

@@ -82,6 +82,14 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def size(n: int) -> str:
+    """Bytes in the unit that suits them."""
+    for unit, of in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if n >= of:
+            return f"{n / of:,.1f} {unit}"
+    return f"{n / 1e3:,.1f} kB"
+
+
 def moment(at: datetime | None) -> str:
     """A time in UTC. SQLite gives times without their zone; ours are all in UTC."""
     return "–" if at is None else f"{at.replace(tzinfo=at.tzinfo or UTC).astimezone(UTC):%Y-%m-%d %H:%M} UTC"

@@ -113,6 +113,17 @@ class Settings(BaseSettings):
     live_per_minute: Annotated[int, Field(ge=1)] = 60
     """Live questions that each person may ask in a minute, where there are accounts."""
 
+    oidc_issuer: str | None = None
+    """Address of a service that logs people in (OpenID Connect); unset, only passwords do. Needs accounts."""
+    oidc_client_id: str = ""
+    """What we are called there."""
+    oidc_client_secret_file: Path | None = None
+    """File with our secret there, where it gave one."""
+    oidc_new: Literal["none", "reader", "editor"] = "none"
+    """Role of somebody who has no account yet; `none` lets in only those for whom an admin made one."""
+    oidc_role_claim: str | None = None
+    """Claim whose values, where they are reader, editor or admin, give the role at every login."""
+
     webhook: str | None = None
     """Address (http or https) to which a worker POSTs JSON when a job has ended; unset calls nobody."""
 
@@ -122,6 +133,8 @@ class Settings(BaseSettings):
     """Address on which a worker answers /healthz and /metrics."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """The port of that; 0 for none. The web has them among its pages."""
+    metrics_public: bool = False
+    """Let everybody read the web's /metrics, without the start token or a login."""
     telemetry: bool = False
     """Send traces of requests by OpenTelemetry, to where its own variables (OTEL_EXPORTER_OTLP_ENDPOINT) say."""
 
@@ -139,6 +152,8 @@ class Settings(BaseSettings):
                 "HEADSCOPE_ADMIN_PASSWORD_FILE, or use 127.0.0.1 and a tunnel.",
                 field="host",
             )
+        if self.oidc_issuer is not None:
+            self._check_oidc(self.oidc_issuer)
         called = urlsplit(self.webhook or "http://nowhere")
         if called.scheme not in ("http", "https") or not called.hostname:
             raise UsageError("The webhook must be an address that begins with http:// or https://.", field="webhook")
@@ -149,6 +164,22 @@ class Settings(BaseSettings):
                 field="public_url",
             )
         return self
+
+    def _check_oidc(self, issuer: str) -> None:
+        parts = urlsplit(issuer)
+        safe = parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in OWN_NAMES)
+        if not safe or not parts.hostname or parts.query or parts.fragment:
+            raise UsageError("HEADSCOPE_OIDC_ISSUER must be an address that begins with https://.", field="oidc_issuer")
+        if not self.accounts or not self.oidc_client_id:
+            raise UsageError(
+                "HEADSCOPE_OIDC_ISSUER needs HEADSCOPE_ACCOUNTS=true and HEADSCOPE_OIDC_CLIENT_ID.", field="oidc_issuer"
+            )
+
+    @property
+    def oidc_secret(self) -> str | None:
+        """Our secret at the login service."""
+        path = self.oidc_client_secret_file
+        return None if path is None else read_secret(path, "oidc_client_secret_file")
 
     @property
     def url(self) -> sa.URL:

@@ -91,7 +91,7 @@ from sae_core.studies import heads as head_study
 from sae_core.studies import induction
 from sae_core.studies.specificity import specificity
 from sae_core.train import activations_of, curve_of, diverged, made_by, train_many
-from server import doctor, estimates, jobs, webhook
+from server import doctor, estimates, jobs, logs, telemetry, watch, webhook
 from server.db import Database
 from server.downloads import sha256_of
 from server.estimates import Shape
@@ -104,6 +104,7 @@ from server.store import jobs as store
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
 from server.tracking import Tracker
+from server.watch import Gpu
 
 log = logging.getLogger("headscope.worker")
 R = TypeVar("R")
@@ -551,7 +552,7 @@ def import_dashboards(run: Run, cfg: DashboardsJob) -> None:
     run.step("count", lambda: imports.count_up(worker.db, harvest_id, run.fence))
     run.step("search", lambda: search.write(worker.db, harvest_id, run.fence))
     run.step("publish", lambda: harvests.publish(worker.db, harvest_id, 0, run.fence))
-    run.say(f"Published: http://{worker.settings.host}:{worker.settings.port}/saes/{record.name}.")
+    run.say(f"Published: {worker.settings.address}/saes/{record.name}.")
 
 
 def _begin_dashboards(run: Run, cfg: DashboardsJob, record: registry.SAERecord, layout: dashboards.Layout) -> int:
@@ -1084,7 +1085,7 @@ class _Hands:
         """Readers see it from now on."""
         settings, name = self.run.worker.settings, self.records[index].name
         harvests.publish(self.run.worker.db, harvest_id, n_parts, self.run.fence)
-        self.run.say(f"Published: http://{settings.host}:{settings.port}/saes/{name}.")
+        self.run.say(f"Published: {settings.address}/saes/{name}.")
 
 
 def _within(before: int, total: int) -> Callable[[Progress], Progress]:
@@ -1245,6 +1246,7 @@ class Worker:
         self._run: Run | None = None
         self._gpu = take_gpu(settings, self.device)
         self._loaded: tuple[registry.ModelRecord, Lens] | None = None
+        self.beaten = time.monotonic()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._watch = threading.Thread(target=self._look, name="watch", daemon=True)
 
@@ -1259,12 +1261,20 @@ class Worker:
         """Whether a job is worked at."""
         return self._busy.locked()
 
+    def trouble(self) -> str | None:
+        """What is wrong with this process, in a sentence; None where nothing is."""
+        if not self._heart.is_alive():
+            return "The heart does not beat."
+        silent = time.monotonic() - self.beaten
+        return None if silent < self.settings.silent_seconds else f"The database has not taken a heartbeat for {silent:.0f} s."
+
     def start(self) -> None:
         """Take the slot's unfinished jobs up again, then take new ones from the queue."""
         global _worker
         assert _worker is None, "one worker per process: DBOS is a singleton"
         _worker = self
-        _log_to(self.log_path)
+        jobs.quiet()
+        logs.to_file(self.settings, self.log_path)
         self.speed = estimates.Speed(**machine.speeds(self.device))
         with self.db.write() as session:
             store.beat(session, self.slot.name, self.device, os.getpid())
@@ -1325,7 +1335,7 @@ class Worker:
 
     def work(self, job_id: str, tell: Callable[[Run], None]) -> str:
         """Make an attempt at a job; the status it ends with."""
-        with self._busy:
+        with self._busy, logs.about_job(job_id):
             self._taken = -math.inf
             if self.stopping.is_set():
                 raise Leave
@@ -1342,7 +1352,8 @@ class Worker:
                 self._run = run
                 if attempt % RETAKE == 0:
                     raise HeadscopeError(f"It was taken up {RETAKE} times and never ended; see the worker's log.")
-                tell(run)
+                with telemetry.job(job_id, run.job.kind):
+                    tell(run)
                 run.finish()
                 tidy(self.settings.data, self.db)
             except Failed:
@@ -1394,6 +1405,7 @@ class Worker:
                     store.beat(session, self.slot.name, self.device, os.getpid())
                 with self.db.read() as session:
                     silent = [slot for slot in ears.look(session) if slot != self.slot.name]
+                self.beaten = time.monotonic()
                 for slot in {*silent, *self.jobs.gone()}:
                     take_over(slot, self.db)
                 self.jobs.release()  # what was taken over, and what waited to be tried again
@@ -1495,6 +1507,17 @@ def shard_workflow(job_id: str) -> str:
     return _worker.work(job_id, shard_job)
 
 
+def gpus() -> list[Gpu]:
+    """Memory of the GPUs that this process has begun to use."""
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return []  # asking would take a few hundred MB of it
+    found = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        found.append(Gpu(f"cuda:{index}", total - free, total, torch.cuda.memory_reserved(index)))
+    return found
+
+
 def run_worker(settings: Settings, db: Database) -> None:
     """The worker process: works until SIGTERM or SIGINT; a second signal leaves at once (nothing is lost either way)."""
     stop = threading.Event()
@@ -1507,21 +1530,8 @@ def run_worker(settings: Settings, db: Database) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
     worker = Worker(settings, db)
+    if settings.metrics_port:  # first: where the port is taken, nothing has begun
+        watch.listening(settings, watch.Watch(settings, db, "worker", worker=worker.slot.name, gpus=gpus), worker.trouble)
     worker.start()
     stop.wait()
     worker.close()
-
-
-def _log_to(path: Path) -> None:
-    """Ours and DBOS's important lines go to the worker's log file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    jobs.quiet()
-    for name, level in (("headscope", logging.INFO), ("dbos", logging.WARNING)):
-        logger = logging.getLogger(name)
-        for old in [h for h in logger.handlers if isinstance(h, logging.FileHandler)]:
-            logger.removeHandler(old)
-            old.close()
-        logger.addHandler(handler)
-        logger.setLevel(level)

@@ -138,7 +138,7 @@ def test_pages_and_api_import_only_what_they_may(folder: str) -> None:
             "figures",
             "preview",
         ),
-        *("forms", "pages", "api", "settings", "resources", "proxied"),
+        *("forms", "pages", "api", "settings", "resources", "proxied", "watch", "oidc"),
     )
 
     def allowed(_: Path, name: str) -> bool:

@@ -14,7 +14,9 @@ from pydantic_settings import BaseSettings
 from typer.main import get_command
 
 from server.cli import app
+from server.db import Database
 from server.settings import Settings
+from server.watch import Watch
 
 ROOT = Path(__file__).resolve().parent.parent
 COMPOSE, DOCKERFILE = ROOT / "docker-compose.yml", ROOT / "Dockerfile"
@@ -184,3 +186,81 @@ def test_an_image_is_built_from_nothing_but_the_source() -> None:
     assert "*" in lines
     packaged = {"server", "sae_core", "templates", "static", "migrations", "pyproject.toml", "README.md", "constraints.txt"}
     assert packaged | {"LICENSE", "NOTICE"} == kept
+
+
+def blocks(name: str, language: str) -> list[str]:
+    """The blocks of a language in a document."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / "docs" / name).read_text(), re.M | re.S)
+
+
+def test_kubernetes_would_take_the_documented_manifests(tmp_path: Path) -> None:
+    (manifests,) = blocks("kubernetes.md", "yaml")
+    path = tmp_path / "m.yaml"
+    path.write_text(manifests)
+    done = tool("kubernetes-validate", "--strict", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = [one["kind"] for one in yaml.safe_load_all(manifests)]
+    assert kinds == ["StatefulSet", "PersistentVolumeClaim", "Service"]
+    path.write_text(manifests.replace("replicas: 2", "replica: 2"))
+    assert tool("kubernetes-validate", "--strict", str(path)).returncode != 0
+
+
+def test_the_documented_slurm_script_is_sound(tmp_path: Path) -> None:
+    (script,) = blocks("slurm.md", "bash")
+    path = tmp_path / "worker.sh"
+    path.write_text(script)
+    assert tool("bash", "-n", str(path)).returncode == 0
+    done = tool("shellcheck", str(path))
+    assert (done.stdout, done.returncode) == ("", 0)
+    options = re.findall(r"^#SBATCH (--[a-z-]+)", script, re.M)
+    assert {"--signal", "--gres", "--time"} <= set(options)
+    path.write_text(script.replace('"$HOME/headscope/bin/headscope"', "$HOME/$1/headscope"))
+    assert tool("shellcheck", str(path)).returncode == 1
+
+
+@pytest.mark.parametrize("path", [*(ROOT / "tests" / "compose").glob("*.sh"), ROOT / ".ci" / "run"], ids=lambda path: path.name)
+def test_scripts_are_sound(path: Path) -> None:
+    done = tool("shellcheck", "--shell", "bash" if path.name == "run" else "sh", str(path))
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+def test_what_documents_tell_prometheus_exists(tmp_path: Path) -> None:
+    settings = Settings(data=tmp_path, cache=tmp_path)
+    db = Database(settings.url)
+    db.upgrade()
+    told = Watch(settings, db, "web").page().decode() + Watch(settings, db, "worker", worker="worker-0").page().decode()
+    db.close()
+    known = set(re.findall(r"^# TYPE (\w+) ", told, re.M))
+    (_, rules) = blocks("deploy.md", "yaml")
+    alerts = yaml.safe_load(rules)["groups"][0]["rules"]
+    named = {re.sub("_bucket$", "", name) for one in alerts for name in re.findall(r"headscope_\w+", one["expr"])}
+    assert len(alerts) >= 5
+    assert named <= known
+    assert all(one["annotations"]["summary"] for one in alerts)
+
+
+def test_ci_looks_for_secrets_and_reports_faults_of_packages() -> None:
+    steps = re.findall(r"^step (\w+) make (\w+)", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert {("secrets", "secrets"), ("audit", "audit")} <= set(steps)
+
+
+def test_a_secret_is_found_and_an_audit_without_a_network_fails_nothing(tmp_path: Path) -> None:
+    made = (ROOT / "Makefile").read_text()
+    words = re.search(r"^NO_SECRETS := (.*)$", made, re.M)
+    assert words
+    key = "AKIA" + "IOSFODNN7EXAMPLE"
+    for text in (f'name = "{key}"\n', "pass" + 'word = "hunter2hunter2"\n', "-----BEGIN RSA PRIVATE" + " KEY-----\n"):
+        (tmp_path / "x.py").write_text(text)
+        assert tool("detect-secrets-hook", "--no-verify", *words[1].split(), str(tmp_path / "x.py")).returncode == 1, text
+    (tmp_path / "x.py").write_text("digest = '7c4a8d09ca3762af61e59520943dc26494f8941b'\n")
+    assert tool("detect-secrets-hook", "--no-verify", *words[1].split(), str(tmp_path / "x.py")).returncode == 0
+    audit = re.search(r"^audit:.*\n((?:\t.*\n)+)", made, re.M)
+    assert audit
+    assert "timeout " in audit[1]
+    (tmp_path / "constraints.txt").write_text("jinja2==3.1.0\n")
+    nowhere = dict.fromkeys(("https_proxy", "http_proxy", "HTTPS_PROXY", "HTTP_PROXY"), "http://127.0.0.1:9")
+    command = audit[1].replace("\t@", "").replace("\\\n", " ").replace("$(BIN)", str(Path(sys.executable).parent))
+    command = command.replace("constraints.txt", str(tmp_path / "constraints.txt"))
+    done = tool("bash", "-c", command, **nowhere)
+    assert done.returncode == 0
+    assert "nothing fails for it" in done.stdout

@@ -2,9 +2,10 @@
 
 from fastapi import APIRouter, Request, Response
 
-from sae_core.errors import LoginNeeded, NotFound, TooOften
+from sae_core.errors import HeadscopeError, LoginNeeded, NotFound, TooOften
 from server import access
 from server.access import needs
+from server.oidc import BACK, COOKIE, LASTS, Oidc
 from server.pages.reply import reply
 from server.pages.writing import Form, local, see
 
@@ -42,6 +43,38 @@ def log_in(request: Request, form: Form) -> Response:
     return answer
 
 
+@router.get("/login/oidc", include_in_schema=False)
+@needs("nobody")
+def leave_to_log_in(request: Request, back: str = "/") -> Response:
+    """On to the login service."""
+    access.limits(request).address.take(access.address(request), "trying")
+    begun = _service(request).begin(local(back))
+    answer = see(begun.address)
+    access.set_cookie(request, answer, COOKIE, begun.cookie, LASTS)
+    return answer
+
+
+@router.get(BACK, include_in_schema=False)
+@needs("nobody")
+def come_back(request: Request) -> Response:
+    """Back from there: log in as whoever it says."""
+    try:
+        back = access.log_in_elsewhere(request, _service(request), answer := see("/"))
+    except HeadscopeError as error:
+        answer = _form(request, "/", str(error), error.status)
+    else:
+        answer.headers["Location"] = back
+    answer.delete_cookie(COOKIE)
+    return answer
+
+
+def _service(request: Request) -> Oidc:
+    found: Oidc | None = request.app.state.oidc
+    if found is None:
+        raise NotFound("No login service is set up here (HEADSCOPE_OIDC_ISSUER).")
+    return found
+
+
 @router.post("/logout", include_in_schema=False)
 @needs("nobody")
 def log_out(request: Request) -> Response:
@@ -57,4 +90,6 @@ def _check_accounts(request: Request) -> None:
 
 
 def _form(request: Request, back: str, trouble: str, status: int = 200, name: str = "") -> Response:
-    return reply(request, None, "login.html", status=status, back=back, trouble=trouble, name=name)
+    return reply(
+        request, None, "login.html", status=status, back=back, trouble=trouble, name=name, elsewhere=request.app.state.oidc
+    )

@@ -210,7 +210,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = ("num", "signed", "fixed", "percent", "count", "duration", "moment", "clock")
+    names = ("size", "num", "signed", "fixed", "percent", "count", "duration", "moment", "clock")
     jinja.filters.update({name: getattr(rendering, name) for name in names})
     jinja.filters.update(token_text=token_text, token_chip=token_chip, written=written)
     jinja.globals.update(link=link, sae_path=sae_path, feature_path=feature_path, head_path=head_path, heads_path=heads_path)

@@ -149,6 +149,24 @@ def of_subject(session: Session, subject: str) -> AccountRecord | None:
     return None if row is None else _account(row)
 
 
+def link(session: Session, name: str, subject: str) -> AccountRecord | None:
+    """The account of that name, from now on known to another service as `subject`; None without one, or where it is somebody
+    else's there."""
+    row = session.scalar(sa.select(Account).where(Account.folded == _folded(name), Account.subject.is_(None)).with_for_update())
+    if row is None:
+        return None
+    row.subject = subject
+    record(session, "known to the login service", row.name)
+    return _account(row)
+
+
+def add_elsewhere(session: Session, name: str, role: str, subject: str) -> AccountRecord:
+    """Make an account for somebody that another service knows; where the name is taken, a number tells the two apart."""
+    taken = set(session.scalars(sa.select(Account.folded)))
+    free = next(one for one in (name, *(f"{name} {n}" for n in range(2, len(taken) + 3))) if _folded(one) not in taken)
+    return add(session, free, role, None, subject=subject)
+
+
 def has_admin(session: Session) -> bool:
     """Whether anybody may let others in."""
     there = sa.exists().where(Account.role == "admin", Account.disabled_at.is_(None))

@@ -23,7 +23,7 @@ from tests.web.factory import PROSE, Shape, add_sae
 WORD = "zebrafish"
 """Stands in everything that belongs to a private SAE or list, and nowhere else."""
 NAMES = {seen: f"{seen}-sae" for seen in VISIBILITIES}
-PASSWORD = "correct horse battery"
+PASSWORD = "correct horse battery"  # pragma: allowlist secret
 ROLES = {"Ada": "admin", "Ola": "editor", "Ines": "editor", "Rita": "reader"}
 """Ola owns what is private."""
 

@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 import uvicorn
 from fastapi.testclient import TestClient
+from starlette.types import ASGIApp
 
 from sae_core.config import SAEConfig, Site
 from server import jobs
@@ -93,9 +94,16 @@ def queued(settings: Settings) -> Settings:
 
 def listened(settings: Settings) -> Iterator[str]:
     """The web process, really listening; gives its address."""
+    with served(create_app(settings)) as address:
+        yield address
+
+
+@contextmanager
+def served(app: ASGIApp) -> Iterator[str]:
+    """The address of an app that really listens."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    config = uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -2,8 +2,10 @@
 
 import re
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 from pydantic import SecretStr
 
@@ -15,6 +17,7 @@ from server.passwords import hashed, is_right
 from server.settings import Settings
 from server.store import accounts
 from server.store.accounts import audit_page
+from server.tables import ApiKey, Login
 from tests.web.accounts import NAMES, PASSWORD, Lab, lab_app, settle, visitors
 from tests.web.conftest import at, database_of
 
@@ -88,7 +91,9 @@ def test_a_short_password_is_none() -> None:
 
 def test_a_wrong_password_says_no_more_than_a_wrong_name(lab: Lab) -> None:
     with TestClient(lab_app(lab.settings), base_url=URL, follow_redirects=False) as client:
-        told = [client.post("/login", data={"name": name, "password": "a wrong one"}) for name in ("Ola", "Nobody")]
+        told = [
+            client.post("/login", data={"name": name, "password": "a wrong one"}) for name in ("Ola", "Nobody")
+        ]  # pragma: allowlist secret
         assert [one.status_code for one in told] == [401, 401]
         assert len({one.text.replace("Nobody", "Ola") for one in told}) == 1
         again = [client.post("/login", data={"name": "Ola", "password": "a wrong one"}).status_code for _ in range(11)]
@@ -185,3 +190,37 @@ def test_a_limit_slides_and_forgets_the_oldest() -> None:
     for asker in range(MOST):
         limit.take(str(asker), "trying")
     assert len(limit._asked) == MOST
+
+
+def test_keys_and_logins_run_out(lab: Lab) -> None:
+    with database_of(lab.settings) as db, db.write() as session:
+        key, made = new_key(session, accounts.account_id(session, "Rita"), "short", "read", "1")
+    with visitors(lab_app(lab.settings)) as people:
+        assert people["anonymous"].get("/api/v1/saes", headers={"x-api-key": key}).status_code == 200
+        assert people["Rita"].get("/keys").status_code == 200
+        past = datetime.now(UTC) - timedelta(seconds=1)
+        with database_of(lab.settings) as db, db.write() as session:
+            session.execute(sa.update(ApiKey).where(ApiKey.id == made.id).values(expires_at=past))
+            session.execute(
+                sa.update(Login).where(Login.account_id == accounts.account_id(session, "Rita")).values(expires_at=past)
+            )
+            assert key not in str(session.execute(sa.select(ApiKey.__table__)).all())
+        answer = people["anonymous"].get("/api/v1/saes", headers={"x-api-key": key})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (401, "login_needed")
+        assert people["Rita"].get("/keys").headers["location"].startswith("/login")
+
+
+def test_each_person_asks_live_questions_only_so_often(lab: Lab) -> None:
+    question = {"sae": NAMES["public"], "text": "the tide"}
+    with visitors(lab_app(lab.settings.model_copy(update={"live_per_minute": 2}))) as people:
+        asked = [people["Rita"].post("/api/v1/live/firings", json=question) for _ in range(3)]
+        assert [one.status_code for one in asked] == [503, 503, 429]  # no engine runs here
+        assert 0 < int(asked[2].headers["retry-after"]) <= 60
+        assert people["Ines"].post("/api/v1/live/firings", json=question).status_code == 503
+        assert people["anonymous"].post("/api/v1/live/firings", json=question).status_code == 401
+
+
+def test_many_logins_from_one_address_are_too_many(lab: Lab) -> None:
+    with TestClient(lab_app(lab.settings), base_url=URL, follow_redirects=False) as client:
+        told = [client.post("/login", data={"name": f"n{n}", "password": "a wrong one"}) for n in range(21)]
+        assert [one.status_code for one in told] == [401] * 20 + [429]

@@ -107,7 +107,7 @@ def test_a_database_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
 
 def test_a_database_that_is_away_is_a_page_and_not_a_crash(tmp_path: Path) -> None:
     settings = Settings(data=tmp_path / "gone" / "deeper", cache=tmp_path)
-    for address in ("/", f"{SAE}/features/1", "/jobs", "/healthz"):
+    for address in ("/", f"{SAE}/features/1", "/jobs", "/readyz"):
         answer = web(settings).get(address)
         assert answer.status_code == 503
         assert "does not answer" in answer.text

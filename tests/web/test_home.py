@@ -97,7 +97,8 @@ def test_the_json_is_the_same_dataclass(client: TestClient, filled: Settings) ->
 
 
 def test_health_names_the_database(client: TestClient) -> None:
-    assert client.get("/healthz").json() == {"status": "ok", "version": "0.1.0", "database": "sqlite"}
+    assert client.get("/healthz").json() == {"status": "ok", "version": "0.1.0"}
+    assert client.get("/readyz").json() == {"status": "ready", "version": "0.1.0", "database": "sqlite"}
 
 
 def test_the_openapi_description_names_every_twin(client: TestClient) -> None:

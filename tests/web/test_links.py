@@ -32,7 +32,8 @@ LAB = "https://lab.example"
 EACH = 3
 """Addresses of one kind that are looked at."""
 NO_PAGES = {
-    "/healthz": "for machines",
+    **dict.fromkeys(("/healthz", "/readyz", "/metrics"), "for machines"),
+    **dict.fromkeys(("/login/oidc", "/login/oidc/back"), "only where a login service is set up"),
     "/embed/saes/{sae}/features/{index:int}": "for a frame; the feature's page says its address in a text to copy",
     "/saes/{sae}/features/{index:int}/next": "leads on to a feature, from one that was opened in a filtered table",
     "/saes/{sae}/features/{index:int}/previous": "the same",
