@@ -152,6 +152,17 @@ def requeue(session: Session, job_id: str, *, even_done: bool = False) -> None:
     _say(session, job_id, "Queued again.")
 
 
+def give_back(session: Session, job_id: str, why: str) -> None:
+    """Queue a job that is open from its beginning: no worker that had it may write any more."""
+    job = _locked(session, job_id)
+    if job.status not in OPEN:
+        return
+    if job.status == RUNNING:
+        job.attempt += 1
+        job.status, job.phase, job.done, job.total, job.rate = QUEUED, None, 0, 0, 0.0
+        _say(session, job_id, f"Queued again: {why}")
+
+
 def _check_may_change(session: Session, job: Job) -> None:
     if job.owner_id is not None or not viewer_of(session).may("editor"):
         check_own(session, job, "cancel this job or run it again")

@@ -103,6 +103,20 @@ def write(db: Database, harvest_id: int, fence: Fence) -> None:
         write_chunks(db, harvest_id, TOKENS_WRITTEN, cut(rows, lambda _: 1, ROWS_AT_ONCE), _insert_tokens, fence)
 
 
+def index_texts(session: Session, harvest_id: int) -> None:
+    """Put the texts of a harvest into an index that has none of them, all in this transaction."""
+    last = 0
+    while part := _contexts_after(session, harvest_id, last):
+        _insert_texts(session, harvest_id, [(row.id, words("".join(row.texts))) for row in part])
+        last = part[-1].id
+
+
+def index_text(session: Session, harvest_id: int, context_id: int, texts: Sequence[str]) -> None:
+    """Put the text of one context into the index, if its harvest's texts are in it."""
+    if session.get(HarvestPart, (harvest_id, TEXTS_WRITTEN)) is not None:
+        _insert_texts(session, harvest_id, [(context_id, words("".join(texts)))])
+
+
 def _is_searched(session: Session, harvest_id: int) -> bool:
     return session.get(HarvestPart, (harvest_id, TOKENS_WRITTEN)) is not None
 
