@@ -107,16 +107,16 @@ def document_hash(text: str) -> str:
 
 def rows_of(source: CorpusSource, folder: Path) -> list[Path]:
     """The folders inside `folder` with rows of what `source` reads, however they are cut, and those that cannot be read."""
-    found = []
-    for place in sorted(path for path in folder.glob("*") if path.is_dir()):
-        try:
-            about = json.loads((place / "rows.json").read_text())["source"]
-        except (OSError, ValueError, KeyError, TypeError):
-            found.append(place)
-            continue
-        if about["location"] == source.location:
-            found.append(place)
-    return found
+    places = sorted(path for path in folder.glob("*") if path.is_dir())
+    return [place for place in places if rows_source(place) in (None, source.location)]
+
+
+def rows_source(folder: Path) -> str | None:
+    """What the rows in `folder` were cut from; None where they are damaged or half written."""
+    try:
+        return str(json.loads((folder / "rows.json").read_text())["source"]["location"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def prepare_rows(

@@ -57,6 +57,7 @@ from server.db import Database, sqlite_path
 from server.fields import split_texts
 from server.jobs import Jobs, slug
 from server.keeping import backup, migrate, removal, room, stored
+from server.keeping import gc as garbage
 from server.options import built, given, options, takes
 from server.passwords import hashed
 from server.settings import Settings, read_secret
@@ -1292,6 +1293,29 @@ def migrate_(
     rows = sum(n for n, _ in moved.tables.values())
     how = "unset HEADSCOPE_DATABASE_URL" if to == "sqlite" else "set HEADSCOPE_DATABASE_URL to that address"
     _say(f"{rows:,} rows of {len(moved.tables)} tables are the same in {target.url!r}. To use it, {how} and start everything.")
+
+
+@app.command("gc", epilog="Examples: [bold]headscope gc[/bold]; [bold]headscope gc --days 7 --caches --yes[/bold]")
+def gc_(
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this only what would go is said.")] = False,
+    days: Annotated[
+        float, typer.Option("--days", min=0, help="Keep so long what failed and cancelled jobs left, and logs.")
+    ] = 30,
+    caches: Annotated[
+        bool, typer.Option("--caches", help="Also activation caches that no open job reads, and models not registered any more.")
+    ] = False,
+    data: Data = None,
+) -> None:
+    """Give back the disk of what nothing refers to: jobs' files, rows, SAEs, caches, what was half written, old logs."""
+    with _opened(_settings(data=data)) as (settings, db):
+        found = garbage.find(settings, db, days=days, caches=caches)
+        if yes:
+            found = garbage.collect(settings, db, found)
+    lines = [(one.what, room.gigabytes(one.bytes) if one.path else "in the database", one.why) for one in found]
+    _table(("what", "size", "why"), lines, "Nothing is left over.")
+    if found:
+        total = room.gigabytes(sum(one.bytes for one in found))
+        _say(f"{total} are given back." if yes else f"{total} would be given back; add --yes.")
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers

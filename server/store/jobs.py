@@ -211,6 +211,12 @@ def _in_status(statuses: Sequence[str]) -> sa.Select[Job]:
     return sa.select(Job).where(Job.status.in_(statuses)).order_by(*_AGE)
 
 
+def ended_for_now(session: Session, job_id: str) -> bool:
+    """Whether the job has ended, and will not be run again before this transaction does: its row is locked."""
+    job = session.get(Job, job_id, with_for_update=True, populate_existing=True)
+    return job is not None and job.status in ENDED
+
+
 def children(session: Session, job_id: str) -> list[JobRecord]:
     """The jobs that follow from this one, in the order they run."""
     return [_record(job) for job in session.scalars(sa.select(Job).where(Job.parent_id == job_id).order_by(*_AGE))]

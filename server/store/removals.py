@@ -92,7 +92,7 @@ def forget(db: Database, corpora: Sequence[registry.CorpusRecord], digests: Sequ
 
 def look(db: Database, corpora: Sequence[registry.CorpusRecord], matcher: Matcher, *, take_out: bool) -> Held:
     """Find the documents' text in what is stored, and take it out if asked to. Counts stay as they were measured."""
-    held = Held()
+    held, harvests = Held(), set[int]()
     for changed in _contexts(db, [corpus.id for corpus in corpora], matcher):
         ids = [row.id for row, _ in changed]
         with db.write() if take_out else db.read() as session:
@@ -101,6 +101,8 @@ def look(db: Database, corpora: Sequence[registry.CorpusRecord], matcher: Matche
             held.examples += session.scalar(examples) or 0
             if take_out:
                 _rewrite(session, changed)
+                harvests.update(row.harvest_id for row, _ in changed)
+    _tokens_anew(db, harvests)
     with db.write() if take_out else db.read() as session:
         held.studies = _each(session, Study, ("result", "title"), matcher.json, take_out)
         held.written = sum(_each(session, table, names, matcher.json, take_out) for table, names in WRITTEN)
@@ -135,6 +137,19 @@ def _rewrite(session: Session, changed: Sequence[tuple[Any, list[str]]]) -> None
             tokens = pack(ids, I4)
         session.execute(sa.update(Context).where(Context.id == row.id).values(texts=texts, tokens=tokens))
         search.index_text(session, row.harvest_id, row.id, texts)
+
+
+def _tokens_anew(db: Database, harvests: set[int]) -> None:
+    """Find anew on which tokens the features fire: some did in what is gone."""
+    with db.read() as session:
+        searched = [one for one in sorted(harvests) if search.is_searched(session, one)]
+    for harvest_id in searched:
+        with db.write() as session:
+            search.forget_tokens(session, harvest_id)
+        search.write(db, harvest_id, search.unfenced)
+    if searched:
+        with db.write() as session:
+            search.drop_unused_tokens(session)
 
 
 def _each(session: Session, table: Any, names: Sequence[str], redacted: Callable[[Any], Any], take_out: bool) -> int:

@@ -27,6 +27,7 @@ from server.db import Database
 from server.store.features import FeatureRow, Snippet, feature_rows
 from server.store.harvests import Fence, cut, write_chunks
 from server.store.labels import LabelLine, LabelQuery, labels_containing, labels_page
+from server.store.redact import REMOVED
 from server.store.saes import Door, SaeRef, sae_ref
 from server.store.walk import Place
 from server.tables import SAE, Context, Corpus, Example, Feature, FeatureDetail, FeatureToken, Harvest, HarvestPart, Model, Token
@@ -97,7 +98,7 @@ def write(db: Database, harvest_id: int, fence: Fence) -> None:
     """Store what is searched of a harvest whose parts are written. Broken off, it is to be called again."""
     write_chunks(db, harvest_id, TEXTS_WRITTEN, cut(_texts(db, harvest_id), lambda _: 1, CONTEXTS_AT_ONCE), _insert_texts, fence)
     with db.read() as session:
-        done = _is_searched(session, harvest_id)
+        done = is_searched(session, harvest_id)
     if not done:
         rows = _with_token_ids(db, _token_rows(db, harvest_id), fence)
         write_chunks(db, harvest_id, TOKENS_WRITTEN, cut(rows, lambda _: 1, ROWS_AT_ONCE), _insert_tokens, fence)
@@ -111,13 +112,26 @@ def index_texts(session: Session, harvest_id: int) -> None:
         last = part[-1].id
 
 
+def forget_tokens(session: Session, harvest_id: int) -> None:
+    """Forget what tokens a harvest's features have to do with; `write` finds it anew, from the examples as they are now."""
+    session.execute(sa.delete(FeatureToken).where(FeatureToken.harvest_id == harvest_id))
+    mark = sa.or_(HarvestPart.part == TOKENS_WRITTEN, HarvestPart.part.startswith(f"{TOKENS_WRITTEN}/"))
+    session.execute(sa.delete(HarvestPart).where(HarvestPart.harvest_id == harvest_id, mark))
+
+
+def drop_unused_tokens(session: Session) -> None:
+    """Forget the texts of tokens that no feature has to do with."""
+    session.execute(sa.delete(Token).where(Token.id.not_in(sa.select(FeatureToken.token_id))))
+
+
 def index_text(session: Session, harvest_id: int, context_id: int, texts: Sequence[str]) -> None:
     """Put the text of one context into the index, if its harvest's texts are in it."""
     if session.get(HarvestPart, (harvest_id, TEXTS_WRITTEN)) is not None:
         _insert_texts(session, harvest_id, [(context_id, words("".join(texts)))])
 
 
-def _is_searched(session: Session, harvest_id: int) -> bool:
+def is_searched(session: Session, harvest_id: int) -> bool:
+    """Whether all that is searched of the harvest is written."""
     return session.get(HarvestPart, (harvest_id, TOKENS_WRITTEN)) is not None
 
 
@@ -237,6 +251,8 @@ def _destinations(db: Database, harvest_id: int, of_id: dict[int, int], numbers:
         texts = {row.id: row.texts for row in contexts}
         for feature_id, context_id, dest, act in examples:
             text = texts[context_id][dest]
+            if text == REMOVED:
+                continue
             found.append((of_id[feature_id], numbers.setdefault(text, len(numbers)), act))
         last = contexts[-1].id
 
@@ -378,7 +394,7 @@ def _trouble(session: Session, door: Door, q: str, kind: Kind) -> str | None:
         return "Type what to look for."
     if kind == "text" and not words(q):
         return f"'{q.strip()}' has no letter or digit in it, and texts are searched by words; look for it as a token."
-    if kind != "label" and not _is_searched(session, door.sae.harvest.id):
+    if kind != "label" and not is_searched(session, door.sae.harvest.id):
         return "This harvest was made before there was a search; `headscope db search` makes it searchable."
     return None
 

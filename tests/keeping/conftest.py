@@ -1,6 +1,7 @@
 """Data folders that hold a harvest whose SAE has files, on SQLite and on PostgreSQL."""
 
 import hashlib
+import json
 import uuid
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.web.factory import Shape, fill
 
 PATHS = (
     "/", "/jobs", "/saes/smollm2-l17", "/saes/smollm2-l17/features/0", "/saes/smollm2-l17/features/3.json",
-    "/saes/smollm2-l17/heads/2", "/search?q=tide", "/saes/smollm2-l17/search?by=text&q=tide",
+    "/saes/smollm2-l17/heads/2", "/saes/smollm2-l17/search?q=canberra",
 )  # fmt: skip
 SMALL = Shape(n_features=40, n_dead=3)
 
@@ -61,7 +62,8 @@ def pages(settings: Settings) -> dict[str, str]:
         for path in PATHS:
             answer = client.get(path)
             assert answer.status_code == 200, (path, answer.text[:300])
-            found[path] = answer.text
+            # An object's keys have no order, and PostgreSQL keeps none.
+            found[path] = json.dumps(answer.json(), sort_keys=True) if path.endswith(".json") else answer.text
         return found
 
 
