@@ -492,9 +492,10 @@ def _search_text(session: Session, door: Door, q: str) -> Found:
         .limit(TEXT_EXAMPLES)
     ).all()
 
-    def nearness(row: Any) -> tuple[bool, float]:
+    def nearness(row: Any) -> tuple[bool, float, int, int, int]:
         low, high = spans[row.context_id]
-        return not low <= row.dest < high, -row.act / (row.max_act or 1)
+        # To the end, so that ties stand in the same order in every database.
+        return not low <= row.dest < high, -row.act / (row.max_act or 1), row.idx, row.band, row.rank
 
     best: dict[int, Any] = {}
     for row in sorted(found, key=nearness):

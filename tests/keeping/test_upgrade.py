@@ -54,7 +54,11 @@ def config(url: sa.URL) -> Config:
 def tables(connection: sa.Connection) -> list[sa.Table]:
     metadata = sa.MetaData()
     metadata.reflect(connection)
-    return [table for table in metadata.sorted_tables if not table.name.startswith(("context_text", "alembic"))]
+    # SAEs and harvests refer to each other.
+    in_order = sa.schema.sort_tables(
+        metadata.tables.values(), skip_fn=lambda key: (key.parent.table.name, key.parent.name) == ("sae", "harvest_id")
+    )
+    return [table for table in in_order if not table.name.startswith(("context_text", "alembic"))]
 
 
 def values(table: sa.Table, number: int, version: str) -> dict[str, Any]:
