@@ -426,7 +426,8 @@ def _check_fits(settings: Settings, manifest: Manifest) -> None:
         raise DatabaseTooNew(
             f"This backup was taken by a newer Headscope ({manifest.version}, schema {manifest.revision}); install that version."
         )
-    there = [name for name in (*FILES.values(), "saes", "rows") if _is_filled(settings.data / name)]
+    places = [*sqlite_files(settings), settings.data / "saes", settings.data / "rows"]
+    there = [path.name for path in places if _is_filled(path)]
     if there:
         raise UsageError(
             f"{settings.data} holds {', '.join(there)} already, and nothing is overwritten; restore into an empty data folder "
@@ -443,6 +444,12 @@ def _check_fits(settings: Settings, manifest: Manifest) -> None:
                 f"The database at {settings.url!r} is not empty (it has {named}), and nothing is overwritten; make a new one.",
                 field="database_url",
             )
+
+
+def sqlite_files(settings: Settings) -> list[Path]:
+    """Where SQLite's two files are or would be, and their journals: an old journal beside a new file would be read into it."""
+    found = [path for url in (settings.url, settings.jobs_url) if (path := sqlite_path(sa.make_url(url)))]
+    return [path.with_name(path.name + end) for path in found for end in ("", "-wal", "-journal")]
 
 
 def _is_filled(path: Path) -> bool:
@@ -483,9 +490,11 @@ def _put(settings: Settings, manifest: Manifest, aside: Path) -> None:
                 for name, schema in SCHEMAS.items():
                     _check_counts(stored.counts(ask, schema=schema), manifest.counts[name])
         else:
-            for name in (FILES[stored.QUEUE], FILES[stored.OURS]):
-                (aside / name).rename(settings.data / name)
-                moved.append(settings.data / name)
+            for name, url in ((stored.QUEUE, settings.jobs_url), (stored.OURS, settings.url)):
+                path = sqlite_path(sa.make_url(url))
+                assert path is not None
+                (aside / FILES[name]).rename(path)
+                moved.append(path)
         sync(settings.data)
     except BaseException:
         for path in moved:

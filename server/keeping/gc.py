@@ -23,7 +23,7 @@ from server.store import jobs as store
 from server.store import registry, stored_harvests
 
 DAY = 86_400.0
-HALF_WRITTEN = (".aside-*", ".restore-*", "rows/*.part-*", "rows/files.json.*", "saes/.*", "activations/.*", "jobs/*/*.part-*")
+HALF_WRITTEN = (".aside-*", ".restore-*", "rows/*.part-*", "rows/files.json.*", "jobs/*/*.part-*")
 """What is written aside until it is whole."""
 WRITTEN_WITHIN = 3600.0
 """Seconds after which nobody writes to something half written any more."""

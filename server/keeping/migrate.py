@@ -19,6 +19,7 @@ from sae_core.errors import JobError, MachineError, UsageError
 from server import jobs
 from server.db import Database, sqlite_path
 from server.keeping import stored
+from server.keeping.backup import sqlite_files
 from server.keeping.room import need_free, sync
 from server.settings import Settings
 from server.store import jobs as store
@@ -78,7 +79,7 @@ def _check_source(source: Database) -> None:
 def _into_files(settings: Settings, target: Settings, source: Database, say: Told) -> Moved:
     """Into SQLite, aside."""
     names = [path for path in (sqlite_path(target.url), sqlite_path(sa.make_url(target.jobs_url))) if path]
-    there = [path for path in names if path.exists()]
+    there = [path for path in sqlite_files(target) if path.exists()]
     if there:
         raise UsageError(f"{there[0]} is there already, and nothing is overwritten; move it away first.", field="to")
     with source.engine.connect() as connection:
