@@ -100,6 +100,25 @@ def documents(source: CorpusSource) -> Iterator[Document]:
         yield Document(text, index)
 
 
+def document_hash(text: str) -> str:
+    """What a document is known by once its text is gone: its SHA-256, in hexadecimal digits."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def rows_of(source: CorpusSource, folder: Path) -> list[Path]:
+    """The folders inside `folder` with rows of what `source` reads, however they are cut, and those that cannot be read."""
+    places = sorted(path for path in folder.glob("*") if path.is_dir())
+    return [place for place in places if rows_source(place) in (None, source.location)]
+
+
+def rows_source(folder: Path) -> str | None:
+    """What the rows in `folder` were cut from; None where they are damaged or half written."""
+    try:
+        return str(json.loads((folder / "rows.json").read_text())["source"]["location"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def prepare_rows(
     source: CorpusSource,
     cfg: RowsConfig,
@@ -108,11 +127,13 @@ def prepare_rows(
     row_start: int,
     tokenizer_fingerprint: str,
     folder: Path,
+    without: frozenset[str] = frozenset(),
 ) -> Generator[Progress, None, Rows]:
     """Cut a corpus into rows, in a folder of their own inside `folder`; returns the rows that are there already.
 
-    The name of that folder is made of the text's content, the tokenizer and `cfg`. A corpus with less text than `cfg` asks
-    for gives what it has, training and held-out in the same proportion. Raises `EmptyCorpus` when that is less than one row,
+    Documents whose hash is in `without` (`document_hash`) are left out, whatever the source still has.
+    The name of that folder is made of the text's content, the tokenizer, `cfg` and `without`. A corpus with less text than `cfg`
+    asks for gives what it has, training and held-out in the same proportion. Raises `EmptyCorpus` when that is less than one row,
     or less than 1 % of the tokens asked for, and what `documents` raises; nothing half written is left behind.
     """
     with _disk_full(folder):
@@ -125,12 +146,13 @@ def prepare_rows(
             "tokenizer": tokenizer_fingerprint,
             "row_start": row_start,
             "config": cfg.model_dump(mode="json"),
+            **({"without": sorted(without)} if without else {}),
         }
         target = folder / hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
         if not target.exists():
             aside = Path(tempfile.mkdtemp(dir=folder, prefix=f"{target.name}.part-"))
             try:
-                yield from _build(source, cfg, encode, row_start, aside)
+                yield from _build(source, cfg, encode, row_start, aside, without)
                 _finish(aside, cfg, row_start, {"source": source.model_dump(mode="json"), "identity": identity})
                 _publish(aside, target)
             finally:
@@ -396,18 +418,20 @@ class Cutter:
 # ---------------------------------------------------------------------------------------------------------------- rows
 
 
-def _build(source: CorpusSource, cfg: RowsConfig, encode: Encode, row_start: int, aside: Path) -> Generator[Progress, None, None]:
+def _build(
+    source: CorpusSource, cfg: RowsConfig, encode: Encode, row_start: int, aside: Path, without: frozenset[str]
+) -> Generator[Progress, None, None]:
     """Write `train.raw` and `heldout.raw` into `aside`, in the order in which documents were chosen."""
     n, m = max(cfg.tokens // cfg.context, 1), -(-cfg.heldout_tokens // cfg.context)
     with (aside / "train.raw").open("wb") as first, (aside / "heldout.raw").open("wb") as second:
         train, heldout = Cutter(first, n, cfg.context, row_start), Cutter(second, m, cfg.context, row_start)
         fill = _from_stream if _on_hub(source) else _from_files
-        yield from fill(source, cfg, encode, train, heldout)
+        yield from fill(source, cfg, encode, train, heldout, without)
     _check_enough(source, cfg, train, heldout)
 
 
 def _from_files(
-    source: CorpusSource, cfg: RowsConfig, encode: Encode, train: Cutter, heldout: Cutter
+    source: CorpusSource, cfg: RowsConfig, encode: Encode, train: Cutter, heldout: Cutter, without: frozenset[str]
 ) -> Generator[Progress, None, None]:
     files = _files(source)
     watch = _Watch(sum(path.stat().st_size for path in files), "bytes")
@@ -421,7 +445,7 @@ def _from_files(
             if kept.takes(key):
                 kept.add(key, tokens)
 
-    for texts, done in _batches(_file_texts(source, files)):
+    for texts, done in _batches(_left(_file_texts(source, files), without)):
         keyed = {_key(text, cfg.seed): text for text in texts}  # a repeated document is taken once
         keyed = {k: v for k, v in keyed.items() if k not in apart and k not in kept and (apart.takes(k) or kept.takes(k))}
         for key, ids in zip(keyed, encode(list(keyed.values())), strict=True):
@@ -437,12 +461,12 @@ def _from_files(
 
 
 def _from_stream(
-    source: CorpusSource, cfg: RowsConfig, encode: Encode, train: Cutter, heldout: Cutter
+    source: CorpusSource, cfg: RowsConfig, encode: Encode, train: Cutter, heldout: Cutter, without: frozenset[str]
 ) -> Generator[Progress, None, None]:
     """The first documents of the shuffled stream are held out, the next are for training; a repeated one is left out."""
     watch = _Watch((train.n + heldout.n) * cfg.context, "tokens")
     seen: set[int] = set()
-    for texts, _ in _batches((text, 0) for text in _hub_texts(source, cfg.seed)):
+    for texts, _ in _batches(_left(((text, 0) for text in _hub_texts(source, cfg.seed)), without)):
         fresh = {key: text for text in texts if (key := _key(text, cfg.seed)) not in seen}
         seen.update(fresh)
         for ids in encode(list(fresh.values())):
@@ -450,6 +474,11 @@ def _from_stream(
         yield watch.at((train.written + heldout.written) * cfg.context)
         if train.full:
             return
+
+
+def _left(texts: Iterable[tuple[str, int]], without: frozenset[str]) -> Iterator[tuple[str, int]]:
+    """The texts but for those that were removed."""
+    yield from ((text, done) for text, done in texts if not without or document_hash(text) not in without)
 
 
 def _batches(texts: Iterable[tuple[str, int]]) -> Iterator[tuple[list[str], int]]:

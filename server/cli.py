@@ -57,6 +57,8 @@ from server import estimates, jobs, terminal, tracking, up
 from server.db import Database, sqlite_path
 from server.fields import split_texts
 from server.jobs import Jobs, slug
+from server.keeping import backup, migrate, removal, room, stored
+from server.keeping import gc as garbage
 from server.options import built, given, options, takes
 from server.passwords import hashed
 from server.settings import Settings, read_secret
@@ -797,7 +799,7 @@ def export_dashboards(
             wrote = written.delphi(features, door.sae, folder, exports.token_rows(db, door), source.location)
         else:
             wrote = {"saedashboard": written.saedashboard, "neuronpedia": written.neuronpedia}[form](features, door.sae, folder)
-    _say(f"{wrote.features:,} features with {wrote.examples:,} examples are in {folder} ({doctors.gigabytes(wrote.size)}).")
+    _say(f"{wrote.features:,} features with {wrote.examples:,} examples are in {folder} ({room.gigabytes(wrote.size)}).")
 
 
 @export_app.command("html", epilog="Example: [bold]headscope export html 3 ./for-the-appendix[/bold]")
@@ -1185,6 +1187,40 @@ def corpus_list(data: Data = None) -> None:
     _table(("name", "location", "field"), rows, "No corpus is registered; `headscope corpus add` registers one.")
 
 
+@corpus_app.command(
+    "remove-document",
+    epilog="Examples: [bold]headscope corpus remove-document pile --file letter.txt[/bold]; "
+    "[bold]headscope corpus remove-document pile --id 1204 --yes[/bold]",
+)
+def corpus_remove_document(
+    name: Annotated[str, typer.Argument(help="The corpus, as `headscope corpus list` says it.")],
+    text: Annotated[str | None, typer.Option("--text", help="Its text, or a part that tells it from others.")] = None,
+    file: Annotated[Path | None, typer.Option("--file", help="A file with that.")] = None,
+    digest: Annotated[str | None, typer.Option("--hash", help="SHA-256 of its text, or at least its first 8 digits.")] = None,
+    index: Annotated[int | None, typer.Option("--id", min=0, help="Its place in the corpus, from 0.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this only what would go is said.")] = False,
+    data: Data = None,
+) -> None:
+    """Remove a document's text from harvests, search, rows and activations, and leave it out of all that is made later."""
+    if sum(given_ is not None for given_ in (text, file, digest, index)) != 1:
+        raise UsageError("Name the document by one of --text, --file, --hash and --id.", field="text")
+    with _opened(_settings(data=data)) as (settings, db):
+        with db.read() as session:
+            source = registry.corpus(session, name).source
+        asked = file.read_text() if file is not None else text
+        found = removal.find(settings, db, name, removal.search(source, text=asked, digest=digest, index=index))
+        for digest_, said in zip(found.hashes, found.texts, strict=True):
+            _say(f"{digest_[:16]}  {len(said):,} characters: {' '.join(said.split())[:60]}")
+        held = removal.remove(settings, db, found) if yes else found.held
+    what = (
+        f"{held.contexts:,} rows of text with {held.examples:,} examples, {held.studies} studies, {held.written} labels, notes "
+        f"and the like, {len(found.folders)} folders ({room.gigabytes(found.bytes)}) of rows, activations and jobs' files"
+    )
+    if not yes:
+        raise UsageError(f"This would take it out of {what}; add --yes.", field="yes")
+    _say(f"It is taken out of {what}. Backups, exports and the corpus's own files are yours to see to.")
+
+
 @app.command(
     epilog="Examples: [bold]headscope doctor --tokens 10000000 --expansion 16[/bold]; "
     "[bold]headscope doctor --model gpt2 --features 24576 --tokens 10000000 --measure[/bold]"
@@ -1211,6 +1247,95 @@ def doctor(
         console.print_json(json.dumps(found))
         return
     _table(None, doctors.lines(found), "")
+
+
+# --------------------------------------------------------------------------------------------------------------- keeping
+
+
+@app.command(
+    "backup",
+    epilog="Examples: [bold]headscope backup /mnt/backups/headscope --keep 14[/bold]; [bold]headscope backup before.tar[/bold]",
+)
+def backup_(
+    target: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder for many snapshots, or a new .tar file for one.")],
+    keep: Annotated[
+        int | None, typer.Option("--keep", min=1, help="Leave so many snapshots in the folder.", show_default="all")
+    ] = None,
+    data: Data = None,
+) -> None:
+    """Take a snapshot of both databases and the files they refer to; web and workers may go on meanwhile."""
+    with _opened(_settings(data=data)) as (settings, _):
+        where, made = backup.backup(settings, target, keep=keep)
+    for note in made.notes:
+        _say(note)
+    size = sum(int(about[1]) for about in (*made.databases.values(), *made.files.values()))
+    rows = sum(made.counts[stored.OURS].values())
+    _say(f"{where} holds {rows:,} rows and {len(made.files):,} files, {room.gigabytes(size)}.")
+
+
+@app.command("restore", epilog="Example: [bold]headscope restore /mnt/backups/headscope --data ./new[/bold]")
+def restore_(
+    source: Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder or the .tar file of a backup.")],
+    snapshot: Annotated[
+        str | None, typer.Option("--snapshot", help="Which of the folder's snapshots.", show_default="the newest")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only see that it is whole.")] = False,
+    data: Data = None,
+) -> None:
+    """Put a backup back, into an empty data folder and, of PostgreSQL, an empty database. Nothing is overwritten."""
+    if check:
+        whole = backup.verify(source, snapshot)
+        _say(f"The backup of {whole.made_at} is whole: {len(whole.files):,} files.")
+        return
+    settings = _settings(data=data).prepare()
+    made = backup.restore(settings, source, snapshot=snapshot)
+    rows = sum(made.counts[stored.OURS].values())
+    _say(f"{settings.data} holds what was backed up at {made.made_at}: {rows:,} rows, {len(made.files):,} files.")
+
+
+@app.command(
+    "migrate",
+    epilog="Examples: [bold]headscope migrate postgresql+psycopg://headscope@db/headscope --password-file pw[/bold]; "
+    "[bold]headscope migrate sqlite[/bold]",
+)
+def migrate_(
+    to: Annotated[str, typer.Argument(metavar="TO", help="An empty PostgreSQL database; or `sqlite`, back into files.")],
+    password_file: Annotated[
+        Path | None, typer.Option("--password-file", help="File with the password for it.", show_default="none")
+    ] = None,
+    data: Data = None,
+) -> None:
+    """Copy both databases, jobs that wait included, from SQLite to PostgreSQL or back, and compare what was written."""
+    with _opened(_settings(data=data)) as (settings, _):
+        new = {"database_url": None if to == "sqlite" else to, "database_password_file": password_file}
+        target = settings.model_copy(update=new)
+        moved = migrate.migrate(settings, target, _say)
+    rows = sum(n for n, _ in moved.tables.values())
+    how = "unset HEADSCOPE_DATABASE_URL" if to == "sqlite" else "set HEADSCOPE_DATABASE_URL to that address"
+    _say(f"{rows:,} rows of {len(moved.tables)} tables are the same in {target.url!r}. To use it, {how} and start everything.")
+
+
+@app.command("gc", epilog="Examples: [bold]headscope gc[/bold]; [bold]headscope gc --days 7 --caches --yes[/bold]")
+def gc_(
+    yes: Annotated[bool, typer.Option("--yes", help="Do it; without this only what would go is said.")] = False,
+    days: Annotated[
+        float, typer.Option("--days", min=0, help="Keep so long what failed and cancelled jobs left, and logs.")
+    ] = 30,
+    caches: Annotated[
+        bool, typer.Option("--caches", help="Also activation caches that no open job reads, and models not registered any more.")
+    ] = False,
+    data: Data = None,
+) -> None:
+    """Give back the disk of what nothing refers to: jobs' files, rows, SAEs, caches, what was half written, old logs."""
+    with _opened(_settings(data=data)) as (settings, db):
+        found = garbage.find(settings, db, days=days, caches=caches)
+        if yes:
+            found = garbage.collect(settings, db, found)
+    lines = [(one.what, room.gigabytes(one.bytes) if one.path else "in the database", one.why) for one in found]
+    _table(("what", "size", "why"), lines, "Nothing is left over.")
+    if found:
+        total = room.gigabytes(sum(one.bytes for one in found))
+        _say(f"{total} are given back." if yes else f"{total} would be given back; add --yes.")
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
@@ -1561,12 +1686,12 @@ def _train_here(
         run.check_width(info.d_in)
     shape = estimates.Shape(info.d_model, info.n_layers, info.n_heads, info.d_head, info.d_vocab)
     need = doctors.sweep_needs(runs, shape, estimates.UNKNOWN)
-    doctors.need_room(settings.data, need.disk)
+    room.need_room(settings, need.disk)
     _register(db, model, corpus)
     with db.write() as session:
         registry.note_shape(session, model.name, info)
     if len(runs) > 1:
-        _say(f"{len(runs)} SAEs, which take about {doctors.gigabytes(need.disk)} of disk while they are made.")
+        _say(f"{len(runs)} SAEs, which take about {room.gigabytes(need.disk)} of disk while they are made.")
     job_id = _enqueue(Jobs(settings, db, wishes), cfg, name)
     _work_here(settings, db, job_id, warm=(model.name, lens))
 

@@ -182,6 +182,10 @@ class Database:
         self.refuse_newer()
         command.upgrade(_alembic(self.url), "head")
 
+    def knows(self, revision: str) -> bool:
+        """Whether this code knows that version of the schema."""
+        return _known(ScriptDirectory.from_config(_alembic(self.url)), revision)
+
     def refuse_newer(self) -> None:
         """Raise a sentence when a newer Headscope wrote the database."""
         with self.engine.connect() as connection:

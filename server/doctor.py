@@ -1,7 +1,6 @@
 """What is installed, what this machine can do, which models can be loaded, and what a run will need. No torch at import."""
 
 import importlib.util
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from sae_core.config import HarvestConfig, ModelSource, TrainConfig
-from sae_core.errors import DiskFull, HeadscopeError, MissingWorkerExtra, UnknownModel
+from sae_core.errors import HeadscopeError, MissingWorkerExtra, UnknownModel
 from server import estimates, harvest_plan, memory
 from server.db import Database
+from server.keeping.room import free_on, gigabytes
 from server.settings import Settings
 from server.store import jobs, registry
 from server.terminal import duration
@@ -52,7 +52,7 @@ def report(
     """Everything, as plain data. The harvest that is planned is of an SAE of `features`, else of the config's; `measure`: its
     times are read off a little of one, made here with the model."""
     found: dict[str, Any] = {"worker_extra": has_worker_extra(), "data": str(settings.data), "cache": str(settings.cache)}
-    free = shutil.disk_usage(_existing(settings.data)).free
+    free = free_on(settings.data)
     found["disk_free"] = free
     speed = estimates.UNKNOWN
     if found["worker_extra"]:
@@ -232,20 +232,6 @@ def _row_bytes(cfg: TrainConfig) -> float:
     return 4 * (cfg.rows.tokens + cfg.rows.heldout_tokens)
 
 
-def need_room(data: Path, need: float) -> None:
-    """Raise unless `need` bytes are free: a disk that fills up under a memory-mapped file kills the process at once."""
-    free = shutil.disk_usage(_existing(data)).free
-    if need > free:
-        raise DiskFull(
-            f"This run needs about {gigabytes(need)} in {data}, where {gigabytes(free)} are free; make room, take fewer tokens, "
-            "or set HEADSCOPE_DATA to another disk."
-        )
-
-
-def _existing(folder: Path) -> Path:
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
 def _database(settings: Settings) -> tuple[str, list[dict[str, Any]], list[str]]:
     """Its state in words, its models and its live workers."""
     if settings.database_url is None and not (settings.data / "headscope.db").exists():
@@ -360,8 +346,3 @@ def _plan_lines(plan: dict[str, Any], devices: list[dict[str, Any]]) -> list[tup
         fits = "fits into" if 1.1 * plan["peak_all"] <= device["free"] else "is too much for"
         peak += f"; {fits} the {gigabytes(device['free'])} free on {device['name']}"
     return [*said, ("  at most", peak)]
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as people say them."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -239,6 +239,12 @@ class Jobs:
         with self._db.read() as session:
             return bool(store.workers(session, seen_within=20))
 
+    def forget_workers(self) -> None:
+        """No worker is alive: those that a backup names are of another machine."""
+        with self._db.write() as session:
+            for worker in store.workers(session):
+                store.leave(session, worker.id)
+
     def release(self) -> None:
         """Hand DBOS every queued job that may start and that it does not have yet; anew, what it ended or holds for an older
         version of us: a job that is queued has nobody who works at it, and what it left on disk is found again."""
@@ -267,6 +273,23 @@ class Jobs:
         with self._db.read() as session:
             there = {worker.id for worker in store.workers(session)}
             return ({workflow.executor_id for workflow in held if workflow.executor_id} | store.at_work(session)) - there
+
+    def settle(self, *, restored: bool = False) -> tuple[str, ...]:
+        """Put into today's queue the open jobs that no worker of today would take, and name them: those that an older version of
+        the workflows queued or began; `restored`, after a backup was put back, every open job, since the two databases were not
+        read at one moment. What was running begins anew, from what is on disk of it."""
+        flows = self.client.list_workflows(status=["ENQUEUED", "PENDING", "DELAYED"], load_input=False, load_output=False)
+        old = {flow.workflow_id for flow in flows if flow.app_version != VERSION}
+        why = "it was put back from a backup." if restored else "this version of Headscope takes its steps differently."
+        with self._db.write() as session:
+            moved = [job.id for job in store.all_open(session) if restored or job.id in old]
+            for job_id in moved:
+                store.give_back(session, job_id, why)
+        gone = [flow.workflow_id for flow in flows] if restored else []
+        for job_id in dict.fromkeys([*moved, *gone]):
+            self.client.delete_workflow(job_id)
+        self.release()
+        return tuple(moved)
 
     @cached_property
     def client(self) -> DBOSClient:
@@ -302,6 +325,11 @@ def upgrade(settings: Settings, db: Database) -> None:
     quiet()
     DBOS.migrate(settings.jobs_url)
     db.upgrade()  # last: who waits for it to be up to date needs both
+    queue = Jobs(settings, db)
+    try:
+        queue.settle()
+    finally:
+        queue.close()
 
 
 def quiet() -> None:

@@ -101,6 +101,12 @@ class Settings(BaseSettings):
     wandb: str | None = None
     """Project of Weights & Biases to which workers send the curves of trainings; unset sends nothing anywhere."""
 
+    disk_reserve_gb: Annotated[float, Field(ge=0)] = 1.0
+    """Gigabytes of the data folder's disk that stay free: a job or a backup that would take them is refused at its start, and a
+    job that meets them stops."""
+    disk_quota_gb: Annotated[float | None, Field(gt=0)] = None
+    """Gigabytes that the data folder may take; a job that would take more is refused at its start. Unset sets no bound."""
+
     accounts: bool = False
     """Ask people to log in. Needed to listen on another address than 127.0.0.1."""
     admin_password_file: Path | None = None

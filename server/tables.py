@@ -111,6 +111,15 @@ class Corpus(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
+class RemovedDocument(Base):
+    """A document that rows of a corpus are cut without. Its text is gone, so it is known by its hash alone."""
+
+    __tablename__ = "removed_document"
+    corpus_id: Mapped[int] = mapped_column(sa.ForeignKey("corpus.id", ondelete="CASCADE"), primary_key=True)
+    digest: Mapped[str] = mapped_column(sa.String(64), primary_key=True)  # SHA-256 of its text
+    removed_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class SAE(Base):
     """A trained dictionary on one site. Its weights are a folder on disk."""
 

@@ -91,15 +91,16 @@ from sae_core.studies import heads as head_study
 from sae_core.studies import induction
 from sae_core.studies.specificity import specificity
 from sae_core.train import activations_of, curve_of, diverged, made_by, train_many
-from server import doctor, estimates, jobs, logs, telemetry, watch, webhook
-from server.db import Database
+from server import doctor, estimates, harvest_plan, jobs, logs, telemetry, watch, webhook
+from server.db import Database, sqlite_path
 from server.downloads import sha256_of
 from server.estimates import Shape
 from server.exchange import dashboards
 from server.exchange.reading import Readers
 from server.job_folders import left_by, take_folder
+from server.keeping import room
 from server.settings import Settings
-from server.store import harvests, imports, registry, search, studies
+from server.store import harvests, imports, registry, removals, search, studies
 from server.store import jobs as store
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
@@ -119,6 +120,7 @@ PART_SECONDS = 0.3  # between two looks whether others have done their parts
 SEEN_SECONDS = 20.0  # since a worker's last heartbeat, for it to be asked for help
 NEIGHBOURS = 10  # nearest features kept of an imported harvest
 TYPICAL_L0 = 50  # of an imported SAE whose files do not say it
+WATCH_SECONDS = 1.0  # between two looks at the room that is left on disk
 RETAKE = 50  # times that a job is taken up before it counts as one that takes its worker down
 NO_ROOM = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
 SAID = {
@@ -177,7 +179,7 @@ class Run:
         self.tracker = Tracker(project, job.id, job.config, kept) if project and job.kind in ("train", "sweep") else None
         self._phase: str | None = None
         self._said: set[str] = set()
-        self._stored = 0.0
+        self._stored = self._looked = 0.0
         self._points: dict[int, dict[int, dict[str, float]]] = {}  # by training run, by step
 
     @contextmanager
@@ -205,6 +207,9 @@ class Run:
             raise Leave
         if self.over is not None:
             raise self.over
+        if time.monotonic() - self._looked > WATCH_SECONDS:
+            self._looked = time.monotonic()
+            room.watch(self.worker.settings)
         with self.worker.db.read() as session:
             store.still_ours(session, self.id, self.attempt)
 
@@ -392,7 +397,7 @@ def _train(run: Run, cfg: TrainConfig) -> None:
     lens.check_layer(cfg.site.layer)
     run.clock = estimates.Clock(estimates.train_seconds(cfg, Shape.of(lens.info), run.worker.speed))
     need = doctor.needs(cfg, Shape.of(lens.info), run.worker.speed).disk
-    doctor.need_room(run.worker.settings.data, need - _size(run.folder))
+    room.need_room(run.worker.settings, need - room.size_of(run.folder))
     rows = _rows(run, lens, cfg.corpus, cfg)
     _train_all(run, [cfg], lens, rows)
 
@@ -487,7 +492,7 @@ def _train_sweep(run: Run, cfg: SweepConfig) -> dict[str, Any]:
         one.check_width(lens.info.d_in)
     run.clock = estimates.Clock(estimates.sweep_seconds(runs, shape, speed))
     need = doctor.sweep_needs(runs, shape, speed).disk
-    doctor.need_room(run.worker.settings.data, need - _size(run.folder))
+    room.need_room(run.worker.settings, need - room.size_of(run.folder))
     rows = _rows(run, lens, cfg.base.corpus, cfg.base)
     run.say(f"{len(runs)} SAEs are trained on one stream of activations.")
     _train_all(run, runs, lens, rows)
@@ -511,6 +516,8 @@ def import_job(run: Run) -> None:
 def _convert(run: Run, cfg: ImportJob) -> None:
     run.report(Progress("convert", 0, 2, "parts"))
     # What can be wrong with the files is said before the model is loaded.
+    if (place := Path(cfg.location)).exists():
+        room.need_room(run.worker.settings, room.size_of(place), "This import")
     peer = open_peer(fetched(cfg.location, cfg.revision), cfg.format, cfg.scale)
     run.report(Progress("convert", 1, 2, "parts"))
     sae = convert(peer, _lens(run, cfg.model), cfg.location, layer=cfg.layer, folded=cfg.folded)
@@ -527,6 +534,8 @@ def import_dashboards(run: Run, cfg: DashboardsJob) -> None:
     worker = run.worker
     with worker.db.read() as session:
         record = registry.sae(session, cfg.sae)
+    if sqlite_path(worker.settings.url):
+        room.need_room(worker.settings, record.config.d_sae * harvest_plan.FEATURE_IN_DATABASE, "This import")
     if record.config.d_sae <= max(layout.skipped, default=-1):
         raise SAEMismatch(
             f"{layout.folder} is of an SAE with more than the {record.config.d_sae:,} features of {cfg.sae}.", field="sae"
@@ -923,6 +932,7 @@ class _Hands:
         cached = layers <= set(self.activations)
         shape = Shape.of(self.lens.info)
         run.clock = estimates.Clock(estimates.harvest_seconds(cfg.harvest, swept, cfg.rows, shape, worker.speed, cached=cached))
+        self._need_room()
         self.files = sweep.files_of(run.folder, len(self.saes))
         self.n_rows = sweep.swept_rows(self.rows, cfg.harvest)
         self.shards = sweep.shards(self.n_rows, cfg.harvest)
@@ -934,6 +944,19 @@ class _Hands:
         self._selections: list[sweep.Selection] = []
         self._visits: list[range] = []
         self._table: tuple[int, sweep.FeatureTable] | None = None
+
+    def _need_room(self) -> None:
+        """Refuse what will not fit; the database's part only where the database is in the data folder."""
+        info, how, settings = self.lens.info, self.cfg.harvest, self.run.worker.settings
+        need = 0.0
+        for sae in self.saes:
+            size = harvest_plan.Size(
+                min(how.tokens, len(self.rows.train) * self.rows.context), self.rows.context, sae.cfg.d_sae,
+                sae.cfg.k or TYPICAL_L0, sae.cfg.d_in, info.d_model, info.n_heads, info.d_vocab,
+            )  # fmt: skip
+            parts = harvest_plan.harvest_plan(how, size, None).disk
+            need += sum(taken for part, taken in parts.items() if part != "database" or sqlite_path(settings.url))
+        room.need_room(settings, need - room.size_of(self.run.folder), "This harvest")
 
     def _cached(self) -> dict[int, Activations]:
         """By layer, what is left on disk of activations of the same rows."""
@@ -1133,7 +1156,7 @@ def _lens(run: Run, model: str) -> Lens:
 
 def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob | EvaluateJob | AnyStudy) -> Rows:
     with run.worker.db.read() as session:
-        source = registry.corpus(session, corpus).source
+        source, without = registry.corpus(session, corpus).source, removals.hashes(session, corpus)
     return run.follow(
         prepare_rows(
             source,
@@ -1142,6 +1165,7 @@ def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob | Eva
             row_start=lens.row_start,
             tokenizer_fingerprint=lens.tokenizer_fingerprint,
             folder=run.worker.settings.data / "rows",
+            without=without,
         )
     )
 
@@ -1155,11 +1179,6 @@ def _activations(run: Run, folder: Path, lens: Lens, rows: Rows, cfg: TrainConfi
 def caches(data: Path) -> Path:
     """Where activation caches that have a name are."""
     return data / "activations"
-
-
-def _size(folder: Path) -> int:
-    """Bytes that the folder takes on disk."""
-    return sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
 
 
 def open_sae(data: Path, record: registry.SAERecord, lens: Lens) -> SAE:

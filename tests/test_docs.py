@@ -66,7 +66,9 @@ def test_the_readers_of_this_file_find_something() -> None:
 def test_the_readme_lists_every_command_and_no_other() -> None:
     table = README.split("## Commands")[1].split("##")[0]
     listed = {
-        found for row in re.findall(r"^\| (`headscope.*?) \|", table, re.M) for found in re.findall(r"`(headscope [a-z ]+)`", row)
+        found
+        for row in re.findall(r"^\| (`headscope.*?) \|", table, re.M)
+        for found in re.findall(r"`(headscope [a-z -]+)`", row)
     }
     assert listed == commands()
 

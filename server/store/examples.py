@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 from sae_core.errors import NotFound, UsageError
 from server.packing import I4, unpack
 from server.store.features import EXAMPLE_COLUMNS, FeatureExample, taken_apart
+from server.store.redact import REMOVED
 from server.store.saes import Door, SaeRef
 from server.tables import Context, Example, Feature
 
@@ -89,9 +90,11 @@ def sources_of(example: FeatureExample) -> tuple[Source, ...]:
 def example_row(session: Session, door: Door, index: int, band: int, rank: int) -> ExampleRow:
     """The row of an example of feature `index` in the published harvest; NotFound where none has that place,
     UsageError where it was imported as text."""
-    found = _at(session, door, index, band, rank, Context.tokens, Example.dest)
+    found = _at(session, door, index, band, rank, Context.tokens, Context.texts, Example.dest)
     if not found.tokens:
         raise UsageError("This example was imported as text, so the model cannot read it again as it was.", field="rank")
+    if REMOVED in found.texts:
+        raise UsageError("Text of this example was removed from its corpus, so the model cannot read it again.", field="rank")
     return ExampleRow(tuple(unpack(found.tokens, I4).tolist()), found.dest)
 
 

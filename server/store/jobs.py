@@ -181,6 +181,17 @@ def requeue(session: Session, job_id: str, *, even_done: bool = False) -> None:
     _say(session, job_id, "Queued again.")
 
 
+def give_back(session: Session, job_id: str, why: str) -> None:
+    """Queue a job that is open from its beginning: no worker that had it may write any more."""
+    job = _locked(session, job_id)
+    if job.status not in OPEN:
+        return
+    if job.status == RUNNING:
+        job.attempt += 1
+        job.status, job.phase, job.done, job.total, job.rate = QUEUED, None, 0, 0, 0.0
+        _say(session, job_id, f"Queued again: {why}")
+
+
 def _check_may_change(session: Session, job: Job) -> None:
     if job.owner_id is not None or not viewer_of(session).may("editor"):
         check_own(session, job, "cancel this job or run it again")
@@ -226,6 +237,12 @@ def all_open(session: Session) -> list[JobRecord]:
 
 def _in_status(statuses: Sequence[str]) -> sa.Select[Job]:
     return sa.select(Job).where(Job.status.in_(statuses)).order_by(*_AGE)
+
+
+def ended_for_now(session: Session, job_id: str) -> bool:
+    """Whether the job has ended, and will not be run again before this transaction does: its row is locked."""
+    job = session.get(Job, job_id, with_for_update=True, populate_existing=True)
+    return job is not None and job.status in ENDED
 
 
 def children(session: Session, job_id: str) -> list[JobRecord]:

@@ -275,6 +275,11 @@ def sae_names(session: Session) -> set[str]:
     return {name for names in (SAE.name, FormerName.name) for name in session.scalars(everything(sa.select(names)))}
 
 
+def sae_folders(session: Session) -> set[str]:
+    """Where the weights of SAEs are, from the data folder."""
+    return set(session.scalars(everything(sa.select(SAE.folder))))
+
+
 def seen_names(session: Session) -> list[str]:
     """Names that can be chosen, in order."""
     return list(session.scalars(sa.select(SAE.name).order_by(SAE.name)))

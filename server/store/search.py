@@ -27,6 +27,7 @@ from server.db import Database
 from server.store.features import FeatureRow, Snippet, feature_rows
 from server.store.harvests import Fence, cut, insert_plain, write_chunks
 from server.store.labels import LabelLine, LabelQuery, labels_containing, labels_page
+from server.store.redact import REMOVED
 from server.store.saes import Door, SaeRef, sae_ref
 from server.store.walk import Place
 from server.tables import SAE, Context, Corpus, Example, Feature, FeatureDetail, FeatureToken, Harvest, HarvestPart, Model, Token
@@ -97,13 +98,40 @@ def write(db: Database, harvest_id: int, fence: Fence) -> None:
     """Store what is searched of a harvest whose parts are written. Broken off, it is to be called again."""
     write_chunks(db, harvest_id, TEXTS_WRITTEN, cut(_texts(db, harvest_id), lambda _: 1, CONTEXTS_AT_ONCE), _insert_texts, fence)
     with db.read() as session:
-        done = _is_searched(session, harvest_id)
+        done = is_searched(session, harvest_id)
     if not done:
         rows = _with_token_ids(db, _token_rows(db, harvest_id), fence)
         write_chunks(db, harvest_id, TOKENS_WRITTEN, cut(rows, lambda _: 1, ROWS_AT_ONCE), _insert_tokens, fence)
 
 
-def _is_searched(session: Session, harvest_id: int) -> bool:
+def index_texts(session: Session, harvest_id: int) -> None:
+    """Put the texts of a harvest into an index that has none of them, all in this transaction."""
+    last = 0
+    while part := _contexts_after(session, harvest_id, last):
+        _insert_texts(session, harvest_id, [(row.id, words("".join(row.texts))) for row in part])
+        last = part[-1].id
+
+
+def forget_tokens(session: Session, harvest_id: int) -> None:
+    """Forget what tokens a harvest's features have to do with; `write` finds it anew, from the examples as they are now."""
+    session.execute(sa.delete(FeatureToken).where(FeatureToken.harvest_id == harvest_id))
+    mark = sa.or_(HarvestPart.part == TOKENS_WRITTEN, HarvestPart.part.startswith(f"{TOKENS_WRITTEN}/"))
+    session.execute(sa.delete(HarvestPart).where(HarvestPart.harvest_id == harvest_id, mark))
+
+
+def drop_unused_tokens(session: Session) -> None:
+    """Forget the texts of tokens that no feature has to do with."""
+    session.execute(sa.delete(Token).where(Token.id.not_in(sa.select(FeatureToken.token_id))))
+
+
+def index_text(session: Session, harvest_id: int, context_id: int, texts: Sequence[str]) -> None:
+    """Put the text of one context into the index, if its harvest's texts are in it."""
+    if session.get(HarvestPart, (harvest_id, TEXTS_WRITTEN)) is not None:
+        _insert_texts(session, harvest_id, [(context_id, words("".join(texts)))])
+
+
+def is_searched(session: Session, harvest_id: int) -> bool:
+    """Whether all that is searched of the harvest is written."""
     return session.get(HarvestPart, (harvest_id, TOKENS_WRITTEN)) is not None
 
 
@@ -226,10 +254,9 @@ def _destinations(db: Database, harvest_id: int, of_id: dict[int, int], numbers:
             feature_ids, context_ids, dests, acts = zip(*examples, strict=True)
             part = np.zeros(len(examples), _FOUND)
             part["idx"], part["act"] = idx[np.searchsorted(ids, feature_ids)], acts
-            part["text"] = [
-                numbers.setdefault(texts[context][dest], len(numbers)) for context, dest in zip(context_ids, dests, strict=True)
-            ]
-            parts.append(part)
+            found = [texts[context][dest] for context, dest in zip(context_ids, dests, strict=True)]
+            part["text"] = [numbers.setdefault(text, len(numbers)) for text in found]
+            parts.append(part[[text != REMOVED for text in found]])
 
 
 def _strongest(found: Rows) -> list[tuple[int, int, float, int, int]]:
@@ -371,7 +398,7 @@ def _trouble(session: Session, door: Door, q: str, kind: Kind) -> str | None:
         return "Type what to look for."
     if kind == "text" and not words(q):
         return f"'{q.strip()}' has no letter or digit in it, and texts are searched by words; look for it as a token."
-    if kind != "label" and not _is_searched(session, door.sae.harvest.id):
+    if kind != "label" and not is_searched(session, door.sae.harvest.id):
         return "This harvest was made before there was a search; `headscope db search` makes it searchable."
     return None
 
@@ -469,9 +496,10 @@ def _search_text(session: Session, door: Door, q: str) -> Found:
         .limit(TEXT_EXAMPLES)
     ).all()
 
-    def nearness(row: Any) -> tuple[bool, float]:
+    def nearness(row: Any) -> tuple[bool, float, int, int, int]:
         low, high = spans[row.context_id]
-        return not low <= row.dest < high, -row.act / (row.max_act or 1)
+        # To the end, so that ties stand in the same order in every database.
+        return not low <= row.dest < high, -row.act / (row.max_act or 1), row.idx, row.band, row.rank
 
     best: dict[int, Any] = {}
     for row in sorted(found, key=nearness):

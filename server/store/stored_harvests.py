@@ -42,6 +42,23 @@ def stored(session: Session) -> list[StoredHarvest]:
     return [StoredHarvest(*row) for row in found]
 
 
+@dataclass(frozen=True)
+class Unfinished:
+    """A harvest that is not whole."""
+
+    id: int
+    sae: str
+    job_id: str
+    created_at: datetime
+
+
+def unfinished(session: Session) -> list[Unfinished]:
+    """Harvests that were begun, or half deleted, oldest first."""
+    columns = (Harvest.id, SAE.name, Harvest.job_id, Harvest.created_at)
+    begun = sa.select(*columns).join(SAE, SAE.id == Harvest.sae_id).where(Harvest.status == RUNNING).order_by(Harvest.id)
+    return [Unfinished(*row) for row in session.execute(begun)]
+
+
 def n_made_by(session: Session, job_id: str) -> int:
     """How many of the harvests that a job published are still stored."""
     made = (Harvest.job_id == job_id, Harvest.status != RUNNING)
