@@ -106,6 +106,17 @@ class StreamRead(NamedTuple):
     """What the same pass gave in the layer."""
 
 
+class Ending(NamedTuple):
+    """How a pass ends, fp32."""
+
+    z: Tensor
+    """[b, pos, n_heads * d_head] of the layer asked for, head-major."""
+    final: Tensor
+    """[b, pos, d_model]: what enters the final norm."""
+    logits: Tensor
+    """[b, pos, d_vocab], as the model gives them."""
+
+
 class Alone(NamedTuple):
     """The residual stream of tokens that each stand in a row of their own; fp32."""
 
@@ -195,6 +206,13 @@ class Lens:
     def fast(self) -> bool:
         """Whether `read_z` and `token_losses` use the fast handle rather than the bridge."""
         return self._fast is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that it holds, those of its handles counted once."""
+        handles = [self._model, *([self._fast] if self._fast is not None else []), *self._halves.values()]
+        held = {id(t): t.nbytes for handle in handles for t in (*handle.parameters(), *handle.buffers())}
+        return sum(held.values())
 
     # Text
 
@@ -400,6 +418,18 @@ class Lens:
         self._check_parts(read, stream, layer)
         return read
 
+    def read_ending(self, tokens: Tensor, layer: int) -> Ending:
+        """z of one layer, what enters the final norm, and the logits, from one pass of the bridge.
+
+        Raises LayerOutOfRange, and UsageError for tokens that the model cannot take.
+        """
+        self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        names = [f"blocks.{layer}.attn.hook_z", "ln_final.hook_in"]
+        with self._taps(names, stop=False) as found:
+            logits = _run(self._model, tokens)
+        return Ending(found[names[0]].flatten(2), found[names[1]], logits.float())
+
     def alone(self, ids: Sequence[int]) -> Alone:
         """The streams of tokens that each stand alone: what later layers know a token by.
 
@@ -539,6 +569,23 @@ class Lens:
             written = through_frozen_norm(written, block.ln1_post.original_component, whole)
         normed = through_frozen_norm(written, self._bridge.ln_final.original_component, final)
         return torch.einsum("nhm,nm->nh", normed, self._unembed.weight.detach()[tokens] - self._mean_unembedding)
+
+    def direct_logits(self, vectors: Tensor, layer: int, z: Tensor, final: Tensor) -> Tensor:
+        """What parts of z write straight to the logits, above what they write to the mean token: [n, d_vocab].
+
+        vectors [n, d_in] are the parts, at n destinations where z [n, d_in] is the whole and `final` [n, d_model] enters the
+        final norm. As `head_logits`: norms frozen, so what all parts of the stream write adds up; before a soft cap.
+        """
+        self.check_layer(layer)
+        block, W_O = self._bridge.blocks[layer], self.W_O(layer).flatten(0, 1)
+        written = (vectors.to(self.device, torch.float32) @ W_O)[:, None]
+        if "ln1_post" in block._modules:
+            b_O = self.b_O(layer)
+            whole = z @ W_O if b_O is None else z @ W_O + b_O
+            written = through_frozen_norm(written, block.ln1_post.original_component, whole)
+        normed = through_frozen_norm(written, self._bridge.ln_final.original_component, final)[:, 0]
+        logits: Tensor = normed @ self._unembed.weight.detach().T
+        return logits - logits.mean(-1, keepdim=True)
 
     @functools.cached_property
     def _mean_unembedding(self) -> Tensor:

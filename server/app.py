@@ -33,6 +33,7 @@ from server.pages import (
     login,
     manage,
     people,
+    prompt,
     ratings,
     sae,
     search,
@@ -85,7 +86,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
     about_saes = (sae, manage, head, feature, embed, components, labels, lists, ratings)
-    pages = (home, search, *about_saes, compare, start, jobs, sweep, study)
+    pages = (home, search, prompt, *about_saes, compare, start, jobs, sweep, study)
     for page in (health, login, keys, people, writing, *pages):
         app.include_router(page.router)
     app.include_router(neuronpedia.router)

@@ -275,7 +275,7 @@ def test_an_sae_that_norms_tokens_adds_up_in_live_answers(engine: Engine, home: 
         {name: getattr(sae, name) for name in shapes(sae.cfg)},
     )
     question = ComponentsQuestion(sae="hand", index=3, text=QUESTION.text)
-    tokens = engine._row(lens, question)
+    tokens = engine._tokens(lens, question.text, None, "text")
     given, parts = answer(lens, normed, tokens, question), answer_components(lens, normed, tokens, question)
     z = lens.read_z(torch.tensor([tokens]), [1])[1][0]
     assert given.preacts == pytest.approx(normed.preacts(z)[:, 3].tolist(), abs=1e-3)
