@@ -100,8 +100,8 @@ class GridRow:
     against_at: int | None
     text: str | None
     against_text: str | None
-    kind: Literal["same", "other", "start"]
-    """`other` where the two texts' tokens differ; `start` is the row start, which is no destination."""
+    kind: Literal["same", "other", "begin"]
+    """`other` where the two texts' tokens differ; `begin` is the row start, which is no destination."""
     cells: tuple[Cell, ...]
     """By SAE."""
     named: tuple[Hit, ...]
@@ -486,7 +486,10 @@ def made(read: Session, doors: Sequence[Door], answer: LivePrompt, asked: Asked)
     pairs = [(at, None) for at in range(len(prompt.tokens))] if other is None else aligned(prompt.tokens, other.tokens)
     lines = [_hits(known, answer, *pair) for pair in pairs]
     many = len(prompt.saes) > 1
-    named = [sorted(hits, key=known.weight, reverse=True)[: NAMED["many" if many else "one"]] for hits in lines]
+    most = NAMED["many" if many else "one"]
+    named = [
+        sorted((hit for hit in hits if other is None or _differs(hit)), key=known.weight, reverse=True)[:most] for hits in lines
+    ]
     chosen = (looked.at, looked.against_at) if other is not None else (looked.at, None)
     at = next((i for i, pair in enumerate(pairs) if pair == chosen and chosen != (None, None)), None)
     apart = answer.attribution
@@ -504,9 +507,9 @@ def made(read: Session, doors: Sequence[Door], answer: LivePrompt, asked: Asked)
     for i, ((mine, theirs), hits) in enumerate(zip(pairs, lines, strict=True)):
         text = None if mine is None else prompt.texts[mine]
         against = None if theirs is None or other is None else other.texts[theirs]
-        kind: Literal["same", "other", "start"] = "same" if other is None or text == against else "other"
+        kind: Literal["same", "other", "begin"] = "same" if other is None or text == against else "other"
         if mine == 0 and theirs in (0, None):
-            kind = "start"
+            kind = "begin"
         cells = _cells(known, answer, hits, mine, theirs)
         rows.append(GridRow(mine, theirs, text, against, kind, cells, tell(named[i]), i == at))
     here = tell(sorted(lines[at], key=known.weight, reverse=True)) if at is not None else ()
@@ -537,6 +540,11 @@ def _hits(known: _Known, answer: LivePrompt, at: int | None, against_at: int | N
             known.hit(sae, index, mine.get(index, 0.0), theirs.get(index, 0.0)) for index in dict.fromkeys((*mine, *theirs))
         ]
     return found
+
+
+def _differs(hit: Hit) -> bool:
+    """More than two passes of different lengths do by rounding."""
+    return abs(hit.activation - hit.other) > 1e-3 * max(hit.activation, hit.other)
 
 
 def _by_index(firings: Sequence[Firing]) -> dict[int, float]:
