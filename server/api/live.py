@@ -3,7 +3,7 @@
 from typing import Annotated
 
 from fastapi import Path as InPath
-from fastapi import Request, Response
+from fastapi import Request
 
 from sae_core.errors import UsageError
 from server.access import needs
@@ -11,9 +11,9 @@ from server.api.common import api_router, replies
 from server.live import (
     ComponentsQuestion,
     FiringQuestion,
+    InLine,
     LiveAttribution,
     LiveComponents,
-    InLine,
     LiveFirings,
     LivePrompt,
     LiveQuestion,
@@ -86,12 +86,12 @@ def look_for_prompt(request: Request, ticket: InTheLine) -> InLine:
     return engine(request).look(ticket, 1.0)
 
 
-@router.delete("/live/line/{ticket}", status_code=204, responses=replies(403, 404), summary="Cancel a prompt")
+@router.delete("/live/line/{ticket}", responses=replies(403, 404), summary="Cancel a prompt")
 @needs("reader")
-def cancel_prompt(request: Request, ticket: InTheLine) -> Response:
+def cancel_prompt(request: Request, ticket: InTheLine) -> InLine:
     """Take it out of the line; one under way ends at its next step."""
     engine(request).cancel(ticket)
-    return Response(status_code=204)
+    return InLine(ticket=ticket, place=None, answer=None)
 
 
 def _checked_prompt(read: Read, question: PromptQuestion) -> None:

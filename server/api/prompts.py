@@ -70,9 +70,10 @@ def read_prompt(prompt_id: PromptId, read: Read) -> Response:
     return respond(store.shared(read, prompt_id))
 
 
-@router.delete("/prompts/{prompt_id}", status_code=204, responses=replies(403, 404), summary="Delete a shared text")
+@router.delete("/prompts/{prompt_id}", response_model=SharedPrompt, responses=replies(403, 404), summary="Delete a shared text")
 def delete_prompt(request: Request, prompt_id: PromptId) -> Response:
-    """For good. Only its owner and admins may."""
+    """For good; the answer is what it was. Only its owner and admins may."""
     with writing(request) as session:
+        was = store.shared(session, prompt_id)
         store.unshare(session, prompt_id)
-    return Response(status_code=204)
+    return respond(was)

@@ -3,8 +3,8 @@
 A session of the web carries its viewer (`seen_by`). To every ORM statement of such a session, its subqueries and joins
 included, `SeenSession` adds what that viewer may see of each table that names an SAE, a list, a job or a prompt; a statement
 cannot forget it. What is told of a harvest (features, examples, texts, tokens, heads) is read by the harvest's number, which
-only an SAE or a harvest that is seen gives away. The worker and the command line have no viewer and see everything: whoever runs them
-can read the database itself.
+only an SAE or a harvest that is seen gives away. The worker and the command line have no viewer and see everything: whoever
+runs them can read the database itself.
 """
 
 from collections.abc import Callable

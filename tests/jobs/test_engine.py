@@ -478,7 +478,7 @@ def test_a_prompt_that_cannot_be_gets_a_sentence(
 ) -> None:
     engine = two
     engine.settings = engine.settings.model_copy(update={"engine_max_tokens": 512})
-    if "cat " * 600 == change.get("text"):
+    if change.get("text") == "cat " * 600:
         lens, _ = engine._open("hand")
         assert lens.info.max_context < 512
         says = f"at most {lens.info.max_context} are taken"
@@ -570,7 +570,8 @@ def test_an_error_reaches_whoever_looks(two: Engine) -> None:
         two.leave(ticket, PromptQuestion(saes=["gone"], text=TEXT), 10.0)
 
 
-def test_the_engine_answers_tickets_over_http(two: Engine, home: Home) -> None:
+@pytest.mark.usefixtures("two")
+def test_the_engine_answers_tickets_over_http(home: Home) -> None:
     app = create_engine(home.settings.model_copy(update={"device": "cpu"}), home.db)
     headers = {SECRET_HEADER: home.settings.secret}
     with TestClient(app, headers=headers) as client:

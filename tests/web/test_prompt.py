@@ -20,7 +20,7 @@ from server.live import (
     PromptSae,
     PromptText,
 )
-from server.pages.prompt import aligned, difference, read_form
+from server.pages.prompt import Hit, aligned, difference, read_form
 from server.settings import Settings
 from server.store import prompts as store
 from server.store.prompts import strongest_ever
@@ -162,9 +162,7 @@ def test_tokens_are_put_side_by_side(mine: list[int], theirs: list[int], pairs: 
     assert aligned(mine, theirs) == pairs
 
 
-def test_what_differs_is_between_nothing_and_all(client: TestClient) -> None:
-    from server.pages.prompt import Hit
-
+def test_what_differs_is_between_nothing_and_all() -> None:
     def hit(share: float | None, other: float | None) -> Hit:
         return Hit("s", 0, 0, 1.0 if share is None else 10 * share, 3.0 if other is None else 10 * other, share, other, None)
 
@@ -215,11 +213,11 @@ def test_while_it_waits_the_page_says_its_place_and_offers_to_cancel(client: Tes
     tickets: list[str] = []
     cancelled: list[str] = []
 
-    def leave(_: Live, ticket: str, question: PromptQuestion, wait: float) -> InLine:
+    def leave(_: Live, ticket: str, *__: object) -> InLine:
         tickets.append(ticket)
         return InLine(ticket=ticket, place=2, answer=None)
 
-    def look(_: Live, ticket: str, wait: float = 0.0) -> InLine:
+    def look(_: Live, ticket: str, *__: object) -> InLine:
         if ticket != tickets[0] or cancelled:
             raise NotFound("The engine knows no question of that ticket.")
         return InLine(ticket=ticket, place=None, answer=answer_to(PromptQuestion(saes=[SAE], text="x")))
