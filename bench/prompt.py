@@ -1,9 +1,9 @@
 """How quickly a typed text is answered: web and engine as processes of their own, SmolLM2 and one SAE, 64 tokens.
 
-Serves HEADSCOPE_DATA (the demo's folder). `cold_s` is the first answer after the prompt page was opened and the model, which opening
-it asks for, were loaded: all runs for the first time. `load_s` is what loading takes, `fresh_s` the first answer of an engine that
-nobody warmed, which waits for that as well. `warm_ms` is the median of the page with the grid,
-`apart_ms` of the page with a token picked and a feature taken apart, `busy_ms` of the former while another process keeps the cores busy.
+Serves HEADSCOPE_DATA (the demo's folder). `cold_s` is the first answer after the prompt page was opened and the model, which
+opening it asks for, was loaded: all runs for the first time. `load_s` is what loading takes; `fresh_s` is the first answer of an
+engine that nobody warmed, which waits for that as well. `warm_ms` is the median of the page with the grid, `apart_ms` of the page
+with a feature taken apart, `busy_ms` of the former while other processes keep every core busy.
 """
 
 import contextlib
