@@ -7,18 +7,18 @@ residual stream of its sources, and the stream is a sum of what was added to it.
     G[s]   = sum over h of  pattern[h, t, s] (M[kv(h)] . w_i[h]) / scale[s]        M = W_V with the norm's gain, `Lens.value_map`
     x_l[s] = embedding + position + sum over l' < l of (attention l' + MLP l')
 
-and a logit likewise, with one source, its own position, and the unembedding in place of M . w. What an earlier attention layer with
-an SAE added is taken apart once more, by z = (sum over j of f_j d_j + b_dec) / s + error:
+and a logit likewise, with one source, its own position, and the unembedding in place of M . w. What an earlier attention layer
+with an SAE added is taken apart once more, by z = (sum over j of f_j d_j + b_dec) / s + error:
 
     attention l' [s] = (z[s] W_O + b_O) / out_scale[s]  =  sum over j of f_j[s] (d_j W_O) / (s out_scale)  +  error  +  biases
 
 Every feature j that fires has f_j = its own pre-activation, which is a sum of the same kind: so the way goes on, from the last
-layer down to the first. A contribution's **effect** is its part of the root: contribution x (the parent's effect / the parent's value).
-Features are followed while their effects, summed over all who read them, are a given share of the root's; what is not followed
-stays in the graph as a leaf or in its parent's remainder, so that each node's terms sum to its value, whatever the threshold.
+layer down to the first. A contribution's **effect** is its part of the root: the contribution times the reader's effect over the
+reader's value. Features are followed while their effects, summed over the readers that list them, are a given share of the
+root's; what is not followed stays a leaf or in its reader's remainder, so that each node's terms sum to its value, whatever the
+threshold.
 
-Frozen means: no number here says what would be missing without a feature. Patterns, scales and thresholds would change as well;
-`interventions` ask the model itself.
+Frozen means: no number here says what would be missing without a feature. Patterns, scales and thresholds would change as well.
 
 Positions that an SAE leaves out (row starts, attention sinks) have no features: what z is there is error as a whole.
 """
@@ -59,7 +59,8 @@ class LogitRoot:
     against: int | None = None
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """What a node is: equal places are one node, whoever reads them."""
 
     kind: Kind
@@ -193,7 +194,7 @@ def _read(lens: "Lens", sae: SAE, whole: "WholeRead", layer: int, excluded: Tens
     token_scale, out_scale = sae.token_scale(z), whole.out_scale[layer][:, None]
     per_token = (torch.ones_like(out_scale) if token_scale is None else token_scale) * out_scale  # [pos, 1]
     # d_j W_O once for each feature that fires anywhere.
-    used, which = feature.unique(return_inverse=True)
+    used, which = torch.unique(feature, return_inverse=True)
     written = (sae.W_dec[used] @ to.matrix)[which] * (activation / per_token[token, 0])[:, None]
     decoder_bias = torch.where(excluded[:, None], 0.0, sae.b_dec @ to.matrix / per_token)
     error = z @ to.matrix / out_scale - decoder_bias
@@ -333,7 +334,7 @@ class _Tracing:
         )
 
     def _activations(self) -> dict[Place, float]:
-        found = {}
+        found: dict[Place, float] = {}
         for layer, here in self.layers.items():
             firings = zip(here.token.tolist(), here.feature.tolist(), here.activation.tolist(), strict=True)
             found |= {Place("feature", layer, s, index): value for s, index, value in firings}
