@@ -27,6 +27,7 @@ PAGES = (
     "/compare",
     "/compare?a=smollm2-l17&b=smollm2-l17",
     "/compare?a=smollm2-l17:3&b=smollm2-l17:5",
+    "/prompt",
     "/jobs",
     "/jobs/train-running-1",
     "/jobs/train-smollm2-l17-1",
