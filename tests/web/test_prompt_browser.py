@@ -90,7 +90,7 @@ def test_axe_finds_no_violation_and_nothing_is_wider_than_the_window(
         page.locator(".grid button.tok").nth(3).click()
         page.get_by_role("button", name="Take feature 3 of layer 17 apart").click()
         expect(page.locator(".dfa tfoot")).to_contain_text("pre-activation")
-        assert violations(page) == []
+        assert "\n".join(violations(page)) == ""
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()
 
@@ -103,6 +103,8 @@ def test_it_works_without_a_script(browser: Browser, site: str) -> None:
     page.get_by_role("button", name="See what fires").click()
     page.get_by_role("button", name="Look again").click()
     page.locator(".grid button.tok").nth(3).click()
+    page.get_by_role("button", name="Look again").click()
     page.get_by_role("button", name="Take feature 3 of layer 17 apart").click()
+    page.get_by_role("button", name="Look again").click()
     expect(page.locator(".dfa tfoot")).to_contain_text("pre-activation")
     context.close()
