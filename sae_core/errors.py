@@ -170,6 +170,10 @@ class EngineAway(MachineError):
     """The engine does not answer, so live questions cannot be asked."""
 
 
+class EngineBusy(MachineError):
+    """So many questions wait for the engine that one more would only wait."""
+
+
 class DownloadFailed(MachineError):
     """A package could not be fetched."""
 
@@ -213,7 +217,7 @@ class UnknownJob(JobError):
 
 
 class Cancelled(JobError):
-    """A person cancelled the job."""
+    """A person cancelled the job, or the question to the engine."""
 
 
 class Fenced(JobError):

@@ -106,6 +106,17 @@ class StreamRead(NamedTuple):
     """What the same pass gave in the layer."""
 
 
+class Ending(NamedTuple):
+    """How a pass ends, fp32."""
+
+    z: Tensor
+    """[b, pos, n_heads * d_head] of the layer asked for, head-major."""
+    final: Tensor
+    """[b, pos, d_model]: what enters the final norm."""
+    logits: Tensor
+    """[b, pos, d_vocab], as the model gives them."""
+
+
 class Alone(NamedTuple):
     """The residual stream of tokens that each stand in a row of their own; fp32."""
 
@@ -113,6 +124,55 @@ class Alone(NamedTuple):
     """[n, d_model]: before the first block, the embedding."""
     later: Tensor
     """[n, d_model]: after the first block, in which a token alone attends to itself; `first` in a model of one block."""
+
+
+class WholeRead(NamedTuple):
+    """One row's whole pass, in the parts that the residual stream is made of; fp32."""
+
+    names: tuple[str, ...]
+    """Of the parts, as `StreamRead` names them, up to the last block."""
+    parts: Tensor
+    """[n_parts, pos, d_model]; the first `before(layer)` of them add up to the stream before the layer, all to `final`."""
+    scale: dict[int, Tensor]
+    """By layer, [pos]: what the norm before its attention divides the stream by."""
+    out_scale: dict[int, Tensor]
+    """By layer, [pos]: what the norm after its attention divides by; 1 where there is none."""
+    attention: dict[int, AttentionRead]
+    """By layer, with a batch of one."""
+    final: Tensor
+    """[pos, d_model]: what enters the final norm."""
+    final_scale: Tensor
+    """[pos]: what that divides by."""
+
+    def before(self, layer: int) -> int:
+        """How many parts stand before the layer's attention."""
+        return len(self.names) if layer < 0 else self.names.index(f"attention {layer}")
+
+
+class OutMap(NamedTuple):
+    """How z becomes what a layer's attention adds to the stream, once the scale of a norm after it is frozen.
+
+    added = (z . matrix + bias) / out_scale + norm_bias
+    """
+
+    matrix: Tensor
+    """[d_in, d_model]: W_O with the centring and the gain of the norm after it."""
+    bias: Tensor
+    """[d_model]: b_O through the same; 0 where there is none."""
+    norm_bias: Tensor
+    """[d_model]: that norm's own bias."""
+
+
+class LogitMap(NamedTuple):
+    """How the final stream becomes logits, before a soft cap, once the final norm's scale is frozen.
+
+    logit[i] = (stream / final_scale) . rows[i] + constants[i]
+    """
+
+    rows: Tensor
+    """[n, d_model]: the unembedding of some tokens, with the norm's centring and gain."""
+    constants: Tensor
+    """[n]: the norm's bias through it, and the unembedding's own bias."""
 
 
 class ValueMap(NamedTuple):
@@ -195,6 +255,13 @@ class Lens:
     def fast(self) -> bool:
         """Whether `read_z` and `token_losses` use the fast handle rather than the bridge."""
         return self._fast is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that it holds, those of its handles counted once."""
+        handles = [self._model, *([self._fast] if self._fast is not None else []), *self._halves.values()]
+        held = {id(t): t.nbytes for handle in handles for t in (*handle.parameters(), *handle.buffers())}
+        return sum(held.values())
 
     # Text
 
@@ -400,6 +467,70 @@ class Lens:
         self._check_parts(read, stream, layer)
         return read
 
+    def read_ending(self, tokens: Tensor, layer: int) -> Ending:
+        """z of one layer, what enters the final norm, and the logits, from one pass of the bridge.
+
+        Raises LayerOutOfRange, and UsageError for tokens that the model cannot take.
+        """
+        self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        names = [f"blocks.{layer}.attn.hook_z", "ln_final.hook_in"]
+        with self._taps(names, stop=False) as found:
+            logits = _run(self._model, tokens)
+        return Ending(found[names[0]].flatten(2), found[names[1]], logits.float())
+
+    def read_whole(self, tokens: Tensor, layers: Sequence[int]) -> WholeRead:
+        """One row [1, pos] from end to end: every part of the stream, and the attention of some layers; one pass.
+
+        Raises LayerOutOfRange, UsageError for tokens that the model cannot take, and UnsupportedModel where the parts that can be
+        seen do not add up to the stream at the layers or at the end, or z does not give what the attention adds.
+        """
+        for layer in layers:
+            self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        position = ["pos_embed.hook_out"] if "pos_embed" in self._bridge._modules else []
+        added = {
+            f"{kind} {block}": f"blocks.{block}.{hook}"
+            for block in range(self.info.n_layers)
+            for kind, hook in (("attention", "hook_attn_out"), ("MLP", "hook_mlp_out"))
+        }
+        own = [f"blocks.{layer}.attn.{hook}" for layer in layers for hook in (*ATTENTION_HOOKS, "hook_out")]
+        ends = {"blocks.0.hook_in", "ln_final.hook_in", *(f"blocks.{layer}.hook_in" for layer in layers)}
+        with self._taps([*ends, *position, *added.values(), *own], stop=True) as found:
+            _run(self._model, tokens)
+        if missing := [hook for hook in (*ends, *position, *added.values()) if hook not in found]:
+            self._refuse_parts(f"{missing[0]} cannot be seen")
+        names, parts = ["embedding"], [found["blocks.0.hook_in"]]
+        if position:
+            names.append("position")
+            parts.append(found[position[0]].expand_as(parts[0]))
+            parts[0] = parts[0] - parts[1]
+        names += added
+        parts += [found[hook] for hook in added.values()]
+        attention, scale, out_scale = {}, {}, {}
+        for layer in layers:
+            z, v, pattern, out = (found[f"blocks.{layer}.attn.{hook}"] for hook in (*ATTENTION_HOOKS, "hook_out"))
+            attention[layer] = AttentionRead(z.flatten(2), v, pattern)
+            stream = found[f"blocks.{layer}.hook_in"]
+            scale[layer] = norm_scale(stream, self._first_norm(layer))[0]
+            out_scale[layer] = norm_scale(out, self._post_norm(layer))[0]
+            before = names.index(f"attention {layer}")
+            self._check_parts(
+                StreamRead(tuple(names[:before]), torch.stack(parts[:before]), scale[layer][None], attention[layer]),
+                stream,
+                layer,
+            )
+            to = self.out_map(layer)
+            gap = _gap((attention[layer].z[0] @ to.matrix + to.bias) / out_scale[layer][:, None] + to.norm_bias, parts[before][0])
+            if not gap <= 10 * PARTS_GAP:
+                self._refuse_parts(f"z does not give what the attention of layer {layer} adds (off by {gap:.1%})")
+        final, whole = found["ln_final.hook_in"], torch.stack(parts)
+        gap = float(((whole.sum(0) - final).norm(dim=-1) / whole.norm(dim=-1).sum(0).clamp_min(1e-12)).max())
+        if not gap <= PARTS_GAP:
+            self._refuse_parts(f"what its blocks are seen to add misses the stream at the end by {gap:.1%}")
+        last = norm_scale(final, self._bridge.ln_final.original_component)
+        return WholeRead(tuple(names), whole[:, 0], scale, out_scale, attention, final[0], last[0])
+
     def alone(self, ids: Sequence[int]) -> Alone:
         """The streams of tokens that each stand alone: what later layers know a token by.
 
@@ -500,6 +631,31 @@ class Lens:
         shape = (self.info.n_kv_heads, self.info.d_head)
         return ValueMap(folded.view(-1, *shape).transpose(0, 1).contiguous(), (norm_bias @ matrix).view(shape), bias.view(shape))
 
+    def out_map(self, layer: int) -> OutMap:
+        """How the layer's z becomes what its attention adds to the stream."""
+        W_O, b_O = self.W_O(layer).flatten(0, 1), self.b_O(layer)
+        gain, norm_bias, centres = norm_parts(self._post_norm(layer), W_O.shape[1], self.device)
+        both = torch.cat([W_O, (torch.zeros_like(W_O[0]) if b_O is None else b_O)[None]])
+        both = (both - both.mean(-1, keepdim=True) if centres else both) * gain
+        return OutMap(both[:-1], both[-1], norm_bias)
+
+    def logit_map(self, tokens: Sequence[int]) -> LogitMap:
+        """How the final stream becomes the logits of these tokens, and, in a last row, the mean over the vocabulary."""
+        ids = torch.tensor(list(tokens), device=self.device)
+        rows = torch.cat([self._unembed.weight.detach()[ids], self._mean_unembedding[None]])
+        gain, bias, centres = norm_parts(self._bridge.ln_final.original_component, rows.shape[1], self.device)
+        constants, own = rows @ bias, getattr(self._unembed, "bias", None)
+        if own is not None:
+            constants = constants + torch.cat([own.detach()[ids], own.detach().mean()[None]])
+        folded = rows * gain
+        return LogitMap(folded - folded.mean(-1, keepdim=True) if centres else folded, constants)
+
+    def logits_of(self, final: Tensor) -> Tensor:
+        """Logits [..., d_vocab] of what enters the final norm [..., d_model], by the model's own modules; before a soft cap."""
+        with self._lock, torch.no_grad():
+            logits: Tensor = self._unembed(self._bridge.ln_final.original_component(final))
+        return logits
+
     def values(self, streams: Tensor, layer: int) -> Tensor:
         """v of streams [n, d_model] that stand before the layer, through its norm with the norm's own scale, less what is the
         same for every token (both biases): [n, n_kv_heads, d_head]. Raises as `v_bias` does."""
@@ -540,6 +696,23 @@ class Lens:
         normed = through_frozen_norm(written, self._bridge.ln_final.original_component, final)
         return torch.einsum("nhm,nm->nh", normed, self._unembed.weight.detach()[tokens] - self._mean_unembedding)
 
+    def direct_logits(self, vectors: Tensor, layer: int, z: Tensor, final: Tensor) -> Tensor:
+        """What parts of z write straight to the logits, above what they write to the mean token: [n, d_vocab].
+
+        vectors [n, d_in] are the parts, at n destinations where z [n, d_in] is the whole and `final` [n, d_model] enters the
+        final norm. As `head_logits`: norms frozen, so what all parts of the stream write adds up; before a soft cap.
+        """
+        self.check_layer(layer)
+        block, W_O = self._bridge.blocks[layer], self.W_O(layer).flatten(0, 1)
+        written = (vectors.to(self.device, torch.float32) @ W_O)[:, None]
+        if "ln1_post" in block._modules:
+            b_O = self.b_O(layer)
+            whole = z @ W_O if b_O is None else z @ W_O + b_O
+            written = through_frozen_norm(written, block.ln1_post.original_component, whole)
+        normed = through_frozen_norm(written, self._bridge.ln_final.original_component, final)[:, 0]
+        logits: Tensor = normed @ self._unembed.weight.detach().T
+        return logits - logits.mean(-1, keepdim=True)
+
     @functools.cached_property
     def _mean_unembedding(self) -> Tensor:
         mean: Tensor = self._unembed.weight.detach().mean(0)
@@ -564,6 +737,11 @@ class Lens:
         """The norm between the stream and the layer's attention; None where there is none, as in OLMo 2."""
         block = self._bridge.blocks[layer]
         return block.ln1.original_component if "ln1" in block._modules else None
+
+    def _post_norm(self, layer: int) -> nn.Module | None:
+        """The norm between the attention's output and the stream, where a model has one, as Gemma 2 and OLMo 2 do."""
+        block = self._bridge.blocks[layer]
+        return block.ln1_post.original_component if "ln1_post" in block._modules else None
 
     def _check_parts(self, read: StreamRead, stream: Tensor, layer: int) -> None:
         """Per token, against the sizes of what is summed: large parts cancel, and fp32 rounds each."""

@@ -3,20 +3,24 @@
 `POST /attribute` answers with the full DFA matrix [head][source] of one feature at one destination, in fp32, with the
 identity gap of that very answer; `POST /components` with the same DFA by component: what embedding and earlier blocks put
 into each source; `POST /firings` with the features that fire most on a text, `POST /codes` with all that fire, `POST /sources`
-with what source tokens gave to many features. The web asks it with a shared secret; nobody else can. One question at a time.
+with what source tokens gave to many features; `POST /prompt` with what fires in many SAEs, and what one feature writes to the
+next token's logits.
+The web asks it with a shared secret; nobody else can. One question at a time, in the order in which they came (`line.py`): with
+`/line/{ticket}` a question's place can be asked for, and it can be cancelled.
 """
 
 import hmac
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple
 
 import torch
-from fastapi import Depends, FastAPI, Header, Request, Response
+from fastapi import Body, Depends, FastAPI, Header, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from torch import Tensor
@@ -27,20 +31,30 @@ from sae_core.errors import HeadscopeError, NotFound, UsageError
 from sae_core.lens import AttentionRead, Lens, load_lens
 from sae_core.saes import SAE, SparseActs, row_starts
 from server.db import Database
+from server.line import Line
 from server.live import (
     SECRET_HEADER,
     ComponentsQuestion,
     FeatureActivations,
+    FeatureAt,
     Firing,
     FiringQuestion,
+    InLine,
     LiveAttribution,
     LiveCodes,
     LiveComponents,
     LiveFirings,
+    LivePrompt,
     LiveQuestion,
     LiveSources,
+    LiveWritten,
+    NextToken,
+    PromptQuestion,
+    PromptSae,
+    PromptText,
     SourcesQuestion,
     TextQuestion,
+    Ticket,
 )
 from server.settings import Settings
 from server.store import registry
@@ -49,61 +63,152 @@ from server.worker import gpus, open_sae
 
 log = logging.getLogger("headscope.engine")
 
+Wait = Annotated[float, Query(ge=0, le=60)]
+
 
 @dataclass
 class Warm:
-    """A model with the SAEs on it that were asked for."""
+    """A model with the SAEs on it that were asked for, the last asked for last."""
 
     model: registry.ModelRecord
     lens: Lens
-    saes: dict[str, SAE]
+    saes: OrderedDict[str, SAE]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return self.lens.nbytes + sum(_sae_bytes(sae) for sae in self.saes.values())
+
+
+def _sae_bytes(sae: SAE) -> int:
+    return sum(tensor.nbytes for tensor in sae.buffers())
 
 
 class Engine:
-    """Loads on the first question, answers one at a time, lets go when nobody has asked for a while."""
+    """Loads on the first question, answers one at a time, keeps within its memory, lets go when nobody has asked for a while."""
 
     def __init__(self, settings: Settings, db: Database) -> None:
         self.settings, self.db = settings, db
-        self._turn = threading.Lock()
-        self._warm: Warm | None = None
+        self.line = Line()
+        self._warm: OrderedDict[str, Warm] = OrderedDict()  # the model last asked last
+        self._sizes: dict[str, int] = {}
         self._asked = time.monotonic()
 
     @property
     def loaded(self) -> str | None:
-        """Name of the model that is warm."""
-        return self._warm.model.name if self._warm else None
+        """Name of the model that was asked last, of those that are warm."""
+        return next((warm.model.name for warm in reversed(self._warm.values())), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights that are warm."""
+        return sum(warm.nbytes for warm in self._warm.values())
 
     def attribute(self, question: LiveQuestion) -> LiveAttribution:
         """Answer a question."""
-        with self._turn:
-            return answer(*self._asked_for(question), question)
+        return self.line.ask(lambda: answer(*self._asked_for(question), question))
 
     def components(self, question: ComponentsQuestion) -> LiveComponents:
         """Answer a question for components."""
-        with self._turn:
-            return answer_components(*self._asked_for(question), question)
+        return self.line.ask(lambda: answer_components(*self._asked_for(question), question))
 
     def firings(self, question: FiringQuestion) -> LiveFirings:
         """Answer a question for what fires."""
-        with self._turn:
+
+        def found() -> LiveFirings:
             lens, sae, tokens = self._opened(question)
             for index in question.features:
                 _check_feature(sae, question.sae, index, "features")
             return answer_firings(lens, sae, tokens, question)
 
+        return self.line.ask(found)
+
     def codes(self, question: TextQuestion) -> LiveCodes:
         """Answer a question for all that fires."""
-        with self._turn:
-            return answer_codes(*self._opened(question), question)
+        return self.line.ask(lambda: answer_codes(*self._opened(question), question))
 
     def sources(self, question: SourcesQuestion) -> LiveSources:
         """Answer a question for the sources of some features."""
-        with self._turn:
+
+        def found() -> LiveSources:
             lens, sae, tokens = self._opened(question)
             for index, dest in zip(question.features, question.dests, strict=True):
                 _check_feature(sae, question.sae, index, "features")
                 _check_dest(dest, len(tokens), "dests")
             return answer_sources(lens, sae, tokens, question)
+
+        return self.line.ask(found)
+
+    def prompt(self, question: PromptQuestion) -> LivePrompt:
+        """Answer a prompt."""
+        return self.line.ask(lambda: self._prompt(question))
+
+    def leave(self, ticket: str, question: PromptQuestion, wait: float) -> InLine:
+        """Put a prompt in the line, and wait so long for its answer."""
+        self.line.leave(ticket, lambda: self._prompt(question))
+        return self.look(ticket, wait)
+
+    def look(self, ticket: str, wait: float = 0.0) -> InLine:
+        """Where a prompt is, or its answer."""
+        place, found = self.line.look(ticket, wait)
+        return InLine(ticket=ticket, place=place, answer=found)
+
+    def warm(self, sae: str) -> None:
+        """Load the SAE and its model, after what is waiting; nobody waits for it."""
+
+        def load() -> None:
+            self._open(sae)
+
+        self.line.leave(f"warm-{sae}", load)
+
+    def rest(self) -> bool:
+        """Give the memory back if nobody has asked for a while; whether it did."""
+        self.line.sweep()
+        if not self._warm or time.monotonic() - self._asked < self.settings.engine_idle_seconds:
+            return False
+
+        def let_go() -> bool:
+            if time.monotonic() - self._asked < self.settings.engine_idle_seconds:
+                return False  # somebody asked meanwhile
+            log.info("Nobody has asked for a while; %s unloaded", ", ".join(self._names()))
+            self._let_go(0)
+            return True
+
+        return self.line.ask(let_go)
+
+    def _prompt(self, question: PromptQuestion) -> LivePrompt:
+        self._asked = time.monotonic()
+        model = self._model_of(question.saes)
+        saes: list[SAE] = []
+        for name in question.saes:
+            self.line.check()
+            lens, sae = self._open(name, beside=len(saes))
+            saes.append(sae)
+        tokens = self._tokens(lens, question.text, question.tokens, "text")
+        prompt = answer_prompt(lens, saes, tokens, question, question.at, self.line.check)
+        against, attributed, written = None, None, None
+        if question.against is not None:
+            other = self._tokens(lens, question.against, None, "against")
+            against = answer_prompt(lens, saes, other, question, question.against_at, self.line.check)
+        if question.feature is not None:
+            at, sae = question.feature, saes[question.saes.index(question.feature.sae)]
+            _check_feature(sae, at.sae, at.index, "index")
+            self.line.check()
+            attributed = answer(lens, sae, tokens, LiveQuestion(sae=at.sae, index=at.index, tokens=tokens, dest=at.dest))
+            self.line.check()
+            written = answer_written(lens, sae, tokens, at, attributed.activations[at.dest])
+        return LivePrompt(model=model, prompt=prompt, against=against, attribution=attributed, written=written)
+
+    def _model_of(self, names: Sequence[str]) -> str:
+        """The model that all these SAEs are of; UsageError where there are two."""
+        with self.db.read() as session:
+            ids = {registry.sae(session, name).model_id for name in names}
+            models = [registry.model_by_id(session, one).name for one in sorted(ids)]
+        if len(models) > 1:
+            raise UsageError(
+                f"These SAEs are of {' and '.join(models)}; a text runs through one model, so choose SAEs of one.", field="saes"
+            )
+        return models[0]
 
     def _asked_for(self, question: LiveQuestion) -> tuple[Lens, SAE, list[int]]:
         lens, sae, tokens = self._opened(question)
@@ -113,33 +218,50 @@ class Engine:
     def _opened(self, question: TextQuestion) -> tuple[Lens, SAE, list[int]]:
         self._asked = time.monotonic()
         lens, sae = self._open(question.sae)
-        return lens, sae, self._row(lens, question)
+        return lens, sae, self._tokens(lens, question.text, question.tokens, "text")
 
-    def rest(self) -> bool:
-        """Give the memory back if nobody has asked for a while; whether it did."""
-        with self._turn:
-            if self._warm is None or time.monotonic() - self._asked < self.settings.engine_idle_seconds:
-                return False
-            log.info("%s has not been asked for a while; unloaded", self._warm.model.name)
-            self._let_go()
-            return True
+    def _names(self) -> list[str]:
+        return [warm.model.name for warm in self._warm.values()]
 
-    def _let_go(self) -> None:
-        self._warm = None
+    def _let_go(self, room: int, *, beside: int = 0) -> None:
+        """Unload what was asked for longest ago until no more than `room` bytes are held; with `beside` the model asked last and
+        so many of its SAEs stay, whatever they need."""
+        while self._warm and self.nbytes > room and (len(self._warm) > 1 or not beside):
+            _, warm = self._warm.popitem(last=False)
+            log.info("%s unloaded", warm.model.name)
+        for warm in self._warm.values():
+            while len(warm.saes) > beside and self.nbytes > room:
+                warm.saes.popitem(last=False)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _open(self, name: str) -> tuple[Lens, SAE]:
+    def _open(self, name: str, *, beside: int = 0) -> tuple[Lens, SAE]:
+        """The SAE and its model, loaded where they are not; `beside` says how many SAEs of the same question are open already."""
+        budget = int(self.settings.engine_memory_gb * 1e9)
         with self.db.read() as session:
             record = registry.sae(session, name)
             model = registry.model_by_id(session, record.model_id)
-        if self._warm is None or self._warm.model.source != model.source:
-            self._let_go()
-            self._warm = Warm(model, self._load(model), {})
+        source = model.source.model_dump_json()
+        if source not in self._warm:
+            self._let_go(max(0, budget - self._needs(source, model, budget)))
+            self._warm[source] = Warm(model, self._load(model), OrderedDict())
+            self._sizes[source] = self._warm[source].nbytes
+        self._warm.move_to_end(source)
+        warm = self._warm[source]
         key = f"{name}@{record.sha256}"
-        if key not in self._warm.saes:
-            self._warm.saes[key] = open_sae(self.settings.data, record, self._warm.lens)
-        return self._warm.lens, self._warm.saes[key]
+        if key not in warm.saes:
+            warm.saes[key] = open_sae(self.settings.data, record, warm.lens)
+        warm.saes.move_to_end(key)
+        self._let_go(budget, beside=beside + 1)
+        return warm.lens, warm.saes[key]
+
+    def _needs(self, source: str, model: registry.ModelRecord, budget: int) -> int:
+        """Bytes of a model's weights: known once it has been loaded, estimated where its shape is known; else all there is."""
+        if source in self._sizes:
+            return self._sizes[source]
+        if model.d_model is None or model.n_layers is None or model.d_vocab is None:
+            return budget
+        return 4 * (12 * model.n_layers * model.d_model**2 + 2 * model.d_vocab * model.d_model)  # as GPT-2 has them, in fp32
 
     def _load(self, model: registry.ModelRecord) -> Lens:
         device = machine.pick_device(self.settings.device)
@@ -149,20 +271,17 @@ class Engine:
             if device == "cpu":
                 raise
             log.warning("%s is full; %s runs on the CPU", device, model.name)  # a training run has the GPU: be slow, not away
-            self._let_go()
+            self._let_go(0)
             return load_lens(model.source, name=model.name, device="cpu", cache=self.settings.cache)
 
-    def _row(self, lens: Lens, question: TextQuestion) -> list[int]:
+    def _tokens(self, lens: Lens, text: str | None, given: Sequence[int] | None, field: str) -> list[int]:
         """Token ids, row start first, as in training."""
-        if question.tokens is not None:
-            tokens = list(question.tokens)
-        else:
-            tokens = [lens.row_start, *lens.encode([question.text or ""])[0]]
+        tokens = list(given) if given is not None else [lens.row_start, *lens.encode([text or ""])[0]]
         most = min(self.settings.engine_max_tokens, lens.info.max_context)
         if len(tokens) < 2:
-            raise UsageError("There is no text; type at least one word.", field="text")
+            raise UsageError("There is no text; type at least one word.", field=field)
         if len(tokens) > most:
-            raise UsageError(f"The text has {len(tokens)} tokens; at most {most} are taken, so shorten it.", field="text")
+            raise UsageError(f"The text has {len(tokens)} tokens; at most {most} are taken, so shorten it.", field=field)
         if not all(0 <= token < lens.info.d_vocab for token in tokens):
             raise UsageError(f"{lens.info.name} has the tokens 0 to {lens.info.d_vocab - 1} only.", field="tokens")
         return tokens
@@ -279,9 +398,14 @@ def _codes(lens: Lens, sae: SAE, tokens: list[int]) -> tuple[Tensor, SparseActs]
     layer = sae.cfg.site.layer
     z = lens.read_z(row, [layer])[layer].view(1, len(tokens), -1)
     excluded = sae.excluded(z, row_starts(row.cpu(), lens.row_start))[0]
+    return excluded, _fired(sae, z, excluded)
+
+
+def _fired(sae: SAE, z: Tensor, excluded: Tensor) -> SparseActs:
+    """What fires on z [1, pos, d_in] at positions that are destinations."""
     found = sae.encode_sparse(z[0])
     counts = ~excluded[found.token]
-    return excluded, SparseActs(*(part[counts] for part in found))
+    return SparseActs(*(part[counts] for part in found))
 
 
 @torch.no_grad()
@@ -353,6 +477,77 @@ def failed(_: Request, error: Exception) -> Response:
     )
 
 
+@torch.no_grad()
+def answer_prompt(
+    lens: Lens, saes: Sequence[SAE], tokens: list[int], question: PromptQuestion, at: int | None, check: Callable[[], None]
+) -> PromptText:
+    """What fires in each SAE on these tokens, from one pass; `check` is called before each SAE is read."""
+    if at is not None:
+        _check_dest(at, len(tokens), "at")
+    row = torch.tensor([tokens], device=lens.device)
+    starts = row_starts(row.cpu(), lens.row_start)
+    zs = lens.read_z(row, sorted({sae.cfg.site.layer for sae in saes}))
+    found = []
+    for name, sae in zip(question.saes, saes, strict=True):
+        check()
+        z = zs[sae.cfg.site.layer].view(1, len(tokens), -1)
+        excluded = sae.excluded(z, starts)[0]
+        fired = _fired(sae, z, excluded)
+        counts = torch.bincount(fired.token, minlength=len(tokens)).tolist()
+        by_position: list[list[Firing]] = [[] for _ in tokens]
+        value, order = fired.value.sort(descending=True, stable=True)
+        for position, index, activation in zip(
+            fired.token[order].tolist(), fired.feature[order].tolist(), value.tolist(), strict=True
+        ):
+            if len(by_position[position]) < question.top or position == at:
+                by_position[position].append(Firing(index=index, position=position, activation=activation))
+        found.append(
+            PromptSae(sae=name, layer=sae.cfg.site.layer, excluded=excluded.tolist(), counts=counts, by_position=by_position)
+        )
+    return PromptText(tokens=tokens, texts=lens.token_texts(tokens), saes=found)
+
+
+NEXT = 8
+"""Tokens of each kind that an answer names."""
+
+
+@torch.no_grad()
+def answer_written(lens: Lens, sae: SAE, tokens: list[int], at: FeatureAt, activation: float) -> LiveWritten:
+    """What the feature writes straight to the logits at its destination, where its activation is this."""
+    ending = lens.read_ending(torch.tensor([tokens], device=lens.device), sae.cfg.site.layer)
+    z, final, logits = ending.z[0, at.dest][None], ending.final[0, at.dest][None], ending.logits[0, at.dest]
+    scale = sae.token_scale(z)
+    vector = activation * sae.W_dec[at.index]
+    written = lens.direct_logits(vector[None] if scale is None else vector[None] / scale, sae.cfg.site.layer, z, final)[0]
+    probabilities = logits.softmax(-1)
+    if at.next_text is not None:
+        typed = lens.encode([at.next_text])[0]
+        if not typed:
+            raise UsageError(f"'{at.next_text}' makes no token.", field="next")
+        chosen = typed[0]
+    elif at.next is not None:
+        if at.next >= len(logits):
+            raise UsageError(f"{lens.info.name} has the tokens 0 to {len(logits) - 1} only.", field="next")
+        chosen = at.next
+    else:
+        chosen = tokens[at.dest + 1] if at.dest + 1 < len(tokens) else int(logits.argmax())
+
+    def named(ids: list[int]) -> list[NextToken]:
+        return [
+            NextToken(id=one, text=text, probability=float(probabilities[one]), written=float(written[one]))
+            for one, text in zip(ids, lens.token_texts(ids), strict=True)
+        ]
+
+    return LiveWritten(
+        activation=activation,
+        chosen=named([chosen])[0],
+        rank=int((written > written[chosen]).sum()),
+        likely=named(logits.topk(NEXT).indices.tolist()),
+        raised=named(written.topk(NEXT).indices.tolist()),
+        lowered=named(written.topk(NEXT, largest=False).indices.tolist()),
+    )
+
+
 def create_engine(settings: Settings, db: Database) -> FastAPI:
     """The engine's ASGI app."""
     engine = Engine(settings, db)
@@ -367,6 +562,7 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
         threading.Thread(target=idle, name="idle", daemon=True).start()
         yield
         stop.set()
+        engine.line.close()
 
     def secret(given: Annotated[str, Header(alias=SECRET_HEADER)] = "") -> None:
         if not hmac.compare_digest(given.encode(), settings.secret.encode()):
@@ -401,8 +597,27 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
 
     @app.get("/health")
     def health() -> dict[str, str | None]:
-        return {"model": engine.loaded}
+        return {"model": engine.loaded, "waiting": str(engine.line.length), "bytes": str(engine.nbytes)}
 
-    for question in (engine.attribute, engine.components, engine.firings, engine.codes, engine.sources):
+    for question in (engine.attribute, engine.components, engine.firings, engine.codes, engine.sources, engine.prompt):
         app.post(f"/{question.__name__}")(question)
+
+    @app.post("/line/{ticket}")
+    def leave(ticket: Ticket, question: PromptQuestion, wait: Wait = 0.0) -> InLine:
+        return engine.leave(ticket, question, wait)
+
+    @app.get("/line/{ticket}")
+    def look(ticket: Ticket, wait: Wait = 0.0) -> InLine:
+        return engine.look(ticket, wait)
+
+    @app.delete("/line/{ticket}")
+    def cancel(ticket: Ticket) -> dict[str, str | None]:
+        engine.line.cancel(ticket)
+        return {}
+
+    @app.post("/warm")
+    def warm(sae: Annotated[str, Body(embed=True)]) -> dict[str, str | None]:
+        engine.warm(sae)
+        return {}
+
     return app

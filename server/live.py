@@ -81,6 +81,60 @@ class SourcesQuestion(TextQuestion):
         return self
 
 
+Ticket = Annotated[str, Field(min_length=16, max_length=64, pattern=r"^[A-Za-z0-9_-]+$")]
+"""A random word that names a question in the engine's line; whoever has it may look for the answer or cancel it."""
+
+
+class FeatureAt(BaseModel):
+    """A feature of a prompt's own, at one of its tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    sae: str
+    """Name of the SAE."""
+    index: int
+    """Index of the feature in its SAE, counted from 0."""
+    dest: int
+    """The token's position; the row start is position 0."""
+    next: Annotated[int | None, Field(ge=0)] = None
+    """Id of the next token whose logit is asked about; null takes the one that follows in the text, else the most likely."""
+    next_text: Annotated[str | None, Field(min_length=1, max_length=200)] = None
+    """The same as a text, whose first token is taken."""
+
+
+class PromptQuestion(BaseModel):
+    """What fires on a text, in several SAEs of one model at once?"""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    saes: Annotated[list[str], Field(min_length=1, max_length=100)]
+    """Names of the SAEs, all of one model."""
+    text: Annotated[str | None, Field(max_length=100_000)] = None
+    """Text to run; the row start is put before it."""
+    tokens: Annotated[list[int] | None, Field(max_length=100_000)] = None
+    """Token ids of a whole row, row start included, in place of text."""
+    against: Annotated[str | None, Field(max_length=100_000)] = None
+    """A second text, to be compared with the first."""
+    top: Annotated[int, Field(ge=1, le=1000)] = 8
+    """How many of the strongest features are wanted of each position and SAE."""
+    at: Annotated[int | None, Field(ge=0)] = None
+    """A position of which every feature is wanted."""
+    against_at: Annotated[int | None, Field(ge=0)] = None
+    """The same of the second text."""
+    feature: FeatureAt | None = None
+    """A feature to take apart by head and source, and whose effect on the next token is wanted."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.text is None) == (self.tokens is None):
+            raise ValueError("give either text or tokens")
+        if len(set(self.saes)) < len(self.saes):
+            raise ValueError("name each SAE once")
+        if self.feature is not None and self.feature.sae not in self.saes:
+            raise ValueError("the feature's SAE must be one of those asked for")
+        return self
+
+
 class LiveSources(BaseModel):
     """DFA of some features on one text, heads summed."""
 
@@ -186,6 +240,101 @@ class LiveAttribution(BaseModel):
     """|sum of DFA and biases - preact| / (sum of |DFA| + |biases|)."""
 
 
+class PromptSae(BaseModel):
+    """What fires in one SAE on a text."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    sae: str
+    """Name of the SAE."""
+    layer: int
+    """Layer that it reads."""
+    excluded: list[bool]
+    """Positions that are no destinations: the row start and attention sinks."""
+    counts: list[int]
+    """By position: how many features fire."""
+    by_position: list[list[Firing]]
+    """By position: the strongest features, strongest first; every one at the position asked for."""
+
+
+class PromptText(BaseModel):
+    """What fires on a text. Positions count from the row start, which is position 0."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    tokens: list[int]
+    """Ids in the model's vocabulary, one per position."""
+    texts: list[str]
+    """Tokens as shown, one per position."""
+    saes: list[PromptSae]
+    """In the order asked for."""
+
+
+class NextToken(BaseModel):
+    """A token that may come next, and what the feature writes to it."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    id: int
+    """Id in the model's vocabulary."""
+    text: str
+    """The token as shown."""
+    probability: float
+    """The model's own."""
+    written: float
+    """What the feature writes straight to its logit, above what it writes to the mean token."""
+
+
+class LiveWritten(BaseModel):
+    """What one feature writes straight to the logits of the next token, the final norm frozen: activation x decoder direction
+    through W_O, the norms with the scales that they have here, and the unembedding, less the mean over the vocabulary."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    activation: float
+    """The feature's own at the token."""
+    chosen: NextToken
+    """The next token that was asked about."""
+    rank: int
+    """How many tokens of the vocabulary are raised more than it."""
+    likely: list[NextToken]
+    """The tokens that the model finds most likely, most likely first."""
+    raised: list[NextToken]
+    """The tokens that the feature raises most."""
+    lowered: list[NextToken]
+    """The tokens that it lowers most."""
+
+
+class LivePrompt(BaseModel):
+    """The answer to a prompt."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    model: str
+    """Name of the model."""
+    prompt: PromptText
+    """The text."""
+    against: PromptText | None
+    """The second text; null where there was none."""
+    attribution: LiveAttribution | None
+    """The feature that was asked about, taken apart; null where none was."""
+    written: LiveWritten | None
+    """What it writes to the next token's logits."""
+
+
+class InLine(BaseModel):
+    """Where a question is, or its answer."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    ticket: str
+    """Names the question."""
+    place: int | None
+    """How many are before it; 0 while it is being answered; null once it is."""
+    answer: LivePrompt | None
+    """Null until then."""
+
+
 class LiveComponents(BaseModel):
     """What each earlier part of the model gave to a feature at one destination, with pattern and norm frozen."""
 
@@ -250,6 +399,26 @@ class Live:
         """Ask what source tokens gave; raises as `attribute`."""
         return LiveSources.model_validate(self._ask("POST", "/sources", question.model_dump()))
 
+    def prompt(self, question: PromptQuestion) -> LivePrompt:
+        """Ask what fires in several SAEs, and wait for it; raises as `attribute`."""
+        return LivePrompt.model_validate(self._ask("POST", "/prompt", question.model_dump()))
+
+    def leave(self, ticket: str, question: PromptQuestion, wait: float) -> InLine:
+        """Put the question in the line, and wait so many seconds for the answer; raises as `attribute`."""
+        return InLine.model_validate(self._ask("POST", f"/line/{ticket}", question.model_dump(), {"wait": wait}))
+
+    def look(self, ticket: str, wait: float = 0.0) -> InLine:
+        """Where the question is, or its answer; `NotFound` for one that was cancelled or dropped."""
+        return InLine.model_validate(self._ask("GET", f"/line/{ticket}", None, {"wait": wait}))
+
+    def cancel(self, ticket: str) -> None:
+        """Take the question out of the line."""
+        self._ask("DELETE", f"/line/{ticket}")
+
+    def warm(self, sae: str) -> None:
+        """Have the model of an SAE loaded, without waiting for it: somebody is about to ask."""
+        self._ask("POST", "/warm", {"sae": sae})
+
     def loaded(self) -> str | None:
         """Name of the model that is warm; `EngineAway` when there is no engine."""
         model: str | None = self._ask("GET", "/health")["model"]
@@ -259,9 +428,11 @@ class Live:
         """Give the connections back."""
         self._client.close()
 
-    def _ask(self, method: str, path: str, json: dict[str, object] | None = None) -> dict[str, str | None]:
+    def _ask(
+        self, method: str, path: str, json: dict[str, object] | None = None, params: dict[str, float] | None = None
+    ) -> dict[str, str | None]:
         try:
-            response = self._client.request(method, path, json=json, headers=_onward())
+            response = self._client.request(method, path, json=json, params=params, headers=_onward())
             body: dict[str, object] = response.json()
         except httpx.TimeoutException as error:
             raise EngineAway("The engine takes too long to answer; try again when it has less to do.") from error

@@ -77,6 +77,9 @@ class Settings(BaseSettings):
     """File with that secret."""
     engine_idle_seconds: float = 600.0
     """Seconds without a question after which the engine gives its models' memory back."""
+    engine_memory_gb: Annotated[float, Field(gt=0)] = 4.0
+    """Gigabytes of weights, models and SAEs together, that the engine keeps warm. Beyond it the model that was asked for longest
+    ago is unloaded; the one that is being asked stays, whatever it needs."""
     engine_max_tokens: int = 512
     """Most tokens of a text that the engine takes."""
     device: str = "auto"

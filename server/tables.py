@@ -540,6 +540,20 @@ class Rating(Base):
 # Who may come in. Of what lets somebody in, only a hash is kept.
 
 
+class Prompt(Base):
+    """A text that somebody shared, with the view of it. Whoever has its id and may see it can open it."""
+
+    __tablename__ = "prompt"
+    id: Mapped[str] = mapped_column(sa.String(32), primary_key=True)  # random, so that it cannot be guessed
+    text: Mapped[str] = mapped_column(sa.Text)
+    against: Mapped[str | None] = mapped_column(sa.Text)  # the text that it is compared with
+    view: Mapped[dict[str, Any]]  # {"model": id, "saes": [ids], "at", "feature"}: ids, so that no name is told by it
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    expires_at: Mapped[datetime | None] = mapped_column(index=True)
+    owner_id: Mapped[int | None] = mapped_column(sa.ForeignKey("account.id", ondelete="SET NULL"))
+    visibility: Mapped[str] = mapped_column(sa.String(10), default="shared", server_default="shared")  # private, shared, public
+
+
 class Account(Base):
     """A person who may log in."""
 

@@ -244,6 +244,23 @@ const inIdleTime = window.requestIdleCallback ?? ((then) => setTimeout(then, 200
 window.addEventListener("load", () => inIdleTime(ahead));
 document.addEventListener("visibilitychange", () => document.readyState === "complete" && inIdleTime(ahead));
 
+// --- a prompt: Ctrl+Enter asks, arrows go from token to token, a cell picks its token ---
+
+document.addEventListener("keydown", (event) => {
+  const box = event.target.closest("#ask textarea");
+  if (box && event.key === "Enter" && (event.ctrlKey || event.metaKey)) return box.form.requestSubmit(box.form.querySelector("button.main"));
+  const row = event.target.closest(".grid button")?.closest("tr");
+  const next = { ArrowDown: row?.nextElementSibling, ArrowUp: row?.previousElementSibling }[event.key];
+  if (!next) return;
+  next.querySelector("button").focus();
+  event.preventDefault();
+});
+document.addEventListener("click", (event) => event.target.closest(".grid td.cell")?.closest("tr").querySelector("button").click());
+document.addEventListener("htmx:after:swap", (event) => {
+  const picked = event.target.closest?.("#picks, #prompt") && document.querySelector("#picked .fires, #picked .apart");
+  if (picked && picked.getBoundingClientRect().bottom < 0) picked.scrollIntoView({ block: "start" });
+});
+
 document.getElementById("help-open")?.addEventListener("click", () => document.getElementById("help").showModal());
 
 // After a swap the heads table says which head is painted, the ways to other features keep the view that was chosen, and

@@ -1,5 +1,8 @@
 """Live questions under `/api/v1`: what fires on a typed text, and which heads and source tokens make it fire."""
 
+from typing import Annotated
+
+from fastapi import Path as InPath
 from fastapi import Request
 
 from sae_core.errors import UsageError
@@ -8,15 +11,20 @@ from server.api.common import api_router, replies
 from server.live import (
     ComponentsQuestion,
     FiringQuestion,
+    InLine,
     LiveAttribution,
     LiveComponents,
     LiveFirings,
+    LivePrompt,
     LiveQuestion,
+    PromptQuestion,
     TextQuestion,
+    Ticket,
 )
 from server.pages.feature import LONGEST_TEXT, engine
 from server.pages.reply import Read
 from server.store.features import check_index
+from server.store.prompts import LONGEST
 from server.store.saes import find_sae
 
 router = api_router("Live")
@@ -47,6 +55,53 @@ def components(request: Request, question: ComponentsQuestion, read: Read) -> Li
     """The same DFA by component: what the embedding and each earlier attention and MLP put into each source."""
     _checked(read, question, question.index)
     return engine(request).components(question)
+
+
+@router.post("/live/prompt", responses=ASKS, summary="What fires on a text in many SAEs")
+@needs("reader", live=True)
+def prompt(request: Request, question: PromptQuestion, read: Read) -> LivePrompt:
+    """A text through some SAEs of one model: how many features fire at each token and layer, the strongest of them, every one at
+    a token `at`; the same of a second text `against`; and one `feature` taken apart by head and source, with what it writes to
+    the next token's logits. Nothing is stored."""
+    _checked_prompt(read, question)
+    return engine(request).prompt(question)
+
+
+InTheLine = Annotated[Ticket, InPath(description="A random word of yours.", examples=["k3J_0aQ9zXw2Lr7T"])]
+
+
+@router.put("/live/line/{ticket}", responses=ASKS, summary="Ask a prompt without waiting for it")
+@needs("reader", live=True)
+def leave_prompt(request: Request, ticket: InTheLine, question: PromptQuestion, read: Read) -> InLine:
+    """The same question, put in the engine's line under a ticket. It comes with its answer where that is there at once, else
+    with the number of questions before it. One that nobody asks about for half a minute is dropped."""
+    _checked_prompt(read, question)
+    return engine(request).leave(ticket, question, 0.0)
+
+
+@router.get("/live/line/{ticket}", responses=replies(403, 404), summary="A prompt's place in the line, or its answer")
+@needs("reader")
+def look_for_prompt(request: Request, ticket: InTheLine) -> InLine:
+    """Where it is. Waits for up to a second for the answer."""
+    return engine(request).look(ticket, 1.0)
+
+
+@router.delete("/live/line/{ticket}", responses=replies(403, 404), summary="Cancel a prompt")
+@needs("reader")
+def cancel_prompt(request: Request, ticket: InTheLine) -> InLine:
+    """Take it out of the line; one under way ends at its next step."""
+    engine(request).cancel(ticket)
+    return InLine(ticket=ticket, place=None, answer=None)
+
+
+def _checked_prompt(read: Read, question: PromptQuestion) -> None:
+    for name in question.saes:
+        door = find_sae(read, name)
+        if question.feature is not None and question.feature.sae == name:
+            check_index(door, question.feature.index)
+    for text in (question.text or "", question.against or ""):
+        if len(text) > LONGEST:
+            raise UsageError(f"That is {len(text)} characters; at most {LONGEST} can be tried at once.", field="text")
 
 
 def _checked(read: Read, question: TextQuestion, *features: int) -> None:

@@ -3,12 +3,12 @@
 from fastapi import FastAPI, Request, Response
 from starlette.responses import JSONResponse
 
-from server.api import features, jobs, labels, lists, live, saes, search
+from server.api import features, jobs, labels, lists, live, prompts, saes, search
 from server.api.common import PREFIX, Document
 
 ROUTERS = (
     *(saes.models, saes.router, saes.harvests, features.router, saes.heads, search.router),
-    *(lists.router, labels.router, jobs.router, live.router),
+    *(lists.router, labels.router, jobs.router, live.router, prompts.router),
 )
 """In the order of the document and of its page."""
 DOCUMENT = Document(ROUTERS)

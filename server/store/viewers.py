@@ -1,10 +1,10 @@
 """Who reads, and what they see: the one place where visibility is applied to queries.
 
 A session of the web carries its viewer (`seen_by`). To every ORM statement of such a session, its subqueries and joins
-included, `SeenSession` adds what that viewer may see of each table that names an SAE, a list or a job; a statement cannot
-forget it. What is told of a harvest (features, examples, texts, tokens, heads) is read by the harvest's number, which only an
-SAE or a harvest that is seen gives away. The worker and the command line have no viewer and see everything: whoever runs them
-can read the database itself.
+included, `SeenSession` adds what that viewer may see of each table that names an SAE, a list, a job or a prompt; a statement
+cannot forget it. What is told of a harvest (features, examples, texts, tokens, heads) is read by the harvest's number, which
+only an SAE or a harvest that is seen gives away. The worker and the command line have no viewer and see everything: whoever
+runs them can read the database itself.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from server.tables import (
     ListEntry,
     Model,
     Note,
+    Prompt,
     Rating,
     Review,
     ReviewFeature,
@@ -44,7 +45,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 """Each may do what the one before it may, and more."""
 Visibility = Literal["private", "shared", "public"]
 VISIBILITIES: tuple[Visibility, ...] = get_args(Visibility)
-"""Of an SAE, a list or a job: seen by its owner and admins; by everybody with an account; by everybody."""
+"""Of an SAE, a list, a job or a shared prompt: seen by its owner and admins; by everybody with an account; by everybody."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +133,7 @@ def _criteria(account: int | None) -> tuple[Any, ...]:
     seen: dict[Any, sa.ColumnElement[bool]] = {
         SAE: sa.not_(_of(SAE, account)),
         FeatureList: sa.not_(_of(FeatureList, account)),
+        Prompt: sa.not_(_of(Prompt, account)),
         Job: Job.id.not_in(jobs),
         Study: sa.and_(Study.job_id.not_in(jobs), sa.or_(Study.sae_id.is_(None), Study.sae_id.not_in(saes))),
         ListEntry: sa.and_(ListEntry.sae_id.not_in(saes), ListEntry.list_id.not_in(lists)),
@@ -170,12 +172,12 @@ def seen_metrics(session: Session, metrics: dict[str, Any]) -> dict[str, Any]:
 # ---- whose things are ----
 
 
-def own(session: Session, row: SAE | FeatureList | Job) -> None:
+def own(session: Session, row: SAE | FeatureList | Job | Prompt) -> None:
     """Give a new row to whoever's session it is."""
     row.owner_id = viewer_of(session).account
 
 
-def check_own(session: Session, row: SAE | FeatureList | Job, what: str) -> None:
+def check_own(session: Session, row: SAE | FeatureList | Job | Prompt, what: str) -> None:
     """Raise Forbidden unless whoever's session it is may do what only owners and admins do."""
     viewer = viewer_of(session)
     if not viewer.may("admin") and (row.owner_id is None or row.owner_id != viewer.account):

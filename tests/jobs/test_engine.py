@@ -11,28 +11,52 @@ import torch
 import uvicorn
 from fastapi.testclient import TestClient
 
-from sae_core.config import SAEConfig, Site
-from sae_core.errors import EngineAway, NotFound, SAEMismatch, UsageError
+from sae_core.config import ModelSource, SAEConfig, Site
+from sae_core.errors import Cancelled, EngineAway, EngineBusy, NotFound, SAEMismatch, UsageError
+from sae_core.lens import Lens
 from sae_core.saes import ARCHITECTURES, save_sae
 from sae_core.saes.base import shapes
 from server.app import create_app
 from server.engine import Engine, answer, answer_components, create_engine
+from server.line import Line
 from server.live import (
     SECRET_HEADER,
     ComponentsQuestion,
+    FeatureAt,
     FiringQuestion,
     Live,
     LiveQuestion,
+    PromptQuestion,
     SourcesQuestion,
     TextQuestion,
 )
 from server.settings import Settings
 from server.store import registry
+from tests.core.tiny_models import save_tiny
 from tests.jobs.conftest import Home
 from tests.web.conftest import listened
 from tests.web.peer import client_finds
 
 QUESTION = LiveQuestion(sae="hand", index=3, text="the cat sat on the mat")
+
+
+def add_sae(home: Home, lens: Lens, name: str, cfg: SAEConfig) -> None:
+    """An SAE drawn at random, registered."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {part: torch.randn(shape, generator=generator) for part, shape in shapes(cfg).items()}
+    sha256 = save_sae(ARCHITECTURES[cfg.arch](cfg, tensors), home.settings.data / "saes" / name)
+    with home.db.write() as session:
+        model = registry.model(session, lens.info.name)
+        registry.upsert_sae(
+            session,
+            job_id="j" if name == "hand" else name,
+            name=name,
+            model_id=model.id,
+            config=cfg,
+            metrics={},
+            folder=f"saes/{name}",
+            sha256=sha256,
+        )
 
 
 @pytest.fixture
@@ -48,14 +72,7 @@ def engine(home: Home) -> Engine:
         site=Site(layer=1), model="tiny", model_fingerprint=lens.info.fingerprint, processing=lens.info.processing,
         scale=1.0, max_norm=None, context=32,
     )  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes(cfg).items()}
-    folder = home.settings.data / "saes" / "hand"
-    sha256 = save_sae(ARCHITECTURES["batchtopk"](cfg, tensors), folder)
-    with home.db.write() as session:
-        registry.upsert_sae(
-            session, job_id="j", name="hand", model_id=model.id, config=cfg, metrics={}, folder="saes/hand", sha256=sha256
-        )
+    add_sae(home, lens, "hand", cfg)
     return Engine(home.settings.model_copy(update={"device": "cpu"}), home.db)
 
 
@@ -167,7 +184,7 @@ def test_only_who_knows_the_secret_is_answered(engine: Engine) -> None:
     with TestClient(create_engine(engine.settings, engine.db)) as client:
         assert client.get("/health").status_code == 403
         assert client.get("/health", headers={SECRET_HEADER: "guess"}).status_code == 403  # pragma: allowlist secret
-        assert client.get("/health", headers={SECRET_HEADER: engine.settings.secret}).json() == {"model": None}
+        assert client.get("/health", headers={SECRET_HEADER: engine.settings.secret}).json()["model"] is None
 
 
 @pytest.fixture
@@ -275,7 +292,7 @@ def test_an_sae_that_norms_tokens_adds_up_in_live_answers(engine: Engine, home: 
         {name: getattr(sae, name) for name in shapes(sae.cfg)},
     )
     question = ComponentsQuestion(sae="hand", index=3, text=QUESTION.text)
-    tokens = engine._row(lens, question)
+    tokens = engine._tokens(lens, question.text, None, "text")
     given, parts = answer(lens, normed, tokens, question), answer_components(lens, normed, tokens, question)
     z = lens.read_z(torch.tensor([tokens]), [1])[1][0]
     assert given.preacts == pytest.approx(normed.preacts(z)[:, 3].tolist(), abs=1e-3)
@@ -373,3 +390,236 @@ def test_dfa_of_typed_text_is_the_engines_own_and_its_target_the_destination(eng
         ):  # fmt: skip
             refused = client.post("/api/search-all/", json=body)
             assert (refused.status_code, says in refused.json()["error"]) == (400, True), refused.text
+
+
+# ---- a prompt through many SAEs ----
+
+TEXT = "the cat sat on the mat"
+
+
+@pytest.fixture
+def two(engine: Engine, home: Home) -> Engine:
+    """The same with a second SAE, on layer 3, that has more features and another rule."""
+    lens, _ = engine._open("hand")
+    add_sae(home, lens, "other", SAEConfig(
+        arch="jumprelu", d_in=lens.info.d_in, d_sae=24, k=4, n_heads=lens.info.n_heads, d_head=lens.info.d_head,
+        site=Site(layer=3), model="tiny", model_fingerprint=lens.info.fingerprint, processing=lens.info.processing,
+        scale=1.0, max_norm=None, context=32,
+    ))  # fmt: skip
+    return engine
+
+
+def test_a_prompt_through_two_saes_is_what_each_answers_alone(two: Engine) -> None:
+    found = two.prompt(PromptQuestion(saes=["other", "hand"], text=TEXT, top=2, at=4))
+    assert (found.model, [(one.sae, one.layer) for one in found.prompt.saes]) == ("tiny", [("other", 3), ("hand", 1)])
+    for one in found.prompt.saes:
+        codes = two.codes(TextQuestion(sae=one.sae, text=TEXT))
+        fires = dict(zip(zip(codes.positions, codes.features, strict=True), codes.activations, strict=True))
+        assert (found.prompt.tokens, found.prompt.texts, one.excluded) == (codes.tokens, codes.texts, codes.excluded)
+        assert one.counts == [codes.positions.count(at) for at in range(len(codes.tokens))]
+        for at, firings in enumerate(one.by_position):
+            alone = sorted((value for (position, _), value in fires.items() if position == at), reverse=True)
+            assert [firing.activation for firing in firings] == pytest.approx(alone if at == 4 else alone[:2], abs=1e-5)
+            assert all(fires[at, firing.index] == pytest.approx(firing.activation, abs=1e-5) for firing in firings)
+
+
+def test_a_second_text_and_a_feature_come_with_the_same_question(two: Engine) -> None:
+    feature = FeatureAt(sae="hand", index=3, dest=5)
+    found = two.prompt(PromptQuestion(saes=["hand"], text=TEXT, against="a cat ran home", feature=feature))
+    alone = two.prompt(PromptQuestion(saes=["hand"], text="a cat ran home"))
+    assert found.against == alone.prompt
+    assert found.attribution == two.attribute(LiveQuestion(sae="hand", index=3, text=TEXT, dest=5))
+    assert (alone.against, alone.attribution, alone.written) == (None, None, None)
+
+
+def test_what_a_feature_writes_is_what_is_lost_without_it(two: Engine) -> None:
+    """Against the model's own end: the final stream less what the feature put there, through the norm's frozen scale."""
+    lens, sae = two._open("other")
+    tokens = two._tokens(lens, TEXT, None, "text")
+    fired = two.prompt(PromptQuestion(saes=["other"], text=TEXT, top=1))
+    dest, index = next((i, one[0].index) for i, one in enumerate(fired.prompt.saes[0].by_position) if one and i > 2)
+    for wanted in ({}, {"next": 7}, {"next_text": " cat and more"}):
+        at = FeatureAt.model_validate({"sae": "other", "index": index, "dest": dest, **wanted})
+        found = two.prompt(PromptQuestion(saes=["other"], text=TEXT, feature=at)).written
+        assert found is not None
+        expected = {"next": 7, "next_text": lens.encode([" cat"])[0][0]}.get(next(iter(wanted), ""), tokens[dest + 1])
+        assert found.chosen.id == expected
+        ending = lens.read_ending(torch.tensor([tokens]), 3)
+        model, final = lens._bridge, ending.final[0, dest]
+        put = found.activation * sae.W_dec[index] @ lens.W_O(3).flatten(0, 1)
+        gain = model.ln_final.original_component.weight
+        scale = (final.square().mean() + model.ln_final.original_component.variance_epsilon).sqrt()
+        unembed = model.unembed.original_component.weight
+        lost = (final * gain / scale) @ unembed.T - ((final - put) * gain / scale) @ unembed.T
+        lost = lost - lost.mean()
+        assert found.chosen.written == pytest.approx(float(lost[found.chosen.id]), abs=1e-4)
+        assert found.rank == int((lost > lost[found.chosen.id] + 1e-5).sum())
+        assert [one.id for one in found.raised] == lost.topk(8).indices.tolist()
+        assert [one.written for one in found.lowered] == pytest.approx(lost.topk(8, largest=False).values.tolist(), abs=1e-4)
+        probabilities = ending.logits[0, dest].softmax(-1)
+        assert [one.probability for one in found.likely] == pytest.approx(probabilities.topk(8).values.tolist(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"text": "cat " * 600}, UsageError, "at most 512 are taken"),
+        ({"text": ""}, UsageError, "no text"),
+        ({"against": ""}, UsageError, "no text"),
+        ({"saes": ["hand", "gone"]}, NotFound, "no SAE gone"),
+        ({"at": 99}, UsageError, "no 99"),
+        ({"feature": FeatureAt(sae="hand", index=16, dest=1)}, NotFound, "features 0 to 15"),
+        ({"feature": FeatureAt(sae="hand", index=3, dest=99)}, UsageError, "no 99"),
+        ({"feature": FeatureAt(sae="hand", index=3, dest=1, next=10**6)}, UsageError, "tokens 0 to"),
+    ],
+)
+def test_a_prompt_that_cannot_be_gets_a_sentence(
+    two: Engine, change: dict[str, object], error: type[Exception], says: str
+) -> None:
+    engine = two
+    engine.settings = engine.settings.model_copy(update={"engine_max_tokens": 512})
+    if change.get("text") == "cat " * 600:
+        lens, _ = engine._open("hand")
+        assert lens.info.max_context < 512
+        says = f"at most {lens.info.max_context} are taken"
+    with pytest.raises(error, match=says):
+        engine.prompt(PromptQuestion(saes=["hand"], text=TEXT).model_copy(update=change))
+
+
+def test_saes_of_two_models_are_not_asked_together(two: Engine, home: Home) -> None:
+    with home.db.write() as session:
+        model = registry.model(session, "tiny")
+        second = registry.add_model(session, "second", model.source.model_copy(update={"location": f"{model.source.location}/."}))
+        record = registry.sae(session, "hand")
+        registry.upsert_sae(
+            session, job_id="k", name="elsewhere", model_id=second.id, config=record.config, metrics={}, folder="saes/hand",
+            sha256=record.sha256,
+        )  # fmt: skip
+    with pytest.raises(UsageError, match="tiny and second; a text runs through one model"):
+        two.prompt(PromptQuestion(saes=["hand", "elsewhere"], text=TEXT))
+
+
+# ---- the line ----
+
+
+def test_a_question_says_its_place_and_can_be_cancelled(two: Engine) -> None:
+    hold, tickets = threading.Event(), [f"ticket-number-{i:04}" for i in range(3)]
+    held = threading.Thread(target=lambda: two.line.ask(hold.wait))
+    held.start()
+    while two.line.length < 1:
+        time.sleep(0.01)
+    question = PromptQuestion(saes=["hand"], text=TEXT)
+    places = [two.leave(ticket, question, 0.0).place for ticket in tickets]
+    assert places == [1, 2, 3]
+    two.line.cancel(tickets[0])
+    assert [two.look(ticket).place for ticket in tickets[1:]] == [1, 2]
+    with pytest.raises(NotFound, match="no question of that ticket"):
+        two.look(tickets[0])
+    hold.set()
+    held.join()
+    answers = [two.look(ticket, 30.0) for ticket in tickets[1:]]
+    assert [one.place for one in answers] == [None, None]
+    assert answers[0].answer == two.prompt(question)
+    assert two.look(tickets[1]).answer == answers[0].answer, "an answer can be fetched again, for a moment"
+
+
+def test_a_question_under_way_ends_at_its_next_step(two: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    opened: list[str] = []
+    real = Engine._open
+
+    def slow(self: Engine, name: str, *, beside: int = 0) -> object:
+        opened.append(name)
+        begun.set()
+        go_on.wait(10)
+        return real(self, name, beside=beside)
+
+    monkeypatch.setattr(Engine, "_open", slow)
+    ticket = "a-ticket-of-somebody"
+    assert two.leave(ticket, PromptQuestion(saes=["hand", "other"], text=TEXT), 0.0).place == 0
+    assert begun.wait(10)
+    future = two.line._by_ticket[ticket].future
+    two.line.cancel(ticket)
+    go_on.set()
+    with pytest.raises(Cancelled):
+        future.result(10)
+    assert opened == ["hand"]
+
+
+def test_a_question_that_nobody_asks_about_is_dropped_and_too_many_are_refused() -> None:
+    line, hold = Line(most=3, patience=0.05), threading.Event()
+    line.leave("first", hold.wait)
+    line.leave("second", lambda: 2)
+    line.leave("third", lambda: 3)
+    with pytest.raises(EngineBusy, match="3 questions wait"):
+        line.ask(lambda: 4)
+    time.sleep(0.1)
+    line.look("third", 0.0)
+    line.sweep()
+    assert line.length == 2, "the first is under way, the second is gone"
+    with pytest.raises(NotFound):
+        line.look("second", 0.0)
+    hold.set()
+    assert line.look("third", 10.0) == (None, 3)
+    line.close()
+
+
+def test_an_error_reaches_whoever_looks(two: Engine) -> None:
+    ticket = "a-ticket-of-somebody"
+    with pytest.raises(NotFound, match="no SAE gone"):
+        two.leave(ticket, PromptQuestion(saes=["gone"], text=TEXT), 10.0)
+
+
+@pytest.mark.usefixtures("two")
+def test_the_engine_answers_tickets_over_http(home: Home) -> None:
+    app = create_engine(home.settings.model_copy(update={"device": "cpu"}), home.db)
+    headers = {SECRET_HEADER: home.settings.secret}
+    with TestClient(app, headers=headers) as client:
+        asked = PromptQuestion(saes=["hand"], text=TEXT).model_dump()
+        found = client.post("/line/a-ticket-of-mine-1?wait=60", json=asked).json()
+        assert found["place"] is None
+        assert found["answer"] == client.post("/prompt", json=asked).json()
+        assert client.get("/line/a-ticket-of-mine-1").json() == found
+        assert client.delete("/line/a-ticket-of-mine-1").status_code == 200
+        assert client.get("/line/a-ticket-of-mine-1").status_code == 404
+        assert client.get("/line/short").status_code == 422
+        assert client.post("/warm", json={"sae": "other"}).status_code == 200
+        assert int(client.get("/health").json()["bytes"]) > 0
+
+
+# ---- memory ----
+
+
+def test_the_model_asked_longest_ago_is_unloaded_beyond_the_budget(engine: Engine, home: Home, tmp_path: Path) -> None:
+    lens, _ = engine._open("hand")
+    size = engine.nbytes
+    with home.db.write() as session:
+        record = registry.sae(session, "hand")
+        for name in ("second", "third"):
+            folder = save_tiny("llama", tmp_path / name)
+            source = ModelSource(location=str(folder))
+            model = registry.add_model(session, name, source)
+            registry.upsert_sae(
+                session, job_id=name, name=f"of-{name}", model_id=model.id, config=record.config, metrics={},
+                folder="saes/hand", sha256=record.sha256,
+            )  # fmt: skip
+            registry.note_shape(session, name, lens.info)
+    names = lambda: [warm.model.name for warm in engine._warm.values()]  # noqa: E731
+
+    def within(models: float) -> Settings:
+        return engine.settings.model_copy(update={"engine_memory_gb": models * size / 1e9})
+
+    # What a model needs is estimated before it was loaded once, as GPT-2 would: here up to twice what it is.
+    engine.settings = within(10)
+    for name in ("of-second", "of-third"):
+        engine._open(name)
+    assert names() == ["tiny", "second", "third"]
+    engine.settings = within(2.2)
+    engine._open("hand")
+    assert names() == ["third", "tiny"], "the one asked longest ago went"
+    engine._open("of-second")
+    assert names() == ["tiny", "second"]
+    assert engine.nbytes <= 2.2 * size
+    engine.settings = within(0.1)
+    engine._open("hand")
+    assert names() == ["tiny"], "what is being asked stays, whatever it needs"

@@ -13,11 +13,11 @@ from server import access
 from server.app import create_app
 from server.db import Database
 from server.settings import Settings
-from server.store import accounts, labels, lists, ratings, search, studies
+from server.store import accounts, labels, lists, prompts, ratings, search, studies
 from server.store import jobs as store_jobs
 from server.store.saes import find_sae
 from server.store.viewers import VISIBILITIES
-from server.tables import SAE, FeatureList, FormerName, Harvest, Job, JobLog
+from server.tables import SAE, FeatureList, FormerName, Harvest, Job, JobLog, Prompt
 from tests.web.factory import PROSE, Shape, add_sae
 
 WORD = "zebrafish"
@@ -42,6 +42,7 @@ class Lab:
     reviews: dict[str, int]
     studies: dict[str, int]
     jobs: dict[str, str]
+    prompts: dict[str, str]
 
 
 def with_accounts(settings: Settings) -> Settings:
@@ -78,7 +79,7 @@ def settle(settings: Settings) -> Lab:
 
 
 def _told(session: Session, settings: Settings) -> Lab:
-    lab = Lab(settings, *({} for _ in range(9)))
+    lab = Lab(settings, *({} for _ in range(10)))
     ola = accounts.account_id(session, "Ola")
     for seen in VISIBILITIES:
         word = WORD if seen == "private" else "tide"
@@ -99,6 +100,11 @@ def _told(session: Session, settings: Settings) -> Lab:
         owned = session.get_one(FeatureList, lab.lists[seen])
         owned.owner_id, owned.visibility = ola, seen
         lab.reviews[seen] = ratings.create(session, door, 3, 1, "Ola")
+        view = {"at": None, "against_at": None, "feature": {"sae": NAMES[seen], "index": 3, "dest": 1}}
+        lab.prompts[seen] = prompts.share(
+            session, f"a {word} in a text", None, model=None, doors=[door], view=view, visibility=seen, days=None
+        )
+        session.get_one(Prompt, lab.prompts[seen]).owner_id = ola
         title = f"{word} study"
         store_jobs.create(session, f"study-{seen}", "study", title, {"sae": row.name})
         lab.studies[seen] = studies.write(

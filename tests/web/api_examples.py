@@ -10,7 +10,22 @@ from fastapi.testclient import TestClient
 
 from server.api.common import EXAMPLES
 from server.app import create_app
-from server.live import ComponentsQuestion, FiringQuestion, LiveAttribution, LiveComponents, LiveFirings, LiveQuestion
+from server.live import (
+    ComponentsQuestion,
+    Firing,
+    FiringQuestion,
+    InLine,
+    LiveAttribution,
+    LiveComponents,
+    LiveFirings,
+    LivePrompt,
+    LiveQuestion,
+    LiveWritten,
+    NextToken,
+    PromptQuestion,
+    PromptSae,
+    PromptText,
+)
 from server.store import search
 from tests.web.conftest import at, database_of, put, queued
 from tests.web.factory import Shape
@@ -19,6 +34,7 @@ SAE = "/saes/smollm2-l17"
 OF = f"{SAE}/features/3"
 KEY = {"sae": "smollm2-l17", "index": 3}
 JOB = {"kind": "train", "name": "tides", "config": {"model": "smollm2-135m", "corpus": "demo", "site": {"layer": 17}}}
+ASKED = {"saes": ["smollm2-l17"], "text": "The tide", "feature": {**KEY, "dest": 2}}
 CALLS: tuple[tuple[str, str, str, Any], ...] = (
     ("list_models", "GET", "/models", None),
     ("read_model_heads", "GET", "/models/smollm2-135m/heads", None),
@@ -64,6 +80,13 @@ CALLS: tuple[tuple[str, str, str, Any], ...] = (
     ("firings", "POST", "/live/firings", {"sae": "smollm2-l17", "text": "The tide", "features": [3], "top": 1}),
     ("attribution", "POST", "/live/attribution", {**KEY, "text": "The tide"}),
     ("components", "POST", "/live/components", {**KEY, "text": "The tide"}),
+    ("prompt", "POST", "/live/prompt", ASKED),
+    ("leave_prompt", "PUT", "/live/line/k3J_0aQ9zXw2Lr7T", ASKED),
+    ("look_for_prompt", "GET", "/live/line/k3J_0aQ9zXw2Lr7T", None),
+    ("cancel_prompt", "DELETE", "/live/line/k3J_0aQ9zXw2Lr7T", None),
+    ("share_prompt", "POST", "/prompts", {"text": "The tide", "saes": ["smollm2-l17"]}),
+    ("read_prompt", "GET", "/prompts/{shared}", None),
+    ("delete_prompt", "DELETE", "/prompts/{shared}", None),
 )
 
 
@@ -100,6 +123,25 @@ class Answers:
             dfa=[0.5, 0.75, 0.5], bias=-0.25, preact=1.5, gap=0.0,
         )  # fmt: skip
 
+    def prompt(self, question: PromptQuestion) -> LivePrompt:
+        one = Firing(index=3, position=2, activation=1.5)
+        sae = PromptSae(sae="smollm2-l17", layer=17, excluded=[True, False, False], counts=[0, 0, 1], by_position=[[], [], [one]])
+        token = NextToken(id=1354, text=" came", probability=0.25, written=0.125)
+        written = LiveWritten(activation=1.5, chosen=token, rank=12, likely=[token], raised=[token], lowered=[token])
+        return LivePrompt(
+            model="smollm2-135m", prompt=PromptText(tokens=self.at["tokens"], texts=self.texts, saes=[sae]), against=None,
+            attribution=self.attribute(LiveQuestion(**KEY, text=question.text)), written=written,
+        )  # fmt: skip
+
+    def leave(self, ticket: str, _: PromptQuestion, wait: float) -> InLine:
+        return InLine(ticket=ticket, place=2, answer=None if wait == 0 else self.prompt(_))
+
+    def look(self, ticket: str, _: float = 0.0) -> InLine:
+        return InLine(ticket=ticket, place=0, answer=None)
+
+    def cancel(self, _: str) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -114,7 +156,8 @@ def recorded(folder: Path) -> dict[str, Any]:
     found = {}
     with TestClient(app, base_url="http://127.0.0.1:8000", headers={"X-Author": "Maren"}) as client:
         for name, method, path, body in CALLS:
-            answer = client.request(method, f"/api/v1{path}", json=body)
+            shared = found.get("share_prompt", {}).get("line", {}).get("id")
+            answer = client.request(method, f"/api/v1{path}".replace("{shared}", str(shared)), json=body)
             assert answer.is_success, (name, answer.text)
             found[name] = answer.json()
     return found

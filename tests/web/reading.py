@@ -1,5 +1,6 @@
 """Reads pages as a person or a browser would: texts, links, and what the CSP would refuse."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
@@ -49,6 +50,17 @@ class Reader(HTMLParser):
             if tag == "style":
                 found.append("<style>")
         return found
+
+
+def table_rows(html: str, kind: str) -> list[list[str]]:
+    """The cells' texts of every row in the tables of class `kind` that has a cell of data; our templates end no row or cell."""
+    rows = []
+    for table in re.findall(rf'<table class="{kind}[" ].*?</table>', html, re.DOTALL):
+        for row in re.split("<tr[ >]", table)[1:]:
+            cells = re.split(r"<t[dh](?=[ >])[^>]*>", row)[1:]
+            if "<td" in row:
+                rows.append([" ".join(Reader(cell).text.split()) for cell in cells])
+    return rows
 
 
 @contextmanager

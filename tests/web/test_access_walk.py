@@ -63,6 +63,7 @@ def address(lab: Lab, path: str, seen: str) -> str:
         "sae": NAMES[seen], "index": 3, "head": 0, "band": 0, "rank": 0, "list_id": lab.lists[seen],
         "entry_id": lab.entries[seen], "job_id": lab.jobs[seen], "job": lab.jobs[seen], "study_id": lab.studies[seen],
         "review_id": lab.reviews[seen], "harvest_id": lab.harvests[seen], "harvest": lab.harvests[seen],
+        "prompt_id": lab.prompts[seen], "ticket": "a-ticket-of-nobody",
         "label_id": lab.labels[seen], "note_id": lab.notes[seen], "model": "smollm2-135m", "kind": "harvest",
         "model_id": "smollm2-135m", "layer": source, "source": source, "sweep_id": lab.jobs[seen],
     }  # fmt: skip

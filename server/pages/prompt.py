@@ -1,0 +1,600 @@
+"""`/prompt`: a typed text through the features of an SAE, or of all SAEs of a model; asked by POST, stored only when shared.
+
+The form is the state: what is looked at (a token, a feature, a next token) travels with the text in hidden fields, so that every
+step is one POST that a browser sends without a script.
+"""
+
+import re
+import secrets
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from sqlalchemy.orm import Session
+
+from sae_core.errors import Cancelled, HeadscopeError, NotFound, UsageError
+from server.access import needs, viewer
+from server.live import FeatureAt, Firing, InLine, LiveAttribution, LivePrompt, PromptQuestion, PromptSae
+from server.pages.feature import as_example, engine
+from server.pages.reply import Read, reply, wants_json, wants_part
+from server.pages.writing import Form, see, writing
+from server.rendering import level
+from server.store import prompts as store
+from server.store.features import FeatureExample, FeatureRow
+from server.store.prompts import ModelChoice, SharedLine, SharedPrompt
+from server.store.saes import Door
+
+router = APIRouter()
+
+WAIT = 2.0
+"""Seconds that a request waits for the engine's answer before it says how many questions are before it."""
+NAMED = {"one": 3, "many": 1}
+"""Features that a line of the grid names, with one SAE and with more."""
+EVERY = 1000
+"""Features a token that two texts are compared by: all of them, in all but the densest SAEs."""
+SOURCES = 12
+"""Sources of a feature that are shown by head; the others are summed."""
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What is looked at in a prompt."""
+
+    at: int | None = None
+    """A token of the text."""
+    against_at: int | None = None
+    """A token of the second text."""
+    feature: FeatureAt | None = None
+    """A feature at a token of the text."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as the form sends it."""
+
+    text: str = ""
+    against: str = ""
+    saes: str = ""
+    """`sae:` and the name of one, or `model:` and the name of a model, for all of its SAEs."""
+    looked: Looked = Looked()
+    next: str = ""
+    """The next token whose logit is asked about, as typed; empty takes the one that follows."""
+    ticket: str = ""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A feature that fires at a token."""
+
+    sae: str
+    layer: int
+    index: int
+    activation: float
+    other: float
+    """Its activation at the token of the second text that stands beside this one."""
+    share: float | None
+    """Activation over the largest in the harvest; null without a harvest."""
+    other_share: float | None
+    row: FeatureRow | None
+    """What the harvest and people say of it."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A token at an SAE."""
+
+    level: int
+    """0 to 15: the share of its own maximum that the strongest feature there has; in a comparison, how much differs."""
+    said: str
+
+
+@dataclass(frozen=True)
+class GridRow:
+    """A token of the grid, or two that stand beside each other."""
+
+    at: int | None
+    """Position in the text; null where only the second has a token here."""
+    against_at: int | None
+    text: str | None
+    against_text: str | None
+    kind: Literal["same", "other", "begin"]
+    """`other` where the two texts' tokens differ; `begin` is the row start, which is no destination."""
+    cells: tuple[Cell, ...]
+    """By SAE."""
+    named: tuple[Hit, ...]
+    """The features that matter most there."""
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source of the feature that is taken apart."""
+
+    position: int
+    text: str
+    value: float
+    heads: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Apart:
+    """A feature at a token, taken apart."""
+
+    door: Door
+    index: int
+    row: FeatureRow | None
+    example: FeatureExample
+    heads: tuple[float, ...]
+    """By head, sources summed."""
+    sources: tuple[Source, ...]
+    """The largest, by size."""
+    rest: float
+    """All other sources together."""
+    largest: float
+    """The largest |DFA| of a shown source at a head."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the page shows of an answer."""
+
+    answer: LivePrompt
+    saes: tuple[PromptSae, ...]
+    rows: tuple[GridRow, ...]
+    hits: tuple[Hit, ...]
+    """Every feature at the token that is looked at."""
+    apart: Apart | None
+    compared: bool
+
+
+@dataclass(frozen=True)
+class PromptPage:
+    """Where one begins: what text can be put to, and what one has shared."""
+
+    models: tuple[ModelChoice, ...]
+    """Those with SAEs, each with its SAEs by layer."""
+    shared: tuple[SharedLine, ...]
+    """What whoever asks has shared, the newest first."""
+
+
+# ---- the pages ----
+
+
+@router.get("/prompt", include_in_schema=False)
+@router.get("/prompt.json", response_model=PromptPage)
+def show_prompt(request: Request, read: Read, sae: str = "", text: str = "") -> Response:
+    """The empty box. Whoever opens it is about to ask, so the engine is told to load the model."""
+    page = _page(request, read)
+    asked = Asked(text=text[: store.LONGEST], saes=f"sae:{sae}" if sae else _first(page.models))
+    _prepare(request, page, asked)
+    return _shown(request, page, asked)
+
+
+@router.post("/prompt", include_in_schema=False)
+@needs("reader", live=True)
+def ask_prompt(request: Request, read: Read, form: Form) -> Response:
+    """The text through the SAEs. Nothing of it is stored."""
+    return _answered(request, read, form, lambda asked, doors: _leave(request, asked, doors))
+
+
+@router.post("/prompt/look", include_in_schema=False)
+@needs("reader")
+def look_for_answer(request: Request, read: Read, form: Form) -> Response:
+    """Where a question is that was asked before, or its answer; or take it out of the line."""
+    if form.get("do") == "cancel":
+        return _answered(request, read, form, lambda asked, _: _cancel(request, asked))
+    return _answered(request, read, form, lambda asked, _: engine(request).look(_ticket(asked), WAIT))
+
+
+def _answered(request: Request, read: Session, form: Form, ask: Callable[[Asked, Sequence[Door]], InLine]) -> Response:
+    """The answer that `ask` gives; or the question's place in the line; or a sentence beside the box, which keeps the text."""
+    page = _page(request, read)
+    asked = Asked(text=form.get("text", ""), against=form.get("against", ""), saes=form.get("saes", ""))
+    try:
+        asked = read_form(form)
+        doors = asked_doors(read, page.models, asked.saes)
+        found = ask(asked, doors)
+        if found.answer is None:
+            return _shown(request, page, replace(asked, ticket=found.ticket), place=found.place)
+        result = made(read, doors, found.answer, asked)
+    except HeadscopeError as error:
+        return _shown(request, page, replace(asked, ticket=""), trouble=str(error))
+    return _shown(request, page, replace(asked, ticket=""), result=result)
+
+
+@router.post("/prompt/share", include_in_schema=False)
+def share_prompt(request: Request, read: Read, form: Form) -> Response:
+    """Store the text, and on to its address."""
+    try:
+        asked = read_form(form)
+        doors = asked_doors(read, store.choices(read), asked.saes)
+        days = form.get("days", "")
+        if days and not (days.isascii() and days.isdigit() and len(days) < 6):
+            raise UsageError(f"'{days[:20]}' is no number of days; give 1 to {store.LONGEST_DAYS}, or nothing.", field="days")
+        with writing(request) as session:
+            made_ = share(session, asked, doors, form.get("visibility", "shared"), int(days) if days else None)
+    except UsageError as error:
+        typed = Asked(text=form.get("text", ""), against=form.get("against", ""), saes=form.get("saes", ""))
+        return _shown(request, _page(request, read), typed, trouble=str(error))
+    return see(f"/prompts/{made_}")
+
+
+@router.get("/prompts/{prompt_id}", include_in_schema=False)
+@router.get("/prompts/{prompt_id}.json", response_model=SharedPrompt)
+def show_shared(request: Request, prompt_id: str, read: Read) -> Response:
+    """A shared text, in the box. The page then asks by itself where a script may; without one, the button does."""
+    found = store.shared(read, prompt_id)
+    page = _page(request, read)
+    asked = of_shared(found)
+    if wants_json(request):
+        return _shown(request, found, asked)
+    _prepare(request, page, asked)
+    return _shown(request, page, asked, shared=found.line)
+
+
+@router.post("/prompts/{prompt_id}/delete", include_in_schema=False)
+def delete_shared(request: Request, prompt_id: str) -> Response:
+    """Delete a shared text."""
+    with writing(request) as session:
+        store.unshare(session, prompt_id)
+    return see("/prompt")
+
+
+def _shown(
+    request: Request,
+    page: PromptPage | SharedPrompt,
+    asked: Asked,
+    *,
+    result: Result | None = None,
+    place: int | None = None,
+    trouble: str = "",
+    shared: SharedLine | None = None,
+) -> Response:
+    status = 200 if not trouble or wants_part(request) else 422
+    view: dict[str, Any] = {"asked": asked, "result": result, "place": place, "trouble": trouble, "shared": shared}
+    view |= {"may_ask": viewer(request).may("reader"), "fields": fields(asked), "picked": picked}
+    return reply(request, page, "prompt.html", block="_prompt.html", status=status, **view)
+
+
+def _page(request: Request, read: Session) -> PromptPage:
+    who = viewer(request)
+    return PromptPage(store.choices(read), store.shared_lines(read, who.account) if who.may("editor") else ())
+
+
+def _first(models: Sequence[ModelChoice]) -> str:
+    """What is chosen at first: all SAEs of the model that has most; of one that has one, that."""
+    most = max(models, key=lambda model: len(model.saes), default=None)
+    if most is None:
+        return ""
+    return f"model:{most.name}" if len(most.saes) > 1 else f"sae:{most.saes[0].name}"
+
+
+def _prepare(request: Request, page: PromptPage, asked: Asked) -> None:
+    """Tell the engine which model will be asked; if it is away, the question will say so."""
+    if not viewer(request).may("reader"):
+        return
+    kind, _, name = asked.saes.partition(":")
+    known = {model.name: model.saes[0].name for model in page.models}
+    names = {sae.name for model in page.models for sae in model.saes}
+    first = known.get(name) if kind == "model" else name if name in names else None
+    if first is not None:
+        with suppress(HeadscopeError):
+            engine(request).warm(first)
+
+
+def _leave(request: Request, asked: Asked, doors: Sequence[Door]) -> InLine:
+    return engine(request).leave(secrets.token_urlsafe(18), question(asked, doors), WAIT)
+
+
+def _ticket(asked: Asked) -> str:
+    if not re.fullmatch("[A-Za-z0-9_-]{16,64}", asked.ticket):
+        raise NotFound("That is no ticket of a question; ask again.", field="ticket")
+    return asked.ticket
+
+
+def _cancel(request: Request, asked: Asked) -> InLine:
+    with suppress(NotFound):  # it is gone either way
+        engine(request).cancel(_ticket(asked))
+    raise Cancelled("Cancelled. The text is still here.")
+
+
+# ---- the form ----
+
+
+def read_form(form: Mapping[str, str]) -> Asked:
+    """What the form says. `pick` is the button that was pressed: what is looked at from now on."""
+    looked = Looked(_position(form.get("at", "")), _position(form.get("against_at", "")), _feature(form.get("feature", "")))
+    following, picks = form.get("next", ""), form.get("pick", "")
+    kind, _, rest = picks.partition(":")
+    if kind == "token":
+        at, _, against_at = rest.partition(":")
+        looked = Looked(_position(at), _position(against_at))
+    elif kind == "feature":
+        feature = _feature(rest)
+        looked, following = replace(looked, at=feature.dest if feature else looked.at, feature=feature), ""
+    elif kind == "next":
+        following = rest
+    text = form.get("text", "")
+    if not text.strip():
+        raise UsageError("Type some text first.", field="text")
+    for one in (text, form.get("against", "")):
+        if len(one) > store.LONGEST:
+            raise UsageError(f"That is {len(one)} characters; at most {store.LONGEST} can be tried at once.", field="text")
+    if form.get("do") == "ask":  # another text, perhaps: what was looked at may not be there
+        looked, following = Looked(), ""
+    return Asked(
+        # A browser ends lines in two characters, whatever was typed.
+        text.replace("\r\n", "\n"),
+        form.get("against", "").replace("\r\n", "\n"),
+        form.get("saes", ""),
+        looked,
+        following,
+        form.get("ticket", ""),
+    )
+
+
+def fields(asked: Asked) -> dict[str, str]:
+    """The hidden fields that carry a prompt from one step to the next."""
+    looked = asked.looked
+    feature = looked.feature
+    return {
+        "text": asked.text,
+        "against": asked.against,
+        "saes": asked.saes,
+        "at": "" if looked.at is None else str(looked.at),
+        "against_at": "" if looked.against_at is None else str(looked.against_at),
+        "feature": "" if feature is None else f"{feature.index}@{feature.dest}@{feature.sae}",
+    }
+
+
+def picked(kind: str, *what: object) -> str:
+    """The value of a button that changes what is looked at."""
+    if kind == "feature":
+        return "feature:" + "@".join(map(str, what))
+    return f"{kind}:" + ":".join("" if one is None else str(one) for one in what)
+
+
+def _position(text: str) -> int | None:
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and len(text) < 7):
+        raise UsageError(f"'{text[:20]}' is no token position.", field="at")
+    return int(text)
+
+
+def _feature(text: str) -> FeatureAt | None:
+    if not text:
+        return None
+    index, _, rest = text.partition("@")
+    dest, _, sae = rest.partition("@")
+    number, position = _position(index), _position(dest)
+    if number is None or position is None or not sae:
+        raise UsageError(f"'{text[:60]}' is no feature at a token.", field="feature")
+    return FeatureAt(sae=sae, index=number, dest=position)
+
+
+def asked_doors(read: Session, models: Sequence[ModelChoice], saes: str) -> list[Door]:
+    """The SAEs that `saes` names: one, or all of a model."""
+    kind, _, name = saes.partition(":")
+    if kind == "model":
+        known = next((model for model in models if model.name == name), None)
+        if known is None:
+            there_are = ", ".join(model.name for model in models) or "none yet"
+            raise NotFound(f"There are no SAEs of a model called '{name[:60]}'; there are SAEs of: {there_are}.", field="saes")
+        return store.asked_doors(read, [sae.name for sae in known.saes[:100]])
+    return store.asked_doors(read, [name if kind == "sae" else saes])
+
+
+def question(asked: Asked, doors: Sequence[Door]) -> PromptQuestion:
+    """What the engine is asked."""
+    looked, names = asked.looked, [door.sae.name for door in doors]
+    feature = looked.feature
+    if feature is not None and feature.sae not in names:
+        feature = None  # of an SAE that is not asked any more
+    if feature is not None and asked.next:
+        number = asked.next.removeprefix("#")
+        by_id = asked.next.startswith("#") and number.isascii() and number.isdigit() and len(number) < 10
+        feature = feature.model_copy(update={"next": int(number)} if by_id else {"next_text": asked.next[:200]})
+    compares = bool(asked.against.strip())
+    return PromptQuestion(
+        saes=names,
+        text=asked.text,
+        against=asked.against if compares else None,
+        top=EVERY if compares else 8,
+        at=looked.at,
+        against_at=looked.against_at if compares else None,
+        feature=feature,
+    )
+
+
+# ---- sharing ----
+
+
+def share(session: Session, asked: Asked, doors: Sequence[Door], visibility: str, days: int | None) -> str:
+    """Store a prompt; its id."""
+    kind, _, model = asked.saes.partition(":")
+    looked = asked.looked
+    feature = looked.feature if looked.feature and looked.feature.sae in {door.sae.name for door in doors} else None
+    view: dict[str, Any] = {
+        "at": looked.at,
+        "against_at": looked.against_at,
+        "feature": feature and {"sae": feature.sae, "index": feature.index, "dest": feature.dest},
+    }
+    return store.share(
+        session,
+        asked.text,
+        asked.against if asked.against.strip() else None,
+        model=model if kind == "model" else None,
+        doors=doors,
+        view=view,
+        visibility=visibility,
+        days=days,
+    )
+
+
+def of_shared(found: SharedPrompt) -> Asked:
+    """The shared prompt as its form would send it."""
+    saes = f"model:{found.model}" if found.model is not None else f"sae:{found.saes[0]}" if found.saes else ""
+    at = found.view.get("feature")
+    feature = None if at is None else FeatureAt(sae=at["sae"], index=at["index"], dest=at["dest"])
+    return Asked(found.text, found.against or "", saes, Looked(found.view.get("at"), found.view.get("against_at"), feature))
+
+
+# ---- the answer, made ready ----
+
+
+class _Known:
+    """What the database says of features, asked once an SAE."""
+
+    def __init__(self, read: Session, doors: Sequence[Door]) -> None:
+        self.read, self.doors = read, {door.sae.name: door for door in doors}
+        self.most = {door.sae.name: store.strongest_ever(read, door) for door in doors}
+        self.rows: dict[str, dict[int, FeatureRow]] = {}
+
+    def share(self, sae: str, index: int, activation: float) -> float | None:
+        """Activation over the feature's largest; more than 1 where this text is stronger than all that was harvested."""
+        most = self.most[sae]
+        if most is None or not most[index]:
+            return None
+        return activation / float(most[index])
+
+    def tell(self, wanted: Mapping[str, set[int]]) -> None:
+        """Ask for the lines of features."""
+        for sae, indices in wanted.items():
+            self.rows[sae] = {**self.rows.get(sae, {}), **store.told(self.read, self.doors[sae], indices)}
+
+    def hit(self, sae: PromptSae, index: int, activation: float, other: float = 0.0) -> Hit:
+        row = self.rows.get(sae.sae, {}).get(index)
+        shares = self.share(sae.sae, index, activation), self.share(sae.sae, index, other)
+        return Hit(sae.sae, sae.layer, index, activation, other, *shares, row)
+
+    def weight(self, hit: Hit) -> float:
+        """By what features of different SAEs are put in order: the share of their own maximum; far behind, those without one."""
+        if hit.share is None and hit.other_share is None:
+            return 1e-9 * abs(hit.activation - hit.other)
+        return abs((hit.share or 0.0) - (hit.other_share or 0.0))
+
+
+def made(read: Session, doors: Sequence[Door], answer: LivePrompt, asked: Asked) -> Result:
+    """The answer with what the database knows."""
+    known = _Known(read, doors)
+    prompt, other = answer.prompt, answer.against
+    looked = asked.looked
+    pairs = [(at, None) for at in range(len(prompt.tokens))] if other is None else aligned(prompt.tokens, other.tokens)
+    lines = [_hits(known, answer, *pair) for pair in pairs]
+    many = len(prompt.saes) > 1
+    most = NAMED["many" if many else "one"]
+    named = [
+        sorted((hit for hit in hits if other is None or _differs(hit)), key=known.weight, reverse=True)[:most] for hits in lines
+    ]
+    chosen = (looked.at, looked.against_at) if other is not None else (looked.at, None)
+    at = next((i for i, pair in enumerate(pairs) if pair == chosen and chosen != (None, None)), None)
+    apart = answer.attribution
+    wanted: dict[str, set[int]] = {}
+    for hit in [*(hit for hits in named for hit in hits), *(lines[at] if at is not None else ())]:
+        wanted.setdefault(hit.sae, set()).add(hit.index)
+    if apart is not None:
+        wanted.setdefault(apart.sae, set()).add(apart.index)
+    known.tell(wanted)
+
+    def tell(hits: Sequence[Hit]) -> tuple[Hit, ...]:
+        return tuple(replace(hit, row=known.rows.get(hit.sae, {}).get(hit.index)) for hit in hits)
+
+    rows = []
+    for i, ((mine, theirs), hits) in enumerate(zip(pairs, lines, strict=True)):
+        text = None if mine is None else prompt.texts[mine]
+        against = None if theirs is None or other is None else other.texts[theirs]
+        kind: Literal["same", "other", "begin"] = "same" if other is None or text == against else "other"
+        if mine == 0 and theirs in (0, None):
+            kind = "begin"
+        cells = _cells(known, answer, hits, mine, theirs)
+        rows.append(GridRow(mine, theirs, text, against, kind, cells, tell(named[i]), i == at))
+    here = tell(sorted(lines[at], key=known.weight, reverse=True)) if at is not None else ()
+    taken = None if apart is None else _apart(known, apart)
+    return Result(answer, tuple(prompt.saes), tuple(rows), here, taken, other is not None)
+
+
+def aligned(tokens: Sequence[int], against: Sequence[int]) -> list[tuple[int | None, int | None]]:
+    """Positions of two texts side by side: equal runs of tokens beside each other, what was put in another's place as far as it
+    goes, and the rest alone."""
+    pairs: list[tuple[int | None, int | None]] = []
+    for _, low, high, other_low, other_high in SequenceMatcher(None, tokens, against, autojunk=False).get_opcodes():
+        for step in range(max(high - low, other_high - other_low)):
+            mine, theirs = low + step, other_low + step
+            pairs.append((mine if mine < high else None, theirs if theirs < other_high else None))
+    return pairs
+
+
+def _hits(known: _Known, answer: LivePrompt, at: int | None, against_at: int | None) -> list[Hit]:
+    """Every feature known to fire at a token, or at one of the two that stand beside each other."""
+    found = []
+    for which, sae in enumerate(answer.prompt.saes):
+        mine = {} if at is None else _by_index(sae.by_position[at])
+        theirs = (
+            {} if answer.against is None or against_at is None else _by_index(answer.against.saes[which].by_position[against_at])
+        )
+        found += [
+            known.hit(sae, index, mine.get(index, 0.0), theirs.get(index, 0.0)) for index in dict.fromkeys((*mine, *theirs))
+        ]
+    return found
+
+
+def _differs(hit: Hit) -> bool:
+    """More than two passes of different lengths do by rounding."""
+    return abs(hit.activation - hit.other) > 1e-3 * max(hit.activation, hit.other)
+
+
+def _by_index(firings: Sequence[Firing]) -> dict[int, float]:
+    return {one.index: one.activation for one in firings}
+
+
+def _cells(known: _Known, answer: LivePrompt, hits: Sequence[Hit], at: int | None, against_at: int | None) -> tuple[Cell, ...]:
+    cells = []
+    for which, sae in enumerate(answer.prompt.saes):
+        here = [hit for hit in hits if hit.sae == sae.sae]
+        if answer.against is None:
+            best = max(here, key=known.weight, default=None)
+            n = sae.counts[at] if at is not None else 0
+            if best is None:
+                cells.append(Cell(0, "nothing fires"))
+                continue
+            share = "" if best.share is None else f", {100 * best.share:.0f} % of its maximum"
+            painted = 1 if best.share is None else level(best.share, 1.0)
+            cells.append(Cell(painted, f"{n} fire; {best.index} most, {best.activation:.3g}{share}"))
+            continue
+        theirs = answer.against.saes[which]
+        counts = (sae.counts[at] if at is not None else 0, theirs.counts[against_at] if against_at is not None else 0)
+        apart = difference(here)
+        cells.append(Cell(level(apart, 1.0), f"{counts[0]} and {counts[1]} fire; {100 * apart:.0f} % differs"))
+    return tuple(cells)
+
+
+def difference(hits: Sequence[Hit]) -> float:
+    """How much of what fires differs between two tokens, 0 to 1: 1 - sum of the smaller / sum of the larger, each feature in
+    shares of its maximum where that is known (the weighted Jaccard distance)."""
+    values = [
+        (hit.activation, hit.other) if hit.share is None or hit.other_share is None else (hit.share, hit.other_share)
+        for hit in hits
+    ]
+    larger = sum(map(max, values))
+    return 1 - sum(map(min, values)) / larger if larger else 0.0
+
+
+def _apart(known: _Known, found: LiveAttribution) -> Apart:
+    example = as_example(found)
+    sums = [sum(row[src] for row in found.dfa) for src in range(found.dest + 1)]
+    order = sorted(range(len(sums)), key=lambda src: -abs(sums[src]))
+    shown = tuple(Source(src, found.texts[src], sums[src], tuple(row[src] for row in found.dfa)) for src in order[:SOURCES])
+    return Apart(
+        door=known.doors[found.sae],
+        index=found.index,
+        row=known.rows.get(found.sae, {}).get(found.index),
+        example=example,
+        heads=tuple(map(sum, found.dfa)),
+        sources=shown,
+        rest=sum(sums[src] for src in order[SOURCES:]),
+        largest=max((abs(value) for one in shown for value in one.heads), default=0.0),
+    )
