@@ -48,9 +48,7 @@ def run(rounds: int = 5, seconds: int = 2) -> dict[str, Figure]:
         pages: dict[str, tuple[Callable[[], str], Callable[[], str]]] = {
             "table": (
                 lambda: f"/saes/{name}?sort=-max&min_max={chosen.random():.3f}",
-                lambda: (
-                    f"/{db}/feature?harvest_id={harvest_id}&max_act__gte={chosen.random():.3f}&_sort_desc=max_act&_size=50"
-                ),
+                lambda: f"/{db}/feature?harvest_id={harvest_id}&max_act__gte={chosen.random():.3f}&_sort_desc=max_act&_size=50",
             ),
             "row": (
                 lambda: f"/saes/{name}/features/{chosen.choice(features)[0]}",

@@ -77,7 +77,8 @@ def keep(title: str, desc: str, body: str, width: int, height: int, data: Data |
     page.figures[name] = Figure(name, title, desc, body, width, height, data)
     kinds = KINDS if data else KINDS[:1]
     links = " ".join(
-        f'<a href="{page.address}figure={name}.{kind}" download>{kind.upper()}</a>' for kind in kinds  # a slug needs no quoting
+        f'<a href="{page.address}figure={name}.{kind}" download>{kind.upper()}</a>'
+        for kind in kinds  # a slug needs no quoting
     )
     return made(f'<p class="files">{links}</p>')
 
