@@ -1422,6 +1422,7 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
     _say(f"{what} at http://{host}:{port}.")
     gc.collect()
     gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
+    gc.set_threshold(20_000, 20, 20)  # a page makes thousands of objects and leaves no cycles: looking for them took a twentieth
     config = uvicorn.Config(
         web,
         log_config=None,  # `logs.begin` has said how

@@ -3,14 +3,17 @@
 import math
 import zlib
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae_core.records import ExampleRecord
+from server.db import Database
 from server.packing import (
     ERROR,
     FLOOR,
@@ -30,6 +33,7 @@ from server.packing import (
     shorten,
     unfold,
 )
+from server.tables import Model
 
 
 def example(seed: int, *, n_heads: int = 9, start: int = 0, dest: int = 40, n: int = 32, spread: float = 3.0) -> ExampleRecord:
@@ -189,3 +193,14 @@ def test_text_deflated_with_or_without_the_known_words_is_read() -> None:
     before = without.compress(text.encode()) + without.flush()
     assert inflate(before) == inflate(deflate(text)) == text
     assert len(deflate(text)) < 0.6 * len(before)
+
+
+def test_what_python_writes_as_json_is_read_back_halves_of_characters_and_infinities_too(tmp_path: Path) -> None:
+    database = Database(sa.URL.create("sqlite", database=str(tmp_path / "headscope.db")))
+    database.upgrade()
+    said = {"a": ["\ud83d", "é\u2028", math.inf, 1e300, -0.5, 2**70, None], "": {"b": [True, {}]}}
+    with database.write() as session:
+        session.add(Model(name="m", source=said))
+    with database.read() as session:
+        assert session.scalars(sa.select(Model.source)).one() == said
+    database.close()

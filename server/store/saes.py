@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import sqlalchemy as sa
@@ -84,12 +84,14 @@ class Door:
     @cached_property
     def config(self) -> dict[str, Any]:
         """How it was trained."""
-        return read_stored(self.stored_config)
+        found: dict[str, Any] = read_stored(self.stored_config)
+        return found
 
     @cached_property
     def metrics(self) -> dict[str, Any]:
         """What is known of how good it is."""
-        return read_stored(self.stored_metrics)
+        found: dict[str, Any] = read_stored(self.stored_metrics)
+        return found
 
 
 @dataclass(frozen=True)
@@ -210,10 +212,12 @@ def _door(session: Session, statement: sa.Select[*tuple[Any, ...]], which: str |
     found = session.execute(statement, {"which": which}).one_or_none()
     if found is None:
         return None
-    sae_id, *row = found
-    harvest, sae, (*beside, metrics) = row[: len(_HARVEST)], row[len(_HARVEST) : -len(_BESIDE)], row[-len(_BESIDE) :]
-    ref = SaeRef(*sae, None if harvest[0] is None else HarvestRef(*harvest))
-    return Door(sae_id, ref, *beside, metrics if sees_all(session) else seen_metrics(session, read_stored(metrics)))
+    columns = iter(found)
+    sae_id, harvest, sae = next(columns), list(islice(columns, len(_HARVEST))), list(islice(columns, len(_SAE)))
+    sae.append(None if harvest[0] is None else HarvestRef(*harvest))
+    *beside, metrics = columns
+    beside.append(metrics if sees_all(session) else seen_metrics(session, read_stored(metrics)))
+    return Door(sae_id, SaeRef(*sae), *beside)
 
 
 def current_name(session: Session, former: str) -> str | None:

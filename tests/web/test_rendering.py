@@ -6,10 +6,11 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import given
 from hypothesis import strategies as st
+from markupsafe import escape
 
 from server.app import create_app
 from server.charts import Bar, Curve, HeadCell, bar_chart, head_map, line_chart
-from server.markup import token_chip, token_text
+from server.markup import escaped, token_chip, token_text
 from server.rendering import Paint, example_tokens, level, num, percent, signed
 from server.store.features import DfaEntry, FeatureExample
 from tests.web.conftest import SAE, at, put
@@ -171,3 +172,10 @@ def test_an_example_is_painted_by_one_head_to_the_scale_of_all() -> None:
     assert str(example_tokens(example, Paint(1.0))) == "<u class=p15>x</u><u class=n5>y</u><b class=a15>z</b>"
     assert str(example_tokens(example, Paint(1.0, head=0))) == "<u class=p10>x</u><u>y</u><b class=a15>z</b>"
     assert str(example_tokens(example, Paint(1.0, head=1))) == "<u class=p5>x</u><u class=n5>y</u><b class=a15>z</b>"
+
+
+def test_many_texts_are_escaped_in_one_step_as_each_would_be() -> None:
+    texts = ["<b>", "a & b", "", "plain", '"']
+    assert escaped(texts) == [str(escape(text)) for text in texts]
+    assert escaped(["a\0b", "c"]) == ["a␀b", "c"]
+    assert escaped([]) == []
