@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -19,7 +19,7 @@ from urllib.parse import quote
 import httpx
 import uvicorn
 from PIL import Image
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, TimeoutError, sync_playwright
 
 from server.app import create_app
 from server.pages.writing import COOKIE
@@ -103,7 +103,8 @@ def take(browser: Browser, site: str, pages: Mapping[str, str], into: Path, only
                 if only and only not in f"{name}-{size}-{scheme}":
                     continue
                 tab.goto(site + address)
-                tab.wait_for_timeout(250)  # blocks that the page asks for when it is there
+                with suppress(TimeoutError):  # blocks that the page asks for when it is there; a page with events is never idle
+                    tab.wait_for_load_state("networkidle", timeout=5000)
                 tab.screenshot(path=into / f"{name}-{size}-{scheme}.png", full_page=whole)
                 if tab.evaluate("document.documentElement.scrollWidth") > width:
                     complaints.append("is wider than the window")

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from server.app import create_app
 from server.db import Database
 from server.store.heads import DISTANCES
-from server.tables import HeadSummary, Model, Study
+from server.tables import Harvest, HeadSummary, Model, Study
 from tests.web.conftest import SAE, at, put
 from tests.web.factory import Shape, add_sae
 from tests.web.reading import Reader
@@ -132,3 +132,22 @@ def test_what_cannot_be_said_yet_is_said(tmp_path: Path) -> None:
         assert client.get(HEAD).status_code == 404
         assert "no published harvest yet" in client.get(HEAD).text
         assert "No SAE of this model has a published harvest" in client.get(MODEL).text
+
+
+def test_an_imported_harvest_says_what_is_not_known_of_a_head(tmp_path: Path) -> None:
+    settings = put(at(tmp_path), Shape(n_features=12, n_dead=1))
+    database = Database(settings.url)
+    with database.write() as session:
+        session.execute(sa.delete(HeadSummary))
+        session.execute(
+            sa.update(Harvest).values(source={"format": "SAEDashboard", "path": "x", "dfa": "none", "lacks": ["families"]})
+        )
+    database.close()
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+        said = Reader(client.get(HEAD).text).text
+        links = Reader(client.get(f"{SAE}/features/3").text).all("a")
+    assert "Not known: families" in said
+    assert "It leads no live feature" not in said
+    assert "Its features by data" not in said
+    assert "imported from SAEDashboard files" in said
+    assert not [link for link in links if link.get("data-head") == "all"], "there is nothing to repaint by"
