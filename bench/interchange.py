@@ -4,7 +4,7 @@
 logits, `batch100_examples_*` with their examples and DFA as well. `export_*` is every feature with all its examples and their
 DFA. Memory is what the web process holds at most of its own while it exports (RssAnon, looked at every 10 ms): the database's
 file, which SQLite maps, is the system's cache and is given back when others need it. `import_*` and `dashboards_*` are
-dashboards of other tools, in and out: see `_interchange.py`. Four minutes on two quiet cores.
+dashboards of other tools, in and out: see `_interchange.py`; 24,576 features, as the target has them, need 8 GB of disk.
 """
 
 import random
@@ -25,9 +25,9 @@ WHOLE = {"include": "heads,logits,examples,dfa", "all_examples": "true", "sort":
 BATCH = 100
 
 
-def run(requests: int = 200, batches: int = 30) -> dict[str, Figure]:
+def run(requests: int = 200, batches: int = 30, features: int = 2048) -> dict[str, Figure]:
     """Every kind of read; figures of importing stand beside those of exporting."""
-    return reading(requests, batches) | exporting() | _interchange.figures()
+    return reading(requests, batches) | exporting() | _interchange.figures(features)
 
 
 def reading(requests: int, batches: int) -> dict[str, Figure]:

@@ -492,7 +492,7 @@ def _search_text(session: Session, door: Door, q: str) -> Found:
         .select_from(Example)
         .join(Feature, Feature.id == Example.feature_id)
         .where(Example.context_id.in_(list(spans)))
-        .order_by(Example.band, Example.rank)
+        .order_by(Example.band, Example.rank, Feature.idx, Example.context_id)  # to the end, lest databases differ
         .limit(TEXT_EXAMPLES)
     ).all()
 

@@ -1,0 +1,114 @@
+"""Both databases give scripts the same answers: every route that reads is asked on SQLite and on PostgreSQL."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from fastapi.testclient import TestClient
+
+from server.api.common import PREFIX
+from server.api.v1 import DOCUMENT
+from server.app import create_app
+from server.db import Database
+from server.settings import Settings
+from server.store import search
+from server.store.features import SORT_KEYS
+from tests.web.conftest import at, put
+from tests.web.factory import Shape
+from tests.web.test_api_schema import THERE
+
+FEATURES = f"{PREFIX}/saes/smollm2-l17/features"
+WAYS = (
+    *(f"{FEATURES}?sort={sign}{key}&limit=7" for key in SORT_KEYS if "share" not in key for sign in ("", "-")),
+    *(f"{FEATURES}?head=4&{way}&limit=7" for way in ("sort=-head_share", "sort=dfa_share", "leads=true", "min_share=0.1")),
+    *(f"{FEATURES}?{way}" for way in ("family=induction", "dead=true", "min_density=0.001&max_density=0.01")),
+    *(f"{FEATURES}?{way}" for way in ("label=tide", "labelled=true")),
+    *(f"{FEATURES}/export?include=examples,dfa,logits&all_examples=true&sort={key}" for key in ("idx", "-max")),
+    *(f"{PREFIX}/saes/smollm2-l17/search?kind={kind}&q=tide" for kind in search.KINDS),
+    f"{PREFIX}/search?q=tide",
+    "/api/feature/smollm2-135m/17-smollm2-l17/3",
+    "/api/source-set/smollm2-135m/smollm2-l17",
+)  # fmt: skip
+KEYS = [{"sae": "smollm2-l17", "index": index} for index in (3, 1, 3, 20)]
+ASKED = (
+    (f"{PREFIX}/features/batch", {"features": KEYS, "include": "dfa,others"}),
+    ("/api/features", [{"modelId": "smollm2-135m", "layer": "17-smollm2-l17", "index": "3", "maxActsToReturn": 4}]),
+    ("/api/features-offset", {"modelId": "smollm2-135m", "layer": "17-smollm2-l17", "offset": 2}),
+    ("/api/activation/get", {"modelId": "smollm2-135m", "source": "17-smollm2-l17", "index": "3"}),
+    ("/api/explanation/search", {"modelId": "smollm2-135m", "layers": ["17-smollm2-l17"], "query": "tides"}),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, postgres: sa.URL) -> Iterator[tuple[TestClient, TestClient]]:
+    """The same features, labels and lists on SQLite and on PostgreSQL."""
+    settings = [at(tmp_path_factory.mktemp("sqlite")), at(tmp_path_factory.mktemp("postgres"))]
+    settings[1] = settings[1].model_copy(update={"database_url": postgres.render_as_string(hide_password=False)})
+    with _filled(settings[0]) as one, _filled(settings[1]) as other:
+        yield one, other
+
+
+def _filled(settings: Settings) -> TestClient:
+    database = Database(settings.url)
+    database.upgrade()
+    database.close()
+    put(settings, Shape(n_features=24, n_dead=2, running_job=False))
+    database = Database(settings.url)
+    search.write(database, 1, search.unfenced)
+    database.close()
+    client = TestClient(create_app(settings), base_url="http://127.0.0.1:8000", headers={"X-Author": "Maren"})
+    for path, body in (
+        (f"{PREFIX}/lists", {"name": "Tides"}),
+        (f"{PREFIX}/lists/1/entries", {"sae": "smollm2-l17", "index": 3}),
+        (f"{FEATURES}/3/labels", {"text": "tides"}),
+        (f"{FEATURES}/3/notes", {"text": "Comes back."}),
+    ):
+        assert client.post(path, json=body).status_code == 201, path
+    return client
+
+
+def timeless(value: Any) -> Any:
+    """Without the times at which things were made, which differ, and with numbers as far as both databases keep them."""
+    if isinstance(value, dict):
+        return {
+            name: timeless(one) for name, one in value.items() if name != "at" and not name.endswith(("_at", "At", "seconds"))
+        }
+    if isinstance(value, float):
+        return float(f"{value:.12g}")
+    return [timeless(one) for one in value] if isinstance(value, list) else value
+
+
+def said(answer: Any) -> Any:
+    if answer.headers["content-type"].startswith("application/jsonl"):
+        return [timeless(json.loads(line)) for line in answer.text.splitlines()]
+    return timeless(answer.json())
+
+
+def routes() -> list[str]:
+    """Every route of the document that reads, about what is there."""
+    found = []
+    for path, operations in DOCUMENT.openapi["paths"].items():
+        if "get" in operations and not path.endswith(("/export", "/events", "/search")):
+            for name, value in THERE.items():
+                path = path.replace("{" + name.removeprefix("path.") + "}", str(value))
+            found.append(path)
+    return found
+
+
+@pytest.mark.parametrize("address", [*routes(), *WAYS])
+def test_a_route_reads_the_same_from_both(both: tuple[TestClient, TestClient], address: str) -> None:
+    one, other = (client.get(address) for client in both)
+    assert one.status_code == other.status_code == 200, (one.text, other.text)
+    assert said(one) == said(other)
+    assert len(one.content) > 2
+
+
+@pytest.mark.parametrize(("address", "body"), ASKED)
+def test_a_question_with_a_body_is_answered_the_same_from_both(
+    both: tuple[TestClient, TestClient], address: str, body: Any
+) -> None:
+    one, other = (client.post(address, json=body) for client in both)
+    assert one.status_code == other.status_code == 200, (one.text, other.text)
+    assert said(one) == said(other)
