@@ -37,7 +37,7 @@ from tests.jobs.test_crashes import published
 from tests.jobs.test_worker import working
 
 QUICK = tiny_config(harvests=())
-LONG = HARVEST.model_copy(update={"tokens": 16_384, "shard_rows": 8, "batch_rows": 2})
+LONG = HARVEST.model_copy(update={"shard_rows": 16, "batch_rows": 4})
 
 
 @pytest.fixture
