@@ -128,8 +128,14 @@ class Database:
     @contextmanager
     def read(self) -> Iterator[Session]:
         """A session that only reads."""
-        with self._session(self.engine, expire_on_commit=False, info=dict(self._info)) as session:
+        session = self._session(self.engine, expire_on_commit=False, info=dict(self._info))
+        try:
             yield session
+        finally:
+            try:
+                session.close()
+            except sa.exc.DBAPIError:  # the database went away after it was asked: the answer is there, and may be on its way
+                session.invalidate()
 
     @contextmanager
     def write(self) -> Iterator[Session]:

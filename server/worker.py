@@ -270,7 +270,7 @@ class Run:
                     store.still_ours(session, self.id, self.attempt)
         except (Cancelled, Fenced) as error:
             return error
-        except sa.exc.OperationalError:
+        except (sa.exc.OperationalError, sa.exc.InterfaceError):
             return None  # a database that is away says nothing about the job
         limit = self.job.time_limit
         if limit is not None and self._worked > limit:
@@ -345,7 +345,10 @@ class Run:
                     return store.fail(session, self.id, self.attempt, said)
             except (Cancelled, Fenced) as other:
                 raise Leave from other
-            except sa.exc.OperationalError:  # a full disk, a database that is away: say it when it can be said
+            except (
+                sa.exc.OperationalError,
+                sa.exc.InterfaceError,
+            ):  # a full disk, a database that is away: say it when it can be said
                 log.exception("%s cannot be marked as failed now; trying again", self.id)
                 if self.worker.stopping.wait(AGAIN_SECONDS):
                     raise Leave from error
@@ -908,9 +911,18 @@ def shard_job(run: Run) -> None:
 
 
 def _do_part(run: Run, cfg: HarvestJob, whole: str) -> None:
-    hand, phase = _Hands(run, cfg, whole), run.job.config["phase"]
-    for number in run.job.config["shards"]:
-        hand.do(phase, number)
+    phase, data = run.job.config["phase"], run.worker.settings.data
+    while True:
+        hand = _Hands(run, cfg, whole)
+        try:
+            for number in run.job.config["shards"]:
+                if not hand.there(phase, number):
+                    hand.do(phase, number)
+        except OSError:
+            if left_by(data, whole) == hand.source:
+                raise
+            continue  # another worker has taken the whole up, and moved what we read of it
+        return
 
 
 class _Hands:

@@ -437,7 +437,10 @@ def take_part(session: Session, job_id: str, phase: str, worker: str) -> tuple[J
     """Take up the first part of a phase that nobody works at, and its attempt; None where there is none. `worker` has the whole,
     so whatever part it seems to have as well is left over from before."""
     for part in parts(session, job_id, phase):
-        if not part.ended and _free(session, session.get_one(Job, part.id), worker):
+        if part.ended:
+            continue
+        row = _locked(session, part.id)  # another worker may take it, or end it, between the two looks
+        if row.status not in ENDED and _free(session, row, worker):
             number = start_attempt(session, part.id, worker)
             return get(session, part.id), number
     return None

@@ -57,7 +57,7 @@ def end_state(home: Home) -> dict[str, Any]:
     saes = home.settings.data / "saes"
     return {
         "weights": {p.parent.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(saes.glob("*/sae.safetensors"))},
-        "examples": published(home.db),
+        "examples": sorted(published(home.db), key=repr),  # of two SAEs
         "points": points,
         "counts": counts,
         "jobs": sorted((job.id, job.status) for job in kept),

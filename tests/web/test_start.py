@@ -297,3 +297,30 @@ def test_a_newcomers_form_says_what_is_lacking(tmp_path: Path) -> None:
         assert "No model is registered yet" in Reader(client.get("/jobs/new/heads").text).text, "text is left to them"
         for kind in start.KINDS:
             assert client.get(f"/jobs/new/{kind}").status_code == 200, kind
+
+
+def test_how_a_job_is_done_is_asked_for_by_form_and_api(web: TestClient, place: Settings) -> None:
+    status, address, _ = send(
+        web, "train", **TRAIN, name="urgent", **{"how.priority": "1", "how.only_on": "cuda", "how.time_limit": "90"}
+    )
+    assert status == 303
+    wished = {"priority": 2, "only_on": "cpu", "time_limit": 60}
+    config = {"model": "smollm2-135m", "corpus": "demo", "site": {"layer": 3}}
+    made = web.post("/api/v1/jobs", json={"kind": "train", "config": config, "name": "by-api", "how": wished})
+    assert made.status_code == 201, made.text
+    usual = web.post("/api/v1/jobs", json={"kind": "train", "config": config, "name": "as-usual"}).json()
+    database = Database(place.url)
+    with database.read() as session:
+        job = store.get(session, address.removeprefix("/jobs/"))
+    database.close()
+    assert (job.priority, job.only_on, job.time_limit) == (1, "cuda", 90)
+    assert {name: made.json()[name] for name in wished} == wished
+    assert (usual["priority"], usual["only_on"], usual["time_limit"]) == (5, None, None)
+
+
+def test_a_priority_that_is_none_is_refused_beside_its_input(web: TestClient) -> None:
+    status, _, html = send(web, "train", **TRAIN, name="x", **{"how.priority": "12"})
+    assert status == 422
+    assert 'id="how.priority-error"' in html
+    assert 'value="12"' in html
+    assert web.post("/api/v1/jobs", json={"kind": "train", "config": {}, "how": {"priority": 0}}).status_code == 422
