@@ -41,7 +41,8 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
         return client.get(address).raise_for_status().json()
 
     home = known("/index.json")
-    yield from {"home": "/", "lists": "/lists", "labels": "/labels", "studies": "/studies", "jobs": "/jobs"}.items()
+    first = {"home": "/", "lists": "/lists", "labels": "/labels", "studies": "/studies", "jobs": "/jobs", "status": "/status"}
+    yield from first.items()
     yield from {"compare-nothing": "/compare", "archive": "/archive", "author": "/author", "unknown": "/nothing"}.items()
     for kind in ("train", "sweep", "harvest", "evaluate", "compare", "specificity", "induction", "heads"):
         yield f"new-{kind}", f"/jobs/new/{kind}"

@@ -28,6 +28,7 @@ PAGES = (
     "/compare?a=smollm2-l17&b=smollm2-l17",
     "/compare?a=smollm2-l17:3&b=smollm2-l17:5",
     "/jobs",
+    "/status",
     "/jobs/train-running-1",
     "/jobs/train-smollm2-l17-1",
     "/jobs/new/train",
