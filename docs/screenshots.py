@@ -49,6 +49,7 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
         "labels": "/labels",
         "studies": "/studies",
         "jobs": "/jobs",
+        "status": "/status",
         "api": "/api",
     }.items()
     yield from {"compare-nothing": "/compare", "archive": "/archive", "author": "/author", "unknown": "/nothing"}.items()

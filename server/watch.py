@@ -66,7 +66,8 @@ class Watch:
     ) -> None:
         self._settings, self._db, self._process, self._worker, self._gpus = settings, db, process, worker, gpus
         self._lock = threading.Lock()
-        self._asked, self._known = -KEPT, (None, False)  # type: tuple[watching.Queue | None, bool]
+        self._asked = -KEPT
+        self._known: tuple[watching.Queue | None, bool] = None, False
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)

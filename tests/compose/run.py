@@ -185,7 +185,7 @@ def trained(client: httpx.Client) -> str:
     """Train and harvest a small SAE through the API; the address of a feature of it that fires."""
     config = {
         "model": "smollm2", "corpus": "text", "site": {"layer": 1}, "arch": "batchtopk", "expansion": 1, "k": 8, "batch": 1024,
-        "rows": {"context": 64, "tokens": 32_768, "heldout_tokens": 2048}, "harvests": [{"tokens": 16_384, "top_k": 5}],
+        "rows": {"context": 64, "tokens": 16_384, "heldout_tokens": 512}, "harvests": [{"tokens": 8192, "top_k": 5}],
     }  # fmt: skip
     made = client.post("/api/v1/jobs", json={"kind": "train", "name": f"composed-{secrets.token_hex(2)}", "config": config})
     assert made.status_code == 201, made.text
