@@ -5,6 +5,7 @@ written aside. Into PostgreSQL rows go by COPY. The source is only read, in one 
 """
 
 import json
+import sqlite3
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from sae_core.errors import JobError, MachineError, UsageError
 from server import jobs
 from server.db import Database, sqlite_path
 from server.keeping import stored
-from server.keeping.backup import sqlite_files
+from server.keeping.backup import FILES, sqlite_files
 from server.keeping.room import need_free, sync
 from server.settings import Settings
 from server.store import jobs as store
@@ -89,8 +90,13 @@ def _into_files(settings: Settings, target: Settings, source: Database, say: Tol
         aside = target.model_copy(update={"data": Path(held), "database_url": None})
         with _made(aside) as made:
             moved = _copy_all(settings, aside, source, made, say)
-        for path in (*names[1:], names[0]):
-            written = Path(held) / path.name
+        made_as = dict(zip(names, (Path(held) / name for name in FILES.values()), strict=True))
+        for path in reversed(names):  # ours last
+            written = made_as[path]
+            with closing(sqlite3.connect(written)) as connection:  # nothing may be left in a journal, which stays behind
+                busy, _, _ = connection.execute("pragma wal_checkpoint(truncate)").fetchone()
+            if busy:
+                raise MachineError(f"{written.name} is still being written; nothing was moved.")
             sync(written)
             written.rename(path)
         sync(target.data)
