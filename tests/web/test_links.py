@@ -19,7 +19,7 @@ from server import jobs, pages
 from server.app import create_app
 from server.db import Database
 from server.settings import Settings
-from server.store import labels, lists, ratings, search
+from server.store import labels, lists, prompts, ratings, search
 from server.store.saes import find_sae
 from server.tables import SAE, now
 from tests.web.conftest import at, put
@@ -57,6 +57,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         labels.add_label(session, door.id, 3, "dates", "Maren")
         lists.add(session, lists.create(session, "Mine", "", "Maren"), door.id, 3, "", "Maren")
         ratings.create(session, door, 4, 1, "Maren")
+        view = {"at": None, "against_at": None, "feature": None}
+        prompts.share(session, "The tide", None, model=None, doors=[door], view=view, visibility="shared", days=None)
     search.write(database, 1, search.unfenced)
     database.close()
     return settings
