@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from sae_core.lens import Lens, ValueMap, WholeRead
 
 Kind = Literal["logit", "feature", "error", "attention", "MLP", "embedding", "position", "bias"]
+KINDS: Mapping[str, Kind] = {"attention": "attention", "MLP": "MLP", "embedding": "embedding", "position": "position"}
+"""Of the stream's parts, by the first word of their names."""
 LISTED = 0.1
 """A part that is no feature is listed from this share of the threshold on; what is smaller goes into the remainder."""
 
@@ -296,7 +298,7 @@ class _Tracing:
             here = self.layers.get(int(number)) if kind == "attention" else None
             if here is None:
                 given = (whole.parts[at] * towards).sum(1)
-                places += [Place(kind, int(number) if number else -1, s, -1) for s in positions]  # type: ignore[arg-type]
+                places += [Place(KINDS[kind], int(number) if number else -1, s, -1) for s in positions]
                 values.append(given[positions].double().cpu())
                 continue
             read = (here.written * towards[here.token]).sum(1)

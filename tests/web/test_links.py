@@ -19,7 +19,7 @@ from server import jobs, pages
 from server.app import create_app
 from server.db import Database
 from server.settings import Settings
-from server.store import labels, lists, ratings, search
+from server.store import labels, lists, prompts, ratings, search
 from server.store.saes import find_sae
 from server.tables import SAE, now
 from tests.web.conftest import at, put
@@ -58,6 +58,8 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Settings:
         labels.add_label(session, door.id, 3, "dates", "Maren")
         lists.add(session, lists.create(session, "Mine", "", "Maren"), door.id, 3, "", "Maren")
         ratings.create(session, door, 4, 1, "Maren")
+        view = {"at": None, "against_at": None, "feature": None}
+        prompts.share(session, "The tide", None, model=None, doors=[door], view=view, visibility="shared", days=None)
     search.write(database, 1, search.unfenced)
     database.close()
     return settings
@@ -132,7 +134,7 @@ def test_every_page_is_reached_from_the_first_and_no_link_is_broken(site: Site) 
         if answer.headers.get("content-type", "").startswith("text/html"):
             page = Reader(answer.text)
             ways += [a["href"] for a in page.all("a")] + [a.get("hx-get", "") for _, a in page.elements]
-            ways += [a["src"] for a in page.all("img")] + [a.get("content", "") for a in page.all("meta")]
+            ways += [a["src"] for a in page.all("img")] + [a.get("content", "") for a in page.all("meta") if "property" in a]
             ways = [way.removeprefix(site.origin) for way in ways]
             # A form is filled with what one would type of it.
             ways += [f"{form['action']}?q=the" for form in page.all("form") if form.get("role") == "search"]
