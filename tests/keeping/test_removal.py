@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from sae_core.config import CorpusSource, HarvestJob
 from sae_core.corpus import document_hash, documents, prepare_rows
-from sae_core.errors import HeadscopeError, JobError, UsageError
+from sae_core.errors import JobError, UsageError
 from server import cli
 from server.app import create_app
 from server.db import Database
@@ -121,16 +121,6 @@ def test_its_text_is_nowhere_in_the_database_and_pages_say_so(stored: tuple[Sett
     with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
         page = client.get(f"/saes/smollm2-l17/features/{feature}").text
         assert "█ stands for text that was removed from the corpus" in page
-        assert client.get("/saes/smollm2-l17/search?by=text&q=missing+parcel").status_code == 200
-        assert (
-            "parcel"
-            not in re.sub(
-                r'value="[^"]*"',
-                "",
-                client.get("/saes/smollm2-l17/search?by=token&q=parcel").text.split("<main")[1].split("No feature")[0],
-            )
-            or True
-        )
     again = removal.find(settings, db, name, [LETTER])
     assert (again.held.contexts, again.held.studies, again.held.written) == (0, 0, 0)
 
@@ -217,8 +207,6 @@ def test_a_worker_harvests_without_it_and_no_file_of_a_job_keeps_it(tmp_path: Pa
         found = removal.find(settings, db, "words", [document])
         assert found.held.contexts > 0
         assert {folder.parent.name for folder in found.folders} == {"rows", "jobs"}
-        waiting = made.jobs
-        worker.stopping.wait(0)
         removal.remove(settings, db, found)
         assert not list((settings.data / "rows").glob("*/train.npy"))
         assert not (settings.data / "jobs" / train).exists()
@@ -226,7 +214,7 @@ def test_a_worker_harvests_without_it_and_no_file_of_a_job_keeps_it(tmp_path: Pa
             held = connection.execute("select count(*) from operation_outputs where workflow_uuid = ?", (train,)).fetchone()[0]
         assert held == 0
         sae = train.removeprefix("train-").rsplit("-", 1)[0]
-        job = waiting.enqueue_harvest(
+        job = made.jobs.enqueue_harvest(
             HarvestJob(
                 saes=(sae,),
                 corpus="words",
@@ -241,8 +229,6 @@ def test_a_worker_harvests_without_it_and_no_file_of_a_job_keeps_it(tmp_path: Pa
             store.start_attempt(session, "train-z-1", "somebody")
         with pytest.raises(JobError, match="train-z-1 reads words and has begun"):
             removal.remove(settings, db, found)
-    except HeadscopeError:
-        raise
     finally:
         worker.close()
         made.jobs.close()

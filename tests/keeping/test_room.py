@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,7 +103,6 @@ def test_a_backup_onto_a_disk_that_fills_up_leaves_nothing_there(disk: Path, tmp
     made.db.close()
     settings = made.settings.model_copy(update={"disk_reserve_gb": 0.0})
     # What is asked beforehand is right, so the disk fills up while the backup is written.
-    stop = threading.Event()
     expected = backup._expected(settings, None)
     ballast = fill(disk, int(expected) + 64_000)
     real = backup._from_sqlite
@@ -125,7 +123,6 @@ def test_a_backup_onto_a_disk_that_fills_up_leaves_nothing_there(disk: Path, tmp
                 file.truncate(int(ballast.stat().st_size - expected - 128_000))
     finally:
         backup._from_sqlite = real
-        stop.set()
 
 
 def test_a_quota_is_kept(settings: Settings) -> None:
