@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -170,6 +170,7 @@ def worker(
 
         _watched(settings, "worker")
         run_worker(settings, db)
+        _leave()
 
 
 @app.command(epilog="Example: [bold]headscope engine[/bold]")
@@ -1260,20 +1261,33 @@ def _give_token(settings: Settings) -> None:
 
 def _watched(settings: Settings, process: str) -> None:
     """Let this process say what happens, as the settings ask for it."""
+    global _end
     import atexit
 
     from server import logs, telemetry
 
     logs.begin(settings, process)
-    atexit.register(telemetry.begin(settings, process))
+    _end = telemetry.begin(settings, process)
+    atexit.register(_end)
+
+
+def _end() -> None:
+    """Nothing is to be sent yet; `_watched` puts in its place what sends the rest of the traces."""
+
+
+def _leave(*_: object) -> NoReturn:
+    """Leave at once and well: all is kept by now, and taking torch down takes seconds."""
+    _end()
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str) -> None:
     import uvicorn
 
-    # uvicorn lets go of everything at SIGTERM and then sends it to itself once more: that is no failure, and what is to be
-    # done at the end still is.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # uvicorn lets go of everything at SIGTERM and then sends it to itself once more: that is no failure.
+    signal.signal(signal.SIGTERM, _leave)
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
     gc.collect()
