@@ -1261,23 +1261,23 @@ def _give_token(settings: Settings) -> None:
 
 def _watched(settings: Settings, process: str) -> None:
     """Let this process say what happens, as the settings ask for it."""
-    global _end
     import atexit
 
     from server import logs, telemetry
 
     logs.begin(settings, process)
-    _end = telemetry.begin(settings, process)
-    atexit.register(_end)
+    _at_the_end.append(telemetry.begin(settings, process))
+    atexit.register(_at_the_end[-1])
 
 
-def _end() -> None:
-    """Nothing is to be sent yet; `_watched` puts in its place what sends the rest of the traces."""
+_at_the_end: list[Callable[[], None]] = []
+"""What sends the rest of the traces."""
 
 
 def _leave(*_: object) -> NoReturn:
     """Leave at once and well: all is kept by now, and taking torch down takes seconds."""
-    _end()
+    for act in _at_the_end:
+        act()
     logging.shutdown()
     sys.stdout.flush()
     os._exit(0)
