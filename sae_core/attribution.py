@@ -74,7 +74,7 @@ def head_norm_shares(W_dec: Tensor, n_heads: int) -> Tensor:
 
     The paper's head attribution by weights. A zero row shares equally.
     """
-    norms = W_dec.float().unflatten(-1, (n_heads, -1)).norm(dim=-1)  # type: ignore[no-untyped-call]
+    norms = W_dec.float().unflatten(-1, (n_heads, -1)).norm(dim=-1)
     total = norms.sum(-1, keepdim=True)
     return torch.where(total > 0, norms / total.clamp_min(torch.finfo(norms.dtype).tiny), torch.full_like(norms, 1 / n_heads))
 

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -182,6 +182,7 @@ def worker(
 
         _watched(settings, "worker")
         run_worker(settings, db)
+        _leave()
 
 
 @app.command(epilog="Example: [bold]headscope engine[/bold]")
@@ -1407,7 +1408,21 @@ def _watched(settings: Settings, process: str) -> None:
     from server import logs, telemetry
 
     logs.begin(settings, process)
-    atexit.register(telemetry.begin(settings, process))
+    _at_the_end.append(telemetry.begin(settings, process))
+    atexit.register(_at_the_end[-1])
+
+
+_at_the_end: list[Callable[[], None]] = []
+"""What sends the rest of the traces."""
+
+
+def _leave(*_: object) -> NoReturn:
+    """Leave at once and well: all is kept by now, and taking torch down takes seconds."""
+    for act in _at_the_end:
+        act()
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, processes: int = 1) -> None:
@@ -1415,9 +1430,8 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
 
     from server import forked
 
-    # uvicorn lets go of everything at SIGTERM and then sends it to itself once more: that is no failure, and what is to be
-    # done at the end still is.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    # uvicorn lets go of everything at SIGTERM and then sends it to itself once more: that is no failure.
+    signal.signal(signal.SIGTERM, _leave)
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
     gc.collect()

@@ -10,7 +10,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ class Oidc:
         self._settings, self.issuer = settings, settings.oidc_issuer.rstrip("/")
         self._key = hashlib.sha256(b"headscope oidc " + settings.secret.encode()).digest()
         self._known: tuple[float, dict[str, Any], Any] | None = None
-        self._client = lambda: OAuth2Client(
+        self._client: Callable[[], Any] = lambda: OAuth2Client(
             settings.oidc_client_id, settings.oidc_secret, scope="openid profile email", timeout=PATIENCE,
             redirect_uri=settings.address + BACK, code_challenge_method="S256",
         )  # fmt: skip
