@@ -67,6 +67,9 @@ def run(features: int = 49_152, layers: int = 26, questions: int = 600) -> dict[
         half.unlink(missing_ok=True)
         generate(sa.URL.create("sqlite", database=str(half)), features, layers)
         half.rename(place / "headscope.db")
+    database = Database(sa.URL.create("sqlite", database=str(place / "headscope.db")))
+    database.upgrade()  # one that an older version has made
+    database.close()
     figures = measure(sa.URL.create("sqlite", database=str(place / "headscope.db")), questions)
     if _postgres.programs():
         with _postgres.server() as url:

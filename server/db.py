@@ -27,14 +27,14 @@ from server.resources import resource_path
 def make_engine(url: sa.URL, connections: int = 5) -> sa.Engine:
     """An engine on `url`, which keeps so many connections and makes twice as many more when they are needed. SQLite gets WAL,
     foreign keys, a busy timeout, and BEGIN IMMEDIATE in `write()`."""
+    pool = {} if url.database in (None, "", ":memory:") else {"pool_size": connections, "max_overflow": 2 * connections}
     engine = sa.create_engine(
         url,
         pool_pre_ping=url.get_backend_name() != "sqlite",
-        pool_size=connections,
-        max_overflow=2 * connections,
         json_serializer=_compact,
         json_deserializer=_read_json,
         connect_args=_patience(url),
+        **pool,
         hide_parameters=True,  # an error must not carry what somebody typed into a log
     )
     if url.get_backend_name() == "sqlite":

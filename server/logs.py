@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -53,20 +53,32 @@ def begin(settings: Settings, process: str) -> None:
     dbos.handlers = [handler]
 
 
-def to_file(settings: Settings, path: Path) -> None:
-    """What a worker says goes to a file of its own as well: what happens, in text as in JSON."""
+def to_file(settings: Settings, path: Path) -> Callable[[], None]:
+    """What a worker says goes to a file of its own as well: what happens, in text as in JSON. What this gives ends it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = _File(path)
     handler.setFormatter(form(settings, "worker"))
-    for name, level in (("headscope", logging.INFO), ("dbos", logging.WARNING)):
-        logger = logging.getLogger(name)
-        for old in [one for one in logger.handlers if isinstance(one, logging.FileHandler)]:
-            logger.removeHandler(old)
-            old.close()
+    loggers = [logging.getLogger(name) for name in ("headscope", "dbos")]
+    for logger, level in zip(loggers, (logging.INFO, logging.WARNING), strict=True):
         logger.addHandler(handler)
         logger.setLevel(level)
     for other in logging.getLogger().handlers:  # the file's lines of what happens are not for a terminal
         other.setLevel(logging.INFO if settings.log_format == "json" else logging.WARNING)
+
+    def end() -> None:
+        for logger in loggers:
+            logger.removeHandler(handler)
+        handler.close()
+
+    return end
+
+
+class _File(logging.FileHandler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+        except OSError:  # its folder is gone, or the disk: that must not end what was to be told of
+            self.handleError(record)
 
 
 def form(settings: Settings, process: str) -> logging.Formatter:

@@ -114,6 +114,7 @@ LOOK_SECONDS = 1.0  # between two looks whether the job in hand may go on
 TAKING_SECONDS = 10.0  # that a job which was taken from a queue needs at most to come to `Worker.work`
 PATIENCE = 1.5  # seconds that a step may take to notice that it may not, before it is broken off
 WAIT, LONGER = 5.0, 4  # seconds before a job is first tried again by itself, and how much longer each time
+NOT_TOLD = ("lr", "k")  # of a curve on disk, which follow from the config: a point is the same whoever wrote it
 REPORT_SECONDS = 2.0  # between two writes of progress
 AGAIN_SECONDS = 10.0  # between two tries to write to a database that refuses
 PART_SECONDS = 0.3  # between two looks whether others have done their parts
@@ -1137,7 +1138,11 @@ def _train_all(run: Run, cfgs: Sequence[TrainConfig], lens: Lens, rows: Rows) ->
     for index in range(len(cfgs)):
         with run.write() as session:
             known = {step for step, _ in store.points(session, run.id, run=index)}
-            missing = [(step, values) for step, values in curve_of(run.folder, index) if step not in known]
+            curve = [
+                (step, {of: value for of, value in values.items() if of not in NOT_TOLD})
+                for step, values in curve_of(run.folder, index)
+            ]
+            missing = [(step, values) for step, values in curve if step not in known]
             store.add_points(session, run.id, run.attempt, missing, run=index)
 
 
@@ -1305,7 +1310,7 @@ class Worker:
         assert _worker is None, "one worker per process: DBOS is a singleton"
         _worker = self
         jobs.quiet()
-        logs.to_file(self.settings, self.log_path)
+        self._end_log = logs.to_file(self.settings, self.log_path)
         self.speed = estimates.Speed(**machine.speeds(self.device))
         with self.db.write() as session:
             store.beat(session, self.slot.name, self.device, os.getpid())
@@ -1363,6 +1368,7 @@ class Worker:
             self._gpu.free()
         _worker = None
         log.info("%s has stopped", self.slot.name)
+        self._end_log()
 
     def work(self, job_id: str, tell: Callable[[Run], None]) -> str:
         """Make an attempt at a job; the status it ends with."""

@@ -6,7 +6,7 @@ from typing import Annotated, Self
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from sae_core.errors import EngineAway, UsageError
+from sae_core.errors import EngineAway, Unfitting, UsageError
 from server.access import needs
 from server.live import ComponentsQuestion, LiveComponents
 from server.pages.feature import engine
@@ -42,7 +42,7 @@ class Asked(BaseModel):
     def _one_of(self) -> Self:
         stored = self.band is not None and self.rank is not None
         if stored == (self.tokens is not None):
-            raise ValueError("give either band and rank of an example, or tokens")
+            raise Unfitting("give either band and rank of an example, or tokens", field="tokens")
         return self
 
     def asked(self, **changes: int | None) -> dict[str, int | str | None]:

@@ -76,7 +76,7 @@ def test_a_run_that_meets_the_reserve_stops_keeps_its_checkpoint_and_goes_on(dis
     worker = working(made)
     ballast = None
     try:
-        job = made.jobs.enqueue_train(tiny_config(tokens=8_192, passes=12, harvests=()))
+        job = made.jobs.enqueue_train(tiny_config(tokens=8_192, passes=80, harvests=()))
         wait_for(lambda: bool(list(made.folder(job).glob("runs/*/checkpoints/step-*"))))
         ballast = fill(disk, 3 * MB)
         assert made.wait(job, "failed", "done") == "failed"

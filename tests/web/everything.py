@@ -11,9 +11,9 @@ from sqlalchemy.orm import Session
 from server.db import Database
 from server.settings import Settings
 from server.store import jobs as store_jobs
-from server.store import labels, lists, ratings
+from server.store import labels, lists, prompts, ratings
 from server.store.saes import find_sae
-from server.tables import SAE, Harvest, Job, JobLog, Study
+from server.tables import SAE, Harvest, Job, JobLog, Prompt, Study
 from tests.web import test_compare as compare
 from tests.web.accounts import NAMES
 from tests.web.conftest import put
@@ -24,6 +24,7 @@ from tests.web.test_sweep import add_sweep
 
 A, B = compare.A, compare.B
 HERE = f"/saes/{A}"
+SHARED = "shared-text-of-the-tests"
 PAGES = {
     "/": ("/",),
     "/author": ("/author",),
@@ -59,6 +60,9 @@ PAGES = {
         "/jobs/new/compare", f"/jobs/new/specificity?sae={A}&feature=3&proxies=2", "/jobs/new/induction",
     ),
     "/jobs": ("/jobs",),
+    "/status": ("/status",),
+    "/prompt": ("/prompt", f"/prompt?sae={A}"),
+    "/prompts/{prompt_id}": (f"/prompts/{SHARED}",),
     "/jobs/{job_id}": (
         "/jobs/train-running-1", f"/jobs/train-{A}-1", "/jobs/train-failed-1", "/jobs/train-waiting-1", "/jobs/train-cancelled-1",
     ),
@@ -75,7 +79,8 @@ OF_PEOPLE = {
 }  # fmt: skip
 """Pages of a lab with accounts."""
 NO_PAGES = {
-    "/healthz", "/start", "/saes/{sae}/random", "/saes/{sae}/jump", "/saes/{sae}/features/{index}/previous",
+    "/healthz", "/readyz", "/metrics", "/login/oidc", "/login/oidc/back", "/start",
+    "/saes/{sae}/random", "/saes/{sae}/jump", "/saes/{sae}/features/{index}/previous",
     "/saes/{sae}/features/{index}/next", "/jobs/{job_id}/events", "/openapi.json",
 }  # fmt: skip
 """Routes that lead elsewhere or answer machines; so do those whose names end like a file's."""
@@ -94,8 +99,17 @@ def furnish(settings: Settings) -> Settings:
         _harvest_twice(session)
         _jobs(session)
         _people(session)
+        _shared(session)
     database.close()
     return settings
+
+
+def _shared(session: Session) -> None:
+    """A typed text that somebody shared, at an address that is known beforehand."""
+    view = {"at": None, "against_at": None, "feature": None}
+    door = find_sae(session, A)
+    made = prompts.share(session, "The tide", None, model=None, doors=[door], view=view, visibility="shared", days=None)
+    session.execute(sa.update(Prompt).where(Prompt.id == made).values(id=SHARED))
 
 
 def _harvest_twice(session: Session) -> None:

@@ -131,4 +131,7 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
         "/sweeps/{job_id}.json",
         "/studies.json",
         "/studies/{study_id}.json",
+        "/status.json",
+        "/prompt.json",
+        "/prompts/{prompt_id}.json",
     }

@@ -103,7 +103,7 @@ def test_positions_are_charts_with_their_numbers_as_text(tmp_path: Path) -> None
 
 def test_divergences_stand_beside_losses(tmp_path: Path) -> None:
     page = text_of(tmp_path, MEASURED)
-    repeated, prose = page.split("Random tokens said twice")[1].split("Held-out text")[:2]
+    repeated, prose = page.split("<h3>Random tokens said twice")[1].split("<h3>Held-out text")
     assert "0.0712" in repeated
     assert "KL 94.1" in repeated
     assert "no output, no bias" in repeated, "b_O matters there"
