@@ -161,8 +161,8 @@ def serve(
         ensure_admin(settings, db)
         _watched(settings, "web")
         db.close()  # a connection must not be shared by processes that are forked
-        with watch.shared(settings.web_workers):
-            web = create_app(settings)
+        with watch.shared(settings.web_workers) as folder:
+            web = create_app(settings, folder)
             _uvicorn(web, settings, settings.host, settings.port, "Headscope's pages are", settings.web_workers)
 
 

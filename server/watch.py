@@ -161,15 +161,15 @@ class _Family(Collector):
 
 
 @contextmanager
-def shared(processes: int) -> Iterator[None]:
-    """Processes that are forked within count together, if there are several; enter it before a `Watch` is made."""
+def shared(processes: int) -> Iterator[Path | None]:
+    """A folder in which several processes that are forked within count together; to be entered before the app is made."""
     if processes == 1:
-        yield
+        yield None
         return
     with tempfile.TemporaryDirectory(prefix="headscope-metrics-") as folder:
         os.environ[SHARED] = folder
         values.ValueClass = values.MultiProcessValue()  # which the library chooses at its import, from the same variable
-        yield
+        yield Path(folder)
 
 
 @dataclass(frozen=True)
