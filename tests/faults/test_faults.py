@@ -20,7 +20,7 @@ import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
-from bench import _postgres
+from bench import _postgres, harvest_workers
 from bench._served import free_port
 from sae_core.config import HarvestJob, TrainConfig, Wishes
 from sae_core.errors import DatabaseAway
@@ -346,6 +346,24 @@ def test_a_harvest_on_four_workers_equals_that_of_one(home: Home, crew: Crew) ->
         assert len({part.worker for part in parts}) >= 2, "others helped"
         assert {part.status for part in parts} == {"done"}
         assert registry.harvests_of(session, tuple(session.scalars(sa.select(SAE.id)))) != []
+
+
+def test_the_benchmark_of_workers_harvests_what_it_was_asked_for_and_shares_it_out(home: Home, crew: Crew) -> None:
+    trained(home, crew)
+    first = harvested(home)
+    assert home.wait(first, seconds=200) == "done", home.error(first)
+    crew.end()
+    tokens = LONG.tokens // 2
+    seconds = harvest_workers.measured(home.settings, tokens, 1, (1, 2))
+    assert list(seconds) == [1, 2]
+    assert min(seconds.values()) > 0
+    with home.db.read() as session:
+        (found,) = session.scalars(sa.select(Harvest).where(Harvest.status == "published"))
+        assert found.job_id != first
+        assert 0 < found.n_tokens <= tokens
+        parts = [*store.parts(session, found.job_id, "scan"), *store.parts(session, found.job_id, "visit")]
+    assert len(parts) >= 4
+    assert {part.status for part in parts} == {"done"}
 
 
 def test_jobs_queued_by_an_older_version_are_done_by_the_new_one(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
