@@ -87,7 +87,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     app.state.live = None
     app.state.limits = Limits(settings, shared)
     app.state.oidc = Oidc(settings) if settings.oidc_issuer else None
-    app.state.watch = Watch(settings, app.state.db, "web")
+    app.state.watch = Watch(settings, app.state.db, "web", shared=shared)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
     app.add_middleware(Watched, watch=app.state.watch, on_fault=on_error)
     app.add_middleware(SecurityHeaders)

@@ -51,8 +51,6 @@ FORMAT = CONTENT_TYPE_PLAIN_0_0_4
 KEPT = 5.0
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0)
 """Bounds of the histogram of answers' times."""
-SHARED = "PROMETHEUS_MULTIPROC_DIR"
-"""Where the library looks for the folder in which processes count together."""
 UNKNOWN = "none"
 """The route of an address that there is not: strangers must not be able to make a series of every path."""
 
@@ -70,10 +68,17 @@ class Gpu:
 
 
 class Watch:
-    """A process's metrics."""
+    """A process's metrics; with `shared`, those of all that count together in that folder and are forked from this process."""
 
     def __init__(
-        self, settings: Settings, db: Database, process: str, *, worker: str | None = None, gpus: Callable[[], list[Gpu]] = list
+        self,
+        settings: Settings,
+        db: Database,
+        process: str,
+        *,
+        worker: str | None = None,
+        gpus: Callable[[], list[Gpu]] = list,
+        shared: Path | None = None,
     ) -> None:
         self._settings, self._db, self._process, self._worker, self._gpus = settings, db, process, worker, gpus
         self._lock = threading.Lock()
@@ -83,9 +88,9 @@ class Watch:
         PlatformCollector(registry=self.registry)
         self.registry.register(self)
         counts: CollectorRegistry | None = self.registry
-        if os.environ.get(SHARED):
+        if shared is not None:
             counts = None  # what this process counts is in its file, and told from there with what the others have
-            MultiProcessCollector(self.registry)
+            MultiProcessCollector(self.registry, str(shared))
             self.registry.register(_Family(os.getpid()))
         else:
             ProcessCollector(registry=self.registry)
@@ -167,7 +172,7 @@ def shared(processes: int) -> Iterator[Path | None]:
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="headscope-metrics-") as folder:
-        os.environ[SHARED] = folder
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where a process puts its file
         values.ValueClass = values.MultiProcessValue()  # which the library chooses at its import, from the same variable
         yield Path(folder)
 
