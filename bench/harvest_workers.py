@@ -1,8 +1,8 @@
 """How much sooner two and four workers end a harvest than one: whole jobs, from queued to published, on a copy of HEADSCOPE_DATA.
 
-The first published SAE that was harvested here is harvested again, `tokens` of its rows with all else as it was, by workers that are
-processes of their own with `threads` threads each, or with a GPU each where there are several. Each number of workers does it twice and
-the second time counts: by then they hold model and SAE. More workers than cores or GPUs cannot be quicker.
+The first published SAE that was harvested here is harvested again, `tokens` of its rows with all else as it was, by workers that
+are processes of their own with `threads` threads each, or with a GPU each where there are several. Each number of workers does it
+twice and the second time counts: by then they hold model and SAE. More workers than cores or GPUs cannot be quicker.
 
 `tokens=65536` and `threads=1` take other sizes.
 """
