@@ -211,9 +211,9 @@ def test_processes_that_are_forked_limit_together(tmp_path: Path) -> None:
                     taken += 1
             os._exit(taken)
         children.append(child)
-    taken = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    assert sum(taken) == 49
-    assert min(taken) >= 0
+    counts = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sum(counts) == 49
+    assert min(counts) >= 0
     with pytest.raises(TooOften):
         limit.take("a", "trying")
     limit.take("b", "trying")
