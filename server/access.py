@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request, Response
@@ -32,14 +33,15 @@ FIRST_ADMIN = "admin"
 
 
 class Limits:
-    """How often people may ask, in this process."""
+    """How often people may ask, in this process or in all that share `folder`."""
 
-    def __init__(self, settings: Settings) -> None:
-        self.live = Limit(settings.live_per_minute, 60.0)
+    def __init__(self, settings: Settings, folder: Path | None = None) -> None:
+        live, address, name = (folder and folder / f"{name}.db" for name in ("live", "address", "name"))
+        self.live = Limit(settings.live_per_minute, 60.0, file=live)
         """Live questions of a person."""
-        self.address = Limit(20, 60.0)
+        self.address = Limit(20, 60.0, file=address)
         """Tries to come in from one address."""
-        self.name = Limit(10, 300.0)
+        self.name = Limit(10, 300.0, file=name)
         """Tries to come in under one name, wherever from: guessing from many addresses is slow too."""
 
 

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import sqlalchemy as sa
 from anyio import to_thread
@@ -61,8 +62,9 @@ LARGEST_BODY = 1_000_000
 """Bytes of a request; forms and questions are far smaller."""
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The web process. It starts whether or not the database answers; until it does, pages say so."""
+def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
+    """The web process. It starts whether or not the database answers; until it does, pages say so. `shared` is a folder in which
+    it counts together with others that are forked from it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -83,9 +85,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.db = Database(settings.url, connections=settings.web_threads)
     app.state.live = None
-    app.state.limits = Limits(settings)
+    app.state.limits = Limits(settings, shared)
     app.state.oidc = Oidc(settings) if settings.oidc_issuer else None
-    app.state.watch = Watch(settings, app.state.db, "web")
+    app.state.watch = Watch(settings, app.state.db, "web", shared=shared)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=settings.trusted_hosts)
     app.add_middleware(Watched, watch=app.state.watch, on_fault=on_error)
     app.add_middleware(SecurityHeaders)

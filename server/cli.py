@@ -154,13 +154,16 @@ def serve(
     """Start the web pages alone. Needs no torch."""
     settings = _settings(data=data, host=host, port=port, web_workers=workers)
     with _opened(settings) as (_, db):
+        from server import watch
         from server.access import ensure_admin
         from server.app import create_app
 
         ensure_admin(settings, db)
         _watched(settings, "web")
         db.close()  # a connection must not be shared by processes that are forked
-        _uvicorn(create_app(settings), settings, settings.host, settings.port, "Headscope's pages are", settings.web_workers)
+        with watch.shared(settings.web_workers) as folder:
+            web = create_app(settings, folder)
+            _uvicorn(web, settings, settings.host, settings.port, "Headscope's pages are", settings.web_workers)
 
 
 @app.command(epilog="Example, one worker per GPU: [bold]headscope worker --id gpu1 --device cuda:1[/bold]")
@@ -1418,11 +1421,15 @@ _at_the_end: list[Callable[[], None]] = []
 
 def _leave(*_: object) -> NoReturn:
     """Leave at once and well: all is kept by now, and taking torch down takes seconds."""
+    _last_words()
+    os._exit(0)
+
+
+def _last_words() -> None:
     for act in _at_the_end:
         act()
     logging.shutdown()
     sys.stdout.flush()
-    os._exit(0)
 
 
 def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, processes: int = 1) -> None:
@@ -1448,7 +1455,14 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
     if processes == 1:
         uvicorn.Server(config).run(sockets=[listening])
     else:
-        forked.keep(processes, lambda: uvicorn.Server(config).run(sockets=[listening]))
+
+        def work() -> None:
+            try:
+                uvicorn.Server(config).run(sockets=[listening])
+            finally:
+                _last_words()  # SIGTERM has had them at `_leave`; SIGINT comes by here
+
+        forked.keep(processes, work)
 
 
 class _Found(Generic[S]):

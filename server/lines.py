@@ -14,13 +14,13 @@ BAR = 44
 """Pixels of a bar in a cell."""
 
 
-def feature_line(row: FeatureRow, features: str, chosen: str, head: int | None) -> Markup:
+def feature_line(row: FeatureRow, features: str, chosen: str, head: int | None, no_family: str) -> Markup:
     """A feature's line. `features` is the address that indices stand behind, `chosen` what stands behind an index, and `head`
-    the one whose shares are shown; None for each feature's own leading heads."""
+    the one whose shares are shown; None for each feature's own leading heads. `no_family` stands where it has none."""
     alive = row.n_fired > 0
     strongest, mean, fires = (num(row.max_act), num(row.mean_act), percent(row.density, 2)) if alive else ("", "", "")
     said = f' title="{escape(" ".join(visible(row.verdict).split()))}"' if row.verdict else ""
-    family = escape(row.family) if row.family else "unclear" if alive else ""
+    family = escape(row.family) if row.family else no_family if alive else ""
     back = "" if row.distance is None else num(row.distance, 2)
     label = "" if row.label is None else written(row.label)
     leading = "" if head is not None else f'<span class="quiet">h{row.head}</span> '

@@ -132,8 +132,8 @@ class JsonLines(logging.Formatter):
         """The object."""
         at = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         line: dict[str, object] = {
-            "time": at, "level": record.levelname.lower(), "process": self._process, "logger": record.name,
-            "message": struck(record.getMessage()), "request": request_id.get(), "job": job_id.get(),
+            "time": at, "level": record.levelname.lower(), "process": self._process, "pid": os.getpid(),
+            "logger": record.name, "message": struck(record.getMessage()), "request": request_id.get(), "job": job_id.get(),
         }  # fmt: skip
         if record.exc_info:
             line["exception"] = struck(self.formatException(record.exc_info))

@@ -87,7 +87,7 @@ def evidence_lines(evidence: Mapping[str, float]) -> list[tuple[str, str]]:
         lines.append((percent(evidence[name], 2), EVIDENCE[name] + by_chance))
     lines += [(num(evidence[name], 2), words) for name, words in OTHER_EVIDENCE.items() if name in evidence]
     known = EVIDENCE.keys() | OTHER_EVIDENCE.keys() | {f"{name}_chance" for name in EVIDENCE}
-    return lines + [(str(value), name.replace("_", " ")) for name, value in evidence.items() if name not in known]
+    return lines + [(str(value), name.replace("_", " ")) for name, value in sorted(evidence.items()) if name not in known]
 
 
 CURVES = {

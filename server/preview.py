@@ -46,7 +46,7 @@ def feature_svg(page: FeaturePage) -> str:
         _text(SIDE, 134, f"{page.sae.name} · layer {page.sae.layer} of {page.sae.model}", 24, c["soft"]),
     ]
     facts = (
-        ("family", page.family or "unclear"),
+        ("family", page.family or page.sae.no_family),
         ("strongest", num(page.max_act)),
         ("fires on", percent(page.density)),
     )

@@ -55,7 +55,7 @@ class Settings(BaseSettings):
     port: int = 8000
     """Port that the web listens on."""
     web_workers: Annotated[int, Field(ge=1, le=64)] = 1
-    """Processes that answer; one fills a core. Each has the limits on logins and live questions for itself."""
+    """Processes that answer; one fills a core. They limit logins and live questions together."""
     web_threads: Annotated[int, Field(ge=2, le=128)] = 16
     """Requests that each of them works at at a time, with a connection to the database each."""
     web_waiting: Annotated[int, Field(ge=4)] = 256

@@ -2,15 +2,20 @@
 
 What follows from the database (queue, workers, rates) is asked of it when somebody looks, and not twice within `KEPT` seconds, so
 a scrape costs a few small queries however many jobs there were lately. Nothing told here names a job, an SAE or a person.
+Where the web is several processes, whichever is asked tells of all: each counts in a file in a folder that they share.
 """
 
 import json
 import logging
+import os
 import shutil
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import version
 from pathlib import Path
@@ -24,9 +29,12 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    values,
 )
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -60,25 +68,36 @@ class Gpu:
 
 
 class Watch:
-    """A process's metrics."""
+    """A process's metrics; with `shared`, those of all that count together in that folder and are forked from this process."""
 
     def __init__(
-        self, settings: Settings, db: Database, process: str, *, worker: str | None = None, gpus: Callable[[], list[Gpu]] = list
+        self,
+        settings: Settings,
+        db: Database,
+        process: str,
+        *,
+        worker: str | None = None,
+        gpus: Callable[[], list[Gpu]] = list,
+        shared: Path | None = None,
     ) -> None:
         self._settings, self._db, self._process, self._worker, self._gpus = settings, db, process, worker, gpus
         self._lock = threading.Lock()
         self._asked = -KEPT
         self._known: tuple[watching.Queue | None, bool] = None, False
         self.registry = CollectorRegistry()
-        ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self.registry.register(self)
-        self.answered = Counter(
-            "headscope_requests", "Requests answered.", ("method", "route", "status"), registry=self.registry
-        )  # fmt: skip
+        counts: CollectorRegistry | None = self.registry
+        if shared is not None:
+            counts = None  # what this process counts is in its file, and told from there with what the others have
+            MultiProcessCollector(self.registry, str(shared))
+            self.registry.register(_Family(os.getpid()))
+        else:
+            ProcessCollector(registry=self.registry)
+        self.answered = Counter("headscope_requests", "Requests answered.", ("method", "route", "status"), registry=counts)
         self.seconds = Histogram(
             "headscope_request_seconds", "From a request's arrival to the end of its answer.", ("route",),
-            buckets=SECONDS, registry=self.registry,
+            buckets=SECONDS, registry=counts,
         )  # fmt: skip
 
     def page(self) -> bytes:
@@ -126,6 +145,36 @@ class Watch:
                 memory.add_metric([gpu.device, of], value)
         if memory.samples:
             yield memory
+
+
+class _Family(Collector):
+    """What a process and those that it forked take together, as `ProcessCollector` tells it of one."""
+
+    def __init__(self, parent: int) -> None:
+        self._parent = parent
+
+    def collect(self) -> Iterable[Metric]:
+        """The sums; of the beginning the parent's, whose limit of open files is that of each."""
+        told: dict[str, Metric] = {}
+        children = Path(f"/proc/{self._parent}/task/{self._parent}/children")
+        for pid in (str(self._parent), *(children.read_text().split() if children.exists() else ())):
+            for metric in ProcessCollector(registry=None, pid=partial(str, pid)).collect():
+                first = told.setdefault(metric.name, metric)
+                if first is not metric and metric.name not in ("process_start_time_seconds", "process_max_fds"):
+                    first.samples = [first.samples[0]._replace(value=first.samples[0].value + metric.samples[0].value)]
+        return told.values()
+
+
+@contextmanager
+def shared(processes: int) -> Iterator[Path | None]:
+    """A folder in which several processes that are forked within count together; to be entered before the app is made."""
+    if processes == 1:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="headscope-metrics-") as folder:
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder  # where a process puts its file
+        values.ValueClass = values.MultiProcessValue()  # which the library chooses at its import, from the same variable
+        yield Path(folder)
 
 
 @dataclass(frozen=True)

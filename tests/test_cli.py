@@ -19,8 +19,11 @@ import httpx
 import pytest
 
 from sae_core.config import HarvestConfig, RowsConfig, TrainConfig
+from server.db import Database
 from server.job_folders import left_by
 from server.options import built, given, options
+from server.settings import Settings
+from server.store import jobs as store
 from tests.core.tiny_models import save_gguf, save_tiny
 from tests.jobs.conftest import wait_for, write_text
 
@@ -242,6 +245,31 @@ def test_with_a_worker_running_train_queues_for_it_and_can_watch(
         worker.send_signal(signal.SIGINT)
         worker.communicate(timeout=60)
     assert worker.returncode == 0
+
+
+def test_how_a_job_is_done_is_asked_for_by_options(
+    headscope: Callable[..., Said], environment: dict[str, str], model: Path, text: Path
+) -> None:
+    assert headscope("db", "upgrade").returncode == 0
+    database = Database(Settings(data=Path(environment["HEADSCOPE_DATA"])).url)
+
+    def queued(name: str, *how: object) -> Said:
+        with database.write() as session:
+            store.beat(session, "worker-9", "cpu", 1)  # so that it is queued and not done here
+        return headscope("train", "--model", model, "--corpus", text, "--name", name, *SMALL, *how)
+
+    asked, usual = ("--priority", "1", "--only-on", "cuda", "--time-limit", "90"), ()
+    for name, how in (("urgent", asked), ("usual", usual)):
+        assert f"Queued train-{name}-1." in (said := queued(name, *how)).stdout, said
+    with database.read() as session:
+        found = [store.get(session, f"train-{name}-1") for name in ("urgent", "usual")]
+    assert [(job.priority, job.only_on, job.time_limit) for job in found] == [(1, "cuda", 90.0), (5, None, None)]
+    for wrong in (("--priority", "10"), ("--only-on", "abacus"), ("--time-limit", "-1")):
+        said = queued("wrong", *wrong)
+        assert said.returncode == 2, said
+        assert wrong[0] in said.stderr
+    assert counted(environment, "job") == 2
+    database.close()
 
 
 # ---- bad input ----

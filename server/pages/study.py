@@ -272,7 +272,8 @@ def _of_every_head(record: StudyRecord, query: StudyQuery) -> dict[str, Any]:
     heads = {_name(head): head for head in result["heads"]}
     chosen = [name for name in query.heads.split(",") if name in heads]
     known = [score.read(head) for head in heads.values()]
-    rules = [(role, least, 0 if least > 0 else 3) for role, (of, least) in result["thresholds"].items() if of == score.key]
+    thresholds = sorted(result["thresholds"].items())
+    rules = [(role, least, 0 if least > 0 else 3) for role, (of, least) in thresholds if of == score.key]
     marks = {role: mark for role, _, mark in rules}
 
     def toggled(name: str) -> str:

@@ -41,7 +41,7 @@ class HeadLine:
     n_led_norm: int
     """Live features of which it has the largest decoder norm."""
     families: tuple[Count, ...]
-    """Of those it leads by |mean DFA|, most first; `unclear` for those of none."""
+    """Of those it leads by |mean DFA|, most first, equal ones by name; `unclear` for those of none."""
     diversity: float | None
     """Directions that its features write into as if equally, weighed by how much each is there; None where few are alive."""
     polysemantic: float | None
@@ -206,7 +206,7 @@ def _line(row: HeadSummary) -> HeadLine:
         head=row.head,
         n_led=row.n_led,
         n_led_norm=row.n_led_norm,
-        families=tuple(Count(name, n) for name, n in sorted(row.families.items(), key=lambda item: -item[1])),
+        families=tuple(Count(name, n) for name, n in sorted(row.families.items(), key=lambda item: (-item[1], item[0]))),
         diversity=row.diversity,
         polysemantic=row.polysemantic,
         top=tuple(HeadFeature(int(idx), share) for idx, share in row.detail.get("top", [])),

@@ -63,6 +63,11 @@ class SaeRef:
     harvest: HarvestRef | None
     """The published one; null before there is one."""
 
+    @property
+    def no_family(self) -> str:
+        """What stands where a feature has no family: an imported harvest never looked for one."""
+        return "–" if self.harvest is not None and self.harvest.source else "unclear"
+
 
 @dataclass(frozen=True)
 class Door:
@@ -159,7 +164,7 @@ class SaeOverview:
     led_by_head: tuple[Count, ...]
     """Live features by the head with the largest decoder norm; every head is listed."""
     families: tuple[Count, ...]
-    """Live features by family; `unclear` for those of none."""
+    """Live features by family, most first, equal ones by name; `unclear` for those of none."""
     dead: int
     """Features that never fired."""
     running: HarvestRun | None
@@ -277,7 +282,7 @@ def sae_overview(session: Session, door: Door) -> SaeOverview:
         curve=_curve(session, door.job_id, door.run),
         density=tuple(Bin(DENSITY_EDGES[i], DENSITY_EDGES[i + 1], n) for i, n in enumerate(counts)) if harvest else (),
         led_by_head=tuple(Count(head, led[head]) for head in range(door.sae.n_heads)) if harvest else (),
-        families=tuple(Count(name, n) for name, n in sorted(families.items(), key=lambda item: -item[1]) if n),
+        families=tuple(Count(name, n) for name, n in sorted(families.items(), key=lambda item: (-item[1], item[0])) if n),
         dead=sum(group.n - group.live for group in groups),
         running=None if harvest else _running_harvest(session, door.id),
     )

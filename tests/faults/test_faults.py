@@ -21,13 +21,14 @@ import pytest
 import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
-from bench import _postgres
+from bench import _postgres, harvest_workers
 from bench._served import free_port
 from sae_core.config import HarvestJob, TrainConfig, Wishes
 from sae_core.errors import DatabaseAway
 from server import worker as workers
 from server.app import create_app
 from server.jobs import Jobs
+from server.settings import Settings
 from server.store import jobs as store
 from server.store import registry
 from server.tables import SAE, Example, Harvest
@@ -205,6 +206,86 @@ def test_a_web_process_that_is_killed_is_started_again_while_the_other_answers(h
             assert httpx.get(f"{address}/", timeout=60).status_code == 200
 
 
+# ---- the engine ----
+
+
+@contextmanager
+def engine(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+    """`headscope engine` as a process of its own, killed at the end."""
+    env = os.environ | {
+        "HEADSCOPE_DATA": str(settings.data), "HEADSCOPE_CACHE": str(settings.cache), "HEADSCOPE_DEVICE": "cpu",
+        "HEADSCOPE_ENGINE_PORT": str(settings.engine_port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "server.cli", "engine"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+@pytest.mark.timeout(600)
+def test_an_engine_that_is_killed_again_and_again_is_right_or_says_that_it_is_away(home: Home, crew: Crew) -> None:
+    trained(home, crew)
+    crew.end()
+    settings = home.settings.model_copy(update={"engine_port": free_port(), "live_per_minute": 10**6})
+    text, draw = "the cat sat on the mat and the cat", random.Random(3)
+    questions = [
+        *(("attribution", {"sae": "x", "index": index, "text": text}) for index in range(3)),
+        ("firings", {"sae": "x", "text": text, "features": [0, 1, 2], "top": 3}),
+        ("prompt", {"saes": ["x"], "text": text, "top": 2}),
+    ]
+    seen, stop = list[tuple[int, int, Any, bool]](), threading.Event()
+    with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as web:
+
+        def ask(number: int) -> int:
+            what, question = questions[number]
+            answer = web.post(f"/api/v1/live/{what}", json=question)
+            seen.append((number, answer.status_code, answer.json(), "retry-after" in answer.headers))
+            return answer.status_code
+
+        def ask_on() -> None:
+            while not stop.is_set():
+                if ask(draw.randrange(len(questions))) != 200:
+                    time.sleep(0.05)
+
+        def right() -> int:
+            return sum(status == 200 for _, status, _, _ in seen)
+
+        with engine(settings):
+            until(lambda: ask(0) == 200)
+            before = [ask(number) for number in range(len(questions))]
+            assert before == [200] * len(questions)
+            undisturbed = {number: body for number, status, body, _ in seen if status == 200}
+        asker = threading.Thread(target=ask_on)
+        asker.start()
+        try:
+            for _ in range(4):
+                with engine(settings):  # killed while it answers
+                    known = right()
+                    until(lambda known=known: right() > known + 3)  # type: ignore[misc]
+                    time.sleep(draw.uniform(0, 0.2))
+            with engine(settings):  # killed while it begins
+                time.sleep(draw.uniform(0, 2.0))
+            with engine(settings):
+                known = right()
+                until(lambda: right() > known + 10)
+                stop.set()
+                asker.join(60)
+        finally:
+            stop.set()
+            asker.join(60)
+    assert {status for _, status, _, _ in seen} == {200, 503}, Counter(status for _, status, _, _ in seen)
+    for number, status, body, again in seen:
+        if status == 200:
+            assert body == undisturbed[number], "an answer is right or none"
+        else:
+            assert again
+            assert body["error"]["code"] == "engine_away", body
+            assert body["error"]["message"].startswith("The engine does not answer; start it with"), body
+
+
 # ---- disks and files ----
 
 
@@ -348,6 +429,24 @@ def test_a_harvest_on_four_workers_equals_that_of_one(home: Home, crew: Crew) ->
         assert len({part.worker for part in parts}) >= 2, "others helped"
         assert {part.status for part in parts} == {"done"}
         assert registry.harvests_of(session, tuple(session.scalars(sa.select(SAE.id)))) != []
+
+
+def test_the_benchmark_of_workers_harvests_what_it_was_asked_for_and_shares_it_out(home: Home, crew: Crew) -> None:
+    trained(home, crew)
+    first = harvested(home)
+    assert home.wait(first, seconds=200) == "done", home.error(first)
+    crew.end()
+    tokens = LONG.tokens // 2
+    seconds = harvest_workers.measured(home.settings, tokens, 1, (1, 2))
+    assert list(seconds) == [1, 2]
+    assert min(seconds.values()) > 0
+    with home.db.read() as session:
+        (found,) = session.scalars(sa.select(Harvest).where(Harvest.status == "published"))
+        assert found.job_id != first
+        assert 0 < found.n_tokens <= tokens
+        parts = [*store.parts(session, found.job_id, "scan"), *store.parts(session, found.job_id, "visit")]
+    assert len(parts) >= 4
+    assert {part.status for part in parts} == {"done"}
 
 
 def test_jobs_queued_by_an_older_version_are_done_by_the_new_one(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:

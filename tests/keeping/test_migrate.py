@@ -12,7 +12,7 @@ from server.keeping import migrate
 from server.settings import Settings
 from server.store import jobs as store
 from server.store import whole
-from server.tables import Context, Harvest, Label
+from server.tables import Context, Feature, FeatureDetail, Harvest, HeadSummary, Label
 from tests.keeping.conftest import home, new_database, pages
 
 
@@ -37,6 +37,12 @@ def calm(tmp_path: Path) -> Settings:
         store.create(session, "study-waits", "study", "waits", {"a": [1.0, 1e-7, 3e22, "x\0y", None, True]})
         for text in ("tab\tnewline\n back\\slash \\N", "nul \0 here", "漢字 🙂 ” '"):
             session.add(Label(sae_id=1, idx=1, text=text, author="Maren", method="person"))
+        # In an order that PostgreSQL does not keep, and that is not ours either: it has the shortest name first.
+        session.execute(sa.update(HeadSummary).values(families={"successor": 2, "positional": 2, "local": 2, "induction": 3}))
+        session.execute(sa.update(FeatureDetail).values(evidence={"stretch": 1.0, "zeal": 2.0, "calm": 3.0, "induction": 0.5}))
+        for idx in range(40):
+            kind = ("successor", "positional", "local", None)[idx % 4]
+            session.execute(sa.update(Feature).where(Feature.idx == idx).values(family=kind))
         row = session.get_one(Context, 1)
         row.texts = [*row.texts[:-2], "\0", "\\"]
     queue.release()
@@ -50,7 +56,7 @@ def test_there_and_back_again(calm: Settings, postgres: sa.URL, tmp_path: Path) 
     there = moved_to(calm, new_database(postgres))
     assert pages(there) == {path: text.replace("\\u0000", "\u2400").replace("\0", "\u2400") for path, text in before.items()}
     back = moved_to(there, None, tmp_path / "back")
-    assert pages(back)["/saes/smollm2-l17/features/3.json"] == pages(there)["/saes/smollm2-l17/features/3.json"]
+    assert pages(back) == pages(there)
     assert [path.name for path in back.data.iterdir() if path.name.startswith(".")] == []
     for settings in (there, back):
         database = Database(settings.url)

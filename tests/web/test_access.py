@@ -1,8 +1,11 @@
 """Coming in: start token, login, keys, roles, and the log of what was changed."""
 
+import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
@@ -189,7 +192,31 @@ def test_a_limit_slides_and_forgets_the_oldest() -> None:
     limit.take("a", "trying")
     for asker in range(MOST):
         limit.take(str(asker), "trying")
-    assert len(limit._asked) == MOST
+    assert limit._database().execute("select count(*) from asked").fetchone() == (MOST,)
+    limit.forget("9")
+    for _ in range(2):
+        limit.take("9", "trying")
+
+
+def test_processes_that_are_forked_limit_together(tmp_path: Path) -> None:
+    limit = Limit(50, 300, file=tmp_path / "limit.db")
+    limit.take("a", "trying")  # opened before the fork, which must not be used after it
+    children = []
+    for _ in range(2):
+        if not (child := os.fork()):
+            taken = 0
+            with suppress(TooOften):
+                while taken < 100:
+                    limit.take("a", "trying")
+                    taken += 1
+            os._exit(taken)
+        children.append(child)
+    counts = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sum(counts) == 49
+    assert min(counts) >= 0
+    with pytest.raises(TooOften):
+        limit.take("a", "trying")
+    limit.take("b", "trying")
 
 
 def test_keys_and_logins_run_out(lab: Lab) -> None:

@@ -13,7 +13,7 @@ from fastapi.testclient import TestClient
 from server.app import create_app
 from server.db import Database
 from server.store.heads import DISTANCES
-from server.tables import Harvest, HeadSummary, Model, Study
+from server.tables import Feature, Harvest, HeadSummary, Model, Study
 from tests.web.conftest import SAE, at, put
 from tests.web.factory import Shape, add_sae
 from tests.web.reading import Reader
@@ -151,3 +151,22 @@ def test_an_imported_harvest_says_what_is_not_known_of_a_head(tmp_path: Path) ->
     assert "Its features by data" not in said
     assert "imported from SAEDashboard files" in said
     assert not [link for link in links if link.get("data-head") == "all"], "there is nothing to repaint by"
+
+
+def test_a_family_that_nobody_looked_for_is_not_called_unclear(tmp_path: Path) -> None:
+    settings = put(at(tmp_path), Shape(n_features=12, n_dead=1))
+    database = Database(settings.url)
+    source = {"format": "SAEDashboard", "path": "x", "dfa": "none", "lacks": ["families"]}
+    for known, word in ((None, "unclear"), (source, "–")):
+        with database.write() as session:
+            session.execute(sa.update(Feature).values(family=None))
+            session.execute(sa.update(Harvest).values(source=known))
+        with TestClient(create_app(settings), base_url="http://127.0.0.1:8000") as client:
+            for path in (SAE, HEAD):
+                cells = re.findall(r'<td class="kind"[^>]*>(–|unclear)', client.get(path).text)
+                assert set(cells) == {word}, path
+            part = client.get(SAE, headers={"HX-Request": "true", "HX-Request-Type": "partial"}).text
+            assert part.count(f">{word}<td") == 11, "each live feature; a dead one has nothing there"
+            for path in (f"{SAE}/features/3", f"/embed{SAE}/features/3"):
+                assert f"<dt>family</dt><dd>{word}</dd>" in client.get(path).text
+    database.close()

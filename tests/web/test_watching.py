@@ -3,10 +3,15 @@
 import io
 import json
 import logging
+import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,7 +26,9 @@ from fastapi.testclient import TestClient
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import SecretStr
+from sqlalchemy.orm import Session
 
+from bench._served import free_port
 from server import logs, telemetry, watch
 from server.app import create_app
 from server.db import Database
@@ -29,6 +36,7 @@ from server.settings import Settings
 from server.store import jobs as store
 from server.store import watching
 from server.tables import Job, now
+from tests.jobs.conftest import wait_for
 from tests.web.accounts import PASSWORD, WORD, lab_app, settle, visitors
 from tests.web.conftest import SAE, at
 
@@ -133,7 +141,12 @@ def test_queue_and_rates_are_what_the_database_says(peopled: Settings) -> None:
 def test_a_scrape_asks_the_database_at_most_once_in_a_while(peopled: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[object]()
     real = watching.queue
-    monkeypatch.setattr(watching, "queue", lambda session: asked.append(1) or real(session))
+
+    def counted(session: Session) -> watching.Queue:
+        asked.append(session)
+        return real(session)
+
+    monkeypatch.setattr(watching, "queue", counted)
     with browser(peopled) as client:
         for _ in range(5):
             client.get("/metrics")
@@ -447,3 +460,66 @@ def test_without_the_setting_nothing_is_traced(peopled: Settings, collector: lis
     end()
     time.sleep(0.1)
     assert collector == []
+
+
+# ---- several processes ----
+
+
+def test_two_web_processes_are_told_of_together_and_send_their_last_traces(
+    peopled: Settings, collector: list[ExportTraceServiceRequest], tmp_path: Path
+) -> None:
+    port, said = free_port(), tmp_path / "said"
+    env = os.environ | {
+        "HEADSCOPE_DATA": str(peopled.data), "HEADSCOPE_CACHE": str(peopled.cache), "HEADSCOPE_START_TOKEN": "off",
+        "HEADSCOPE_LOG_FORMAT": "json", "HEADSCOPE_TELEMETRY": "true", "TMPDIR": str(tmp_path),
+    }  # fmt: skip
+    address, route = f"http://127.0.0.1:{port}", "/saes/{sae}/features/{index}"
+    with said.open("wb") as errors:
+        command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--workers", "2"]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=errors)
+    try:
+        wait_for(lambda: answered(f"{address}/healthz"))
+        asked = 0
+        while len(by_process(said, route)) < 2 or asked < 20:  # each on a connection of its own, which either of the two takes
+            assert httpx.get(f"{address}{SAE}/features/{asked % 5}", trust_env=False).status_code == 200
+            asked += 1
+            assert asked < 500, "one of the two answers nothing"
+        scrapes = [samples(httpx.get(f"{address}/metrics", trust_env=False).text) for _ in range(8)]
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        rss = sum(resident(pid) for pid in (process.pid, *children))
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+    shares = by_process(said, route)
+    assert set(shares) == set(children)
+    assert sum(shares.values()) == asked
+    for found in scrapes:
+        assert named(found, "headscope_requests_total", method="GET", route=route, status="200") == asked
+        assert named(found, "headscope_request_seconds_count", route=route) == asked
+        assert named(found, "headscope_request_seconds_bucket", route=route, le="+Inf") == asked
+        assert named(found, "process_resident_memory_bytes") == pytest.approx(rss, rel=0.2)
+        assert named(found, "headscope_database_up") == 1
+    spans = [span for one in collector for each in one.resource_spans for scope in each.scope_spans for span in scope.spans]
+    assert sum(span.name == f"GET {route}" for span in spans) == asked
+    assert sum(span.name == "GET /metrics" for span in spans) == len(scrapes), "the last are sent too"
+    assert not list(tmp_path.glob("headscope-metrics-*"))
+
+
+def by_process(said: Path, route: str) -> Counter[int]:
+    """Requests of a route that each process says it has answered."""
+    lines = [json.loads(line) for line in said.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return Counter(line["pid"] for line in lines if line.get("route") == route)
+
+
+def resident(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    found = re.search(r"VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return 1024 * int(found[1])
+
+
+def answered(address: str) -> bool:
+    try:
+        return httpx.get(address, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
