@@ -230,18 +230,17 @@ def write(
 
 def try_edges(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], circuit: Circuit, most: int = 20) -> list[Tried]:
     """The largest edges from features into the circuit's root, each against the real ablation of that feature at that token."""
-    root = circuit.root
-    edges = [edge for edge in circuit.nodes[root].edges if edge.source.kind == "feature"][:most]
-    tried = []
-    for source, value in edges:
-        edit = FeatureEdit(source.layer, source.index, "ablate", at=(source.position,))
-        watch = [FeatureRoot(root.layer, root.index, root.position)] if root.kind == "feature" else []
-        found = measure(lens, tokens, saes, [edit], at=[root.position], watch=watch, most=0)
-        if watch:
-            before, after = found.preacts[0]
-        else:
-            before, after = (_logit(logits[0], root) for logits in (found.logits, found.changed_logits))
-        tried.append(Tried(source, -value, -circuit.effects[source], after - before))
+    root, row = circuit.root, torch.tensor([list(tokens)], device=lens.device)
+    watched = FeatureRoot(root.layer, root.index, root.position) if root.kind == "feature" else None
+
+    def value(edits: Sequence[Edit]) -> float:
+        found = lens.run_with(row, replacements(lens, row, saes, edits), [watched.layer] if watched else [])
+        return _preact(saes[watched.layer], found, watched) if watched else _logit(found.logits[0, root.position], root)
+
+    plain, tried = value([]), []
+    for source, given in [edge for edge in circuit.nodes[root].edges if edge.source.kind == "feature"][:most]:
+        real = value([FeatureEdit(source.layer, source.index, "ablate", at=(source.position,))]) - plain
+        tried.append(Tried(source, -given, -circuit.effects[source], real))
     return tried
 
 
