@@ -206,25 +206,28 @@ def write(
     tokens: Sequence[int],
     saes: Mapping[int, SAE],
     edits: Sequence[Edit],
-    n: int,
+    new_tokens: int,
     *,
     keep_error: bool = True,
     temperature: float = 1.0,
     seed: int = 0,
 ) -> Text:
-    """Let the model go on from `tokens` by at most `n` tokens, plain and with the edits, which hold in every pass.
+    """Let the model go on from `tokens` by at most `new_tokens`, plain and with the edits, which hold in every pass.
 
     Both draw with the same noise (Gumbel's, from `seed`), so that while the edits change no prediction the texts are the same, and
     what differs comes from them; `temperature` 0 takes the most likely token. A text stops after the tokenizer's end of text.
     Every token is a whole pass: nothing is kept between them. Raises as `replacements`, and UsageError where the text grows too long.
     """
-    if len(tokens) + n > lens.info.max_context:
-        most = lens.info.max_context
-        raise UsageError(f"{len(tokens)} tokens and {n} more are beyond the {most} that {lens.info.name} takes; ask for fewer.", field="n")
+    if len(tokens) + new_tokens > lens.info.max_context:
+        raise UsageError(
+            f"{len(tokens)} tokens and {new_tokens} more are beyond the {lens.info.max_context} that {lens.info.name} takes; "
+            "ask for fewer.",
+            field="new_tokens",
+        )
     if temperature < 0:
         raise UsageError("The temperature is 0 or above.", field="temperature")
     return Text(
-        *(_written(lens, list(tokens), saes, some, n, keep_error, temperature, seed) for some in ([], list(edits)))
+        *(_written(lens, list(tokens), saes, some, new_tokens, keep_error, temperature, seed) for some in ([], list(edits)))
     )
 
 

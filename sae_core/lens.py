@@ -295,6 +295,11 @@ class Lens:
         texts = self._vocabulary
         return [texts[i] if 0 <= i < len(texts) else f"<id {i}>" for i in ids]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens that the model wrote, special ones included; part of a character is the replacement character."""
+        text: str = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return text
+
     @functools.cached_property
     def _vocabulary(self) -> list[str]:
         return vocabulary.vocabulary_texts(self._tokenizer)
