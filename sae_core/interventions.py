@@ -1,20 +1,22 @@
 """What becomes of a text when features are changed: the causal answer beside the frozen ones of DFA. Tensors in, numbers out.
 
-An edit names a feature of a layer's SAE and positions. In the pass, on the z that arrives at the layer (which edits of earlier layers
-have changed already), f_j becomes f'_j:
+An edit names a feature of a layer's SAE and positions. In the pass, on the z that arrives at the layer (which edits of earlier
+layers have changed already), f_j becomes f'_j:
 
     ablate  0        set  value        scale  value f_j        steer  f_j + value, whether it fires or not
 
     z'  =  z + sum over edited j of (f'_j - f_j) d_j / s            the SAE's error stays: only the features move
     z'  =  (sum over all j of f'_j d_j + b_dec) / s                 without it, at the edited positions
 
-with s = `SAE.token_scale`, 1 for most. What is not a feature can be taken out too: z of a layer, or of some of its heads, replaced by
-zeros, by a mean (`mean_z`), or by z of another text (`Lens.read_z`). On one layer that comes first, and the features are read after it.
+with s = `SAE.token_scale`, 1 for most. What is not a feature can be taken out too: z of a layer, or of some of its heads,
+replaced by zeros, by a mean (`mean_z`), or by z of another text (`Lens.read_z`). On one layer that comes first, and the
+features are read after it.
 
-Patterns, norms and everything later are recomputed: this is what the model does, where `circuits.py` says what it would with all of
-that frozen. `try_edges` puts the two side by side.
+Patterns, norms and everything later are recomputed: this is what the model does, where `circuits.py` says what it would with
+all of that frozen. `try_edges` puts the two side by side.
 
-Positions that an SAE leaves out (row starts, attention sinks) have no features: they stay as they are, and naming one is an error.
+Positions that an SAE leaves out (row starts, attention sinks) have no features: they stay as they are, and naming one is an
+error.
 """
 
 from collections import defaultdict
@@ -171,9 +173,9 @@ def measure(
     least: float = 1e-4,
     most: int = 100,
 ) -> Effects:
-    """What the edits do to one row of tokens, row start first: to the loss of each next token, to the logits `at` some positions
-    (none: the last), and to the features of `saes` (by layer) after the first edited layer, which are listed where their
-    activation changes by more than `least`, at most `most` of them. Two passes. Raises as `replacements`.
+    """What the edits do to one row of tokens, row start first: to the loss of each next token, to the logits `at` some
+    positions (none: the last), and to the features of `saes` (by layer) after the first edited layer, which are listed where
+    their activation changes by more than `least`, at most `most` of them. Two passes. Raises as `replacements`.
     """
     at = list(at) or [len(tokens) - 1]
     _check_positions(at, len(tokens))
@@ -214,9 +216,9 @@ def write(
 ) -> Text:
     """Let the model go on from `tokens` by at most `new_tokens`, plain and with the edits, which hold in every pass.
 
-    Both draw with the same noise (Gumbel's, from `seed`), so that while the edits change no prediction the texts are the same, and
-    what differs comes from them; `temperature` 0 takes the most likely token. A text stops after the tokenizer's end of text.
-    Every token is a whole pass: nothing is kept between them. Raises as `replacements`, and UsageError where the text grows too long.
+    Both draw with the same noise (Gumbel's, from `seed`), so that the texts are the same until the edits change a draw;
+    `temperature` 0 takes the most likely token. A text stops after the tokenizer's end of text. Every token is a whole pass:
+    nothing is kept between them. Raises as `replacements`, and UsageError where the text grows too long.
     """
     if len(tokens) + new_tokens > lens.info.max_context:
         raise UsageError(
@@ -320,17 +322,25 @@ def _edited(sae: SAE, starts: Tensor, edits: Sequence[FeatureEdit], keep_error: 
         if (where & ~has_features).any():
             position = int((where & ~has_features).nonzero()[0, 1])
             raise UsageError(
-                f"Position {position} is a row start or an attention sink, where the SAE of layer {edit.layer} has no features; "
-                "choose another.",
+                f"Position {position} is a row start or an attention sink, where the SAE of layer {edit.layer} has no "
+                "features; choose another.",
                 field="at",
             )
         here = new[..., column[edit.index]]
-        put = {"ablate": 0 * here, "set": 0 * here + edit.value, "scale": here * edit.value, "steer": here + edit.value}[edit.how]
-        new[..., column[edit.index]] = torch.where(where, put, here)
+        new[..., column[edit.index]] = torch.where(where, _put(edit, here), here)
         touched |= where
     moved, scale = (new - f) @ sae.W_dec[features], sae.token_scale(z)
     moved = moved if scale is None else moved / scale
     return torch.where(touched[..., None], (z if keep_error else sae(z)) + moved, z)
+
+
+def _put(edit: FeatureEdit, f: Tensor) -> Tensor:
+    """f' of f, wherever the edit is."""
+    if edit.how == "ablate":
+        return torch.zeros_like(f)
+    if edit.how == "set":
+        return torch.full_like(f, edit.value)
+    return f * edit.value if edit.how == "scale" else f + edit.value
 
 
 def _changes(

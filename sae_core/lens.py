@@ -620,8 +620,9 @@ class Lens:
         return [Effect(*map(torch.cat, zip(*effects, strict=True))) for effects in zip(*parts, strict=True)]
 
     def run_with(self, tokens: Tensor, replacements: Mapping[int, Replace], read: Sequence[int] = ()) -> Changed:
-        """One whole pass in which z [b, pos, d_in] of several layers is replaced, each layer getting what the replacements before it
-        made; z of the layers in `read` comes back. All logits are held at once, so the caller bounds the rows (`logit_rows`).
+        """One whole pass in which z [b, pos, d_in] of several layers is replaced, each layer getting what the replacements
+        before it made; z of the layers in `read` comes back. All logits are held at once, so the caller bounds the rows
+        (`logit_rows`).
 
         Raises LayerOutOfRange, UsageError for tokens that the model cannot take, and what a replacement raises.
         """

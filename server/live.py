@@ -145,8 +145,8 @@ class FeatureChanged(BaseModel):
     index: int
     """Index of the feature in its SAE, counted from 0."""
     how: Literal["ablate", "set", "scale", "steer"] = "steer"
-    """Its activation becomes 0 (`ablate`), `value` (`set`), `value` times itself (`scale`), or itself and `value` (`steer`), which
-    adds its decoder direction so many times whether it fires or not."""
+    """Its activation becomes 0 (`ablate`), `value` (`set`), `value` times itself (`scale`), or itself and `value` (`steer`),
+    which adds its decoder direction so many times whether it fires or not."""
     value: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.0
     """As `how` reads it."""
     at: Annotated[list[int], Field(max_length=10_000)] | None = None

@@ -72,8 +72,9 @@ def prompt(request: Request, question: PromptQuestion, read: Read) -> LivePrompt
 @router.post("/live/steer", responses=ASKS, summary="What becomes of a text when features are changed")
 @needs("reader", live=True)
 def steer(request: Request, question: SteerQuestion, read: Read) -> LiveSteered:
-    """Features ablated, set, scaled or steered while the model reads, on several layers at once: the loss of each token, what comes
-    next, which later features change, and how the text goes on, each as the model is and with the change. Nothing is stored."""
+    """Features ablated, set, scaled or steered while the model reads, on several layers at once: the loss of each token, what
+    comes next, which later features change, and how the text goes on, each as the model is and with the change. Nothing is
+    stored."""
     for name in question.watch:
         find_sae(read, name)
     for one in question.features:

@@ -362,7 +362,7 @@ def test_broken_variants_are_seen(tiny_lens: Callable[[str], Lens], monkeypatch:
     elif broken == "error":
         monkeypatch.setattr(interventions, "_edited", lambda sae, starts, edits, _, z: edited(sae, starts, edits, False, z))
     else:
-        monkeypatch.setattr(SAE, "token_scale", lambda self, z: 2 * token_scale(self, z))  # type: ignore[operator]
+        monkeypatch.setattr(SAE, "token_scale", lambda self, z: 2 * token_scale(self, z))
     assert gap() > 1e-2
 
 
