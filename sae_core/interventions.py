@@ -343,9 +343,7 @@ def _put(edit: FeatureEdit, f: Tensor) -> Tensor:
     return f * edit.value if edit.how == "scale" else f + edit.value
 
 
-def _changes(
-    sae: SAE, layer: int, plain: "Changed", changed: "Changed", starts: Tensor, least: float
-) -> list[FeatureChange]:
+def _changes(sae: SAE, layer: int, plain: "Changed", changed: "Changed", starts: Tensor, least: float) -> list[FeatureChange]:
     before, after = (
         sae.encode(one.z[layer][0]).masked_fill(sae.excluded(one.z[layer], starts)[0][:, None], 0.0) for one in (plain, changed)
     )

@@ -221,7 +221,7 @@ class Engine:
                     f"{other} and {name} both read layer {sae.cfg.site.layer}; name one SAE of each layer.", field="features"
                 )
         tokens = self._tokens(lens, question.text, question.tokens, "text")
-        saes = {name: sae for name, sae in by_layer.values()}
+        saes = dict(by_layer.values())
         for one in question.features:
             _check_feature(saes[one.sae], one.sae, one.index, "features")
             for position in one.at or ():
@@ -616,7 +616,9 @@ def answer_steered(lens: Lens, saes: dict[str, SAE], tokens: list[int], question
             for one, text in zip(likely, lens.token_texts(likely), strict=True)
         ],
         reached=[
-            ActivationChange(sae=names[one.layer], index=one.index, position=one.position, activation=one.before, changed=one.after)
+            ActivationChange(
+                sae=names[one.layer], index=one.index, position=one.position, activation=one.before, changed=one.after
+            )
             for one in found.features
         ],
         n_reached=found.n_changed,
@@ -676,7 +678,15 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
     def health() -> dict[str, str | None]:
         return {"model": engine.loaded, "waiting": str(engine.line.length), "bytes": str(engine.nbytes)}
 
-    for question in (engine.attribute, engine.components, engine.firings, engine.codes, engine.sources, engine.prompt, engine.steer):
+    for question in (
+        engine.attribute,
+        engine.components,
+        engine.firings,
+        engine.codes,
+        engine.sources,
+        engine.prompt,
+        engine.steer,
+    ):
         app.post(f"/{question.__name__}")(question)
 
     @app.post("/line/{ticket}")

@@ -325,7 +325,9 @@ def test_text_and_tokens_are_each_others(tiny_lens: Callable[[str], Lens]) -> No
         (Ablation(1, heads=(4,)), NotFound, "heads 0 to 3"),
     ],
 )
-def test_what_is_not_there_gets_a_sentence(tiny_lens: Callable[[str], Lens], edit: Any, error: type[Exception], says: str) -> None:
+def test_what_is_not_there_gets_a_sentence(
+    tiny_lens: Callable[[str], Lens], edit: Any, error: type[Exception], says: str
+) -> None:
     lens = tiny_lens("llama")
     with pytest.raises(error, match=says):
         measure(lens, TOKENS, every_sae(lens, [1]), [edit])

@@ -627,11 +627,13 @@ def test_steering_gives_both_texts_with_the_prompt(client: TestClient, monkeypat
     def steered(_: Live, question: SteerQuestion) -> LiveSteered:
         asked.append(question)
         plain, changed = {"tokens": [1], "text": " is"}, {"tokens": [2], "text": " came"}
-        none = dict.fromkeys(("tokens", "texts", "losses", "changed_losses", "kl", "likely", "reached"), [])
+        none = {name: [] for name in ("tokens", "texts", "losses", "changed_losses", "kl", "likely", "reached")}
         return LiveSteered.model_validate({"model": MODEL, **none, "n_reached": 0, "plain": plain, "changed": changed})
 
     monkeypatch.setattr(Live, "steer", steered)
-    found = post(client, "steer", {**STEER, "n_tokens": 5, "temperature": 0.5, "seed": 16, "strength_multiplier": 2, "freq_penalty": 1})
+    found = post(
+        client, "steer", {**STEER, "n_tokens": 5, "temperature": 0.5, "seed": 16, "strength_multiplier": 2, "freq_penalty": 1}
+    )
     assert found == {
         "STEERED": "The tide came", "DEFAULT": "The tide is", "steeredLogProbs": None, "defaultLogProbs": None, "id": "",
         "shareUrl": None, "limit": None,

@@ -17,7 +17,16 @@ from server.access import needs
 from server.api.neuronpedia.features import batch
 from server.api.neuronpedia.shapes import NeuronRow, NeuronWithModel, model_row
 from server.api.neuronpedia.wire import Addresses, At, Name, Shape, answer, utc
-from server.live import FeatureChanged, Live, LiveAttribution, LiveCodes, LiveQuestion, SourcesQuestion, SteerQuestion, TextQuestion
+from server.live import (
+    FeatureChanged,
+    Live,
+    LiveAttribution,
+    LiveCodes,
+    LiveQuestion,
+    SourcesQuestion,
+    SteerQuestion,
+    TextQuestion,
+)
 from server.pages.feature import engine
 from server.pages.reply import Read
 from server.store.features import check_index
@@ -370,9 +379,9 @@ class Steer(Shape):
     steer_method: Literal["SIMPLE_ADDITIVE"] = "SIMPLE_ADDITIVE"
     stream: Literal[False] = False
 
-    _given = field_validator(
-        "temperature", "n_tokens", "seed", "strength_multiplier", "steer_method", "stream", mode="before"
-    )(default_for_null)
+    _given = field_validator("temperature", "n_tokens", "seed", "strength_multiplier", "steer_method", "stream", mode="before")(
+        default_for_null
+    )
 
 
 class SteeredTexts(Shape):
