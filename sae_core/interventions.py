@@ -68,7 +68,8 @@ class Ablation:
 Edit = FeatureEdit | Ablation
 
 
-class FeatureChange(NamedTuple):
+@dataclass(frozen=True)
+class FeatureChange:
     """A feature that edits on earlier layers changed."""
 
     layer: int

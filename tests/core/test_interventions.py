@@ -208,7 +208,7 @@ def test_effects_are_those_of_separate_passes(tiny_lens: Callable[[str], Lens], 
         before, after = saes[layer].encode(z_of(lens, layer)[0]), saes[layer].encode(zs[layer][0])
         for position, index in ((before - after).abs() > 1e-3).nonzero().tolist():
             expected[layer, position, index] = (float(before[position, index]), float(after[position, index]))
-    near = {one[:3]: (one.before, one.after) for one in found.features}
+    near = {(one.layer, one.position, one.index): (one.before, one.after) for one in found.features}
     assert len(expected) > 10
     assert {place for place in near if abs(near[place][0] - near[place][1]) > 2e-3} <= set(expected)
     for place, (was, now) in expected.items():
