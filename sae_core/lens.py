@@ -200,6 +200,15 @@ class Out(NamedTuple):
     """[b, pos, d_model] in and out."""
 
 
+class Changed(NamedTuple):
+    """A pass with z of some layers replaced on the way, fp32."""
+
+    z: dict[int, Tensor]
+    """[b, pos, d_in] of the layers asked for, as it came there: before what replaces it."""
+    logits: Tensor
+    """[b, pos, d_vocab], as the model gives them."""
+
+
 class Effect(NamedTuple):
     """What a replacement does to the prediction of each next token."""
 
@@ -286,9 +295,20 @@ class Lens:
         texts = self._vocabulary
         return [texts[i] if 0 <= i < len(texts) else f"<id {i}>" for i in ids]
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens that the model wrote, special ones included; part of a character is the replacement character."""
+        text: str = self._tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+        return text
+
     @functools.cached_property
     def _vocabulary(self) -> list[str]:
         return vocabulary.vocabulary_texts(self._tokenizer)
+
+    @property
+    def text_end(self) -> int | None:
+        """Id of the token that ends a text the model writes; None where its tokenizer names none."""
+        end: int | None = self._tokenizer.eos_token_id
+        return end
 
     # Passes
 
@@ -598,6 +618,32 @@ class Lens:
                     kl = torch.stack([_divergence(p, row[:-1].float()) for p, row in zip(clean, logits, strict=True)])
                     parts[-1].append(Effect(losses, kl))
         return [Effect(*map(torch.cat, zip(*effects, strict=True))) for effects in zip(*parts, strict=True)]
+
+    def run_with(self, tokens: Tensor, replacements: Mapping[int, Replace], read: Sequence[int] = ()) -> Changed:
+        """One whole pass in which z [b, pos, d_in] of several layers is replaced, each layer getting what the replacements
+        before it made; z of the layers in `read` comes back. All logits are held at once, so the caller bounds the rows
+        (`logit_rows`).
+
+        Raises LayerOutOfRange, UsageError for tokens that the model cannot take, and what a replacement raises.
+        """
+        layers = {*replacements, *read}
+        for layer in layers:
+            self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        found: dict[int, Tensor] = {}
+
+        def pass_on(z: Tensor, *, layer: int) -> Tensor:
+            if layer in read:
+                found[layer] = z.detach().float()
+            return replacements[layer](z) if layer in replacements else z
+
+        fast = self._fast_reads(tokens.shape[1])
+        patch = self._fast_patch if fast else self._bridge_patch
+        with self._lock, torch.no_grad(), contextlib.ExitStack() as stack:
+            for layer in layers:
+                stack.enter_context(patch(layer, functools.partial(pass_on, layer=layer)))
+            logits = _run(self._fast if fast else self._model, tokens)
+        return Changed(found, logits.float())
 
     # Weights
 

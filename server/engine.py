@@ -4,7 +4,7 @@
 identity gap of that very answer; `POST /components` with the same DFA by component: what embedding and earlier blocks put
 into each source; `POST /firings` with the features that fire most on a text, `POST /codes` with all that fire, `POST /sources`
 with what source tokens gave to many features; `POST /prompt` with what fires in many SAEs, and what one feature writes to the
-next token's logits.
+next token's logits; `POST /steer` with what becomes of a text when features are changed.
 The web asks it with a shared secret; nobody else can. One question at a time, in the order in which they came (`line.py`): with
 `/line/{ticket}` a question's place can be asked for, and it can be cancelled.
 """
@@ -28,12 +28,14 @@ from torch import Tensor
 from sae_core import attribution, machine
 from sae_core.components import by_component
 from sae_core.errors import HeadscopeError, NotFound, UsageError
+from sae_core.interventions import FeatureEdit, measure, write
 from sae_core.lens import AttentionRead, Lens, load_lens
 from sae_core.saes import SAE, SparseActs, row_starts
 from server.db import Database
 from server.line import Line
 from server.live import (
     SECRET_HEADER,
+    ActivationChange,
     ComponentsQuestion,
     FeatureActivations,
     FeatureAt,
@@ -47,14 +49,18 @@ from server.live import (
     LivePrompt,
     LiveQuestion,
     LiveSources,
+    LiveSteered,
     LiveWritten,
+    NextChange,
     NextToken,
     PromptQuestion,
     PromptSae,
     PromptText,
     SourcesQuestion,
+    SteerQuestion,
     TextQuestion,
     Ticket,
+    WrittenText,
 )
 from server.settings import Settings
 from server.store import registry
@@ -143,6 +149,10 @@ class Engine:
         """Answer a prompt."""
         return self.line.ask(lambda: self._prompt(question))
 
+    def steer(self, question: SteerQuestion) -> LiveSteered:
+        """Answer a question for what becomes of a text when features are changed."""
+        return self.line.ask(lambda: self._steer(question))
+
     def leave(self, ticket: str, question: PromptQuestion, wait: float) -> InLine:
         """Put a prompt in the line, and wait so long for its answer."""
         self.line.leave(ticket, lambda: self._prompt(question))
@@ -198,6 +208,32 @@ class Engine:
             self.line.check()
             written = answer_written(lens, sae, tokens, at, attributed.activations[at.dest])
         return LivePrompt(model=model, prompt=prompt, against=against, attribution=attributed, written=written)
+
+    def _steer(self, question: SteerQuestion) -> LiveSteered:
+        self._asked = time.monotonic()
+        names = list(dict.fromkeys([*(one.sae for one in question.features), *question.watch]))
+        model, by_layer = self._model_of(names), dict[int, tuple[str, SAE]]()
+        for name in names:
+            lens, sae = self._open(name, beside=len(by_layer))
+            other, _ = by_layer.setdefault(sae.cfg.site.layer, (name, sae))
+            if other != name:
+                raise UsageError(
+                    f"{other} and {name} both read layer {sae.cfg.site.layer}; name one SAE of each layer.", field="features"
+                )
+        tokens = self._tokens(lens, question.text, question.tokens, "text")
+        saes = dict(by_layer.values())
+        for one in question.features:
+            _check_feature(saes[one.sae], one.sae, one.index, "features")
+            for position in one.at or ():
+                _check_dest(position, len(tokens), "features")
+        n = question.new_tokens
+        if n and n * (len(tokens) + n) > WRITTEN_AT_ONCE:
+            most = max(m for m in range(n) if m * (len(tokens) + m) <= WRITTEN_AT_ONCE)
+            raise UsageError(
+                f"After {len(tokens)} tokens at most {most} are written at once, not {n}: each reads the whole text again.",
+                field="new_tokens",
+            )
+        return answer_steered(lens, saes, tokens, question, model)
 
     def _model_of(self, names: Sequence[str]) -> str:
         """The model that all these SAEs are of; UsageError where there are two."""
@@ -548,6 +584,49 @@ def answer_written(lens: Lens, sae: SAE, tokens: list[int], at: FeatureAt, activ
     )
 
 
+WRITTEN_AT_ONCE = 40_000
+"""Tokens that are read in all, each text, while the model writes: half a minute on two cores with SmolLM2."""
+
+
+def answer_steered(lens: Lens, saes: dict[str, SAE], tokens: list[int], question: SteerQuestion, model: str) -> LiveSteered:
+    """The text as it is and with the question's features changed; `saes` by name."""
+    by_layer = {sae.cfg.site.layer: sae for sae in saes.values()}
+    names = {sae.cfg.site.layer: name for name, sae in saes.items()}
+    edits = [
+        FeatureEdit(saes[one.sae].cfg.site.layer, one.index, one.how, one.value, None if one.at is None else tuple(one.at))
+        for one in question.features
+    ]
+    keep = question.keep_error
+    found = measure(lens, tokens, by_layer, edits, keep_error=keep, most=question.most)
+    texts = write(
+        lens, tokens, by_layer, edits, question.new_tokens, keep_error=keep, temperature=question.temperature, seed=question.seed
+    )
+    before, after = (logits[0].softmax(-1) for logits in (found.logits, found.changed_logits))
+    likely = list(dict.fromkeys([*before.topk(NEXT).indices.tolist(), *after.topk(NEXT).indices.tolist()]))
+    likely.sort(key=lambda one: -abs(float(after[one] - before[one])))
+    return LiveSteered(
+        model=model,
+        tokens=tokens,
+        texts=lens.token_texts(tokens),
+        losses=found.losses.tolist(),
+        changed_losses=found.changed_losses.tolist(),
+        kl=found.kl.tolist(),
+        likely=[
+            NextChange(id=one, text=text, probability=float(before[one]), changed=float(after[one]))
+            for one, text in zip(likely, lens.token_texts(likely), strict=True)
+        ],
+        reached=[
+            ActivationChange(
+                sae=names[one.layer], index=one.index, position=one.position, activation=one.before, changed=one.after
+            )
+            for one in found.features
+        ],
+        n_reached=found.n_changed,
+        plain=WrittenText(tokens=texts.plain, text=lens.decode(texts.plain)),
+        changed=WrittenText(tokens=texts.changed, text=lens.decode(texts.changed)),
+    )
+
+
 def create_engine(settings: Settings, db: Database) -> FastAPI:
     """The engine's ASGI app."""
     engine = Engine(settings, db)
@@ -599,7 +678,15 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
     def health() -> dict[str, str | None]:
         return {"model": engine.loaded, "waiting": str(engine.line.length), "bytes": str(engine.nbytes)}
 
-    for question in (engine.attribute, engine.components, engine.firings, engine.codes, engine.sources, engine.prompt):
+    for question in (
+        engine.attribute,
+        engine.components,
+        engine.firings,
+        engine.codes,
+        engine.sources,
+        engine.prompt,
+        engine.steer,
+    ):
         app.post(f"/{question.__name__}")(question)
 
     @app.post("/line/{ticket}")

@@ -1,6 +1,6 @@
 """The web's client of the engine: typed questions and answers, and a sentence when it is away. No torch."""
 
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -132,6 +132,55 @@ class PromptQuestion(BaseModel):
             raise ValueError("name each SAE once")
         if self.feature is not None and self.feature.sae not in self.saes:
             raise ValueError("the feature's SAE must be one of those asked for")
+        return self
+
+
+class FeatureChanged(BaseModel):
+    """What is done to a feature while the model reads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    sae: str
+    """Name of the SAE."""
+    index: int
+    """Index of the feature in its SAE, counted from 0."""
+    how: Literal["ablate", "set", "scale", "steer"] = "steer"
+    """Its activation becomes 0 (`ablate`), `value` (`set`), `value` times itself (`scale`), or itself and `value` (`steer`),
+    which adds its decoder direction so many times whether it fires or not."""
+    value: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.0
+    """As `how` reads it."""
+    at: Annotated[list[int], Field(max_length=10_000)] | None = None
+    """Positions; null is every one that has features, those of new tokens too."""
+
+
+class SteerQuestion(BaseModel):
+    """What becomes of a text when features are changed?"""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    features: Annotated[list[FeatureChanged], Field(min_length=1, max_length=32)]
+    """What is changed, of SAEs of one model, at most one SAE of each layer."""
+    text: Annotated[str | None, Field(max_length=100_000)] = None
+    """Text to run; the row start is put before it."""
+    tokens: Annotated[list[int] | None, Field(max_length=100_000)] = None
+    """Token ids of a whole row, row start included, in place of text."""
+    keep_error: bool = True
+    """Keep what the SAE does not reconstruct; without it, z where something is changed is the reconstruction."""
+    watch: Annotated[list[str], Field(max_length=100)] = []
+    """Names of more SAEs: what changes in those after the first changed layer is told."""
+    most: Annotated[int, Field(ge=0, le=1000)] = 20
+    """How many changed features are told."""
+    new_tokens: Annotated[int, Field(ge=0, le=100)] = 0
+    """How far the model goes on with the text, as it is and with the features changed."""
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    """Of the tokens that it draws; 0 takes the most likely."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    """Of the draws, which are the same for both texts."""
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Self:
+        if (self.text is None) == (self.tokens is None):
+            raise Unfitting("give either text or tokens", field="text")
         return self
 
 
@@ -305,6 +354,78 @@ class LiveWritten(BaseModel):
     """The tokens that it lowers most."""
 
 
+class WrittenText(BaseModel):
+    """How the model went on."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    tokens: list[int]
+    """Ids of the new tokens."""
+    text: str
+    """Their text."""
+
+
+class NextChange(BaseModel):
+    """A token that may come next, before and after the change."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    id: int
+    """Its number in the vocabulary."""
+    text: str
+    """The token as shown."""
+    probability: float
+    """The model's own."""
+    changed: float
+    """With the features changed."""
+
+
+class ActivationChange(BaseModel):
+    """A feature of a later layer that the change reached."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    sae: str
+    """Name of the SAE."""
+    index: int
+    """Index of the feature in its SAE, counted from 0."""
+    position: int
+    """Where."""
+    activation: float
+    """As the model is."""
+    changed: float
+    """With the features changed."""
+
+
+class LiveSteered(BaseModel):
+    """A text as the model reads it, and with features changed. Positions count from the row start, which is position 0."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    model: str
+    """Name of the model."""
+    tokens: list[int]
+    """Ids in the model's vocabulary, one per position."""
+    texts: list[str]
+    """Tokens as shown, one per position."""
+    losses: list[float]
+    """Cross-entropy in nats of the token after each position, but for the last, as the model is."""
+    changed_losses: list[float]
+    """The same with the features changed."""
+    kl: list[float]
+    """By position: KL divergence in nats of the changed prediction from the model's own."""
+    likely: list[NextChange]
+    """The likeliest tokens after the text, of either prediction, those first whose probability changes most."""
+    reached: list[ActivationChange]
+    """Features of SAEs after the first changed layer, largest change first."""
+    n_reached: int
+    """How many there are, those that are not told included."""
+    plain: WrittenText
+    """How the model goes on."""
+    changed: WrittenText
+    """How it goes on with the features changed."""
+
+
 class LivePrompt(BaseModel):
     """The answer to a prompt."""
 
@@ -402,6 +523,10 @@ class Live:
     def prompt(self, question: PromptQuestion) -> LivePrompt:
         """Ask what fires in several SAEs, and wait for it; raises as `attribute`."""
         return LivePrompt.model_validate(self._ask("POST", "/prompt", question.model_dump()))
+
+    def steer(self, question: SteerQuestion) -> LiveSteered:
+        """Ask what becomes of a text when features are changed; raises as `attribute`."""
+        return LiveSteered.model_validate(self._ask("POST", "/steer", question.model_dump()))
 
     def leave(self, ticket: str, question: PromptQuestion, wait: float) -> InLine:
         """Put the question in the line, and wait so many seconds for the answer; raises as `attribute`."""

@@ -17,7 +17,9 @@ from server.live import (
     LiveFirings,
     LivePrompt,
     LiveQuestion,
+    LiveSteered,
     PromptQuestion,
+    SteerQuestion,
     TextQuestion,
     Ticket,
 )
@@ -65,6 +67,21 @@ def prompt(request: Request, question: PromptQuestion, read: Read) -> LivePrompt
     the next token's logits. Nothing is stored."""
     _checked_prompt(read, question)
     return engine(request).prompt(question)
+
+
+@router.post("/live/steer", responses=ASKS, summary="What becomes of a text when features are changed")
+@needs("reader", live=True)
+def steer(request: Request, question: SteerQuestion, read: Read) -> LiveSteered:
+    """Features ablated, set, scaled or steered while the model reads, on several layers at once: the loss of each token, what
+    comes next, which later features change, and how the text goes on, each as the model is and with the change. Nothing is
+    stored."""
+    for name in question.watch:
+        find_sae(read, name)
+    for one in question.features:
+        check_index(find_sae(read, one.sae), one.index)
+    if len(question.text or "") > LONGEST:
+        raise UsageError(f"That is {len(question.text or '')} characters; at most {LONGEST} can be tried at once.", field="text")
+    return engine(request).steer(question)
 
 
 InTheLine = Annotated[Ticket, InPath(description="A random word of yours.", examples=["k3J_0aQ9zXw2Lr7T"])]

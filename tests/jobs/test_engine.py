@@ -13,6 +13,7 @@ from fastapi.testclient import TestClient
 
 from sae_core.config import ModelSource, SAEConfig, Site
 from sae_core.errors import Cancelled, EngineAway, EngineBusy, NotFound, SAEMismatch, UsageError
+from sae_core.interventions import FeatureEdit, measure, write
 from sae_core.lens import Lens
 from sae_core.saes import ARCHITECTURES, save_sae
 from sae_core.saes.base import shapes
@@ -23,11 +24,13 @@ from server.live import (
     SECRET_HEADER,
     ComponentsQuestion,
     FeatureAt,
+    FeatureChanged,
     FiringQuestion,
     Live,
     LiveQuestion,
     PromptQuestion,
     SourcesQuestion,
+    SteerQuestion,
     TextQuestion,
 )
 from server.settings import Settings
@@ -497,6 +500,65 @@ def test_saes_of_two_models_are_not_asked_together(two: Engine, home: Home) -> N
         )  # fmt: skip
     with pytest.raises(UsageError, match="tiny and second; a text runs through one model"):
         two.prompt(PromptQuestion(saes=["hand", "elsewhere"], text=TEXT))
+
+
+# ---- features changed ----
+
+STEER = SteerQuestion(
+    features=[FeatureChanged(sae="hand", index=3, value=5.0), FeatureChanged(sae="hand", index=4, how="ablate", at=[2, 3])],
+    text=TEXT, watch=["other"], new_tokens=4, seed=1,
+)  # fmt: skip
+
+
+def test_a_steered_text_is_what_the_core_says(two: Engine) -> None:
+    lens, hand = two._open("hand")
+    _, other = two._open("other", beside=1)
+    tokens = two._tokens(lens, TEXT, None, "text")
+    edits = [FeatureEdit(1, 3, "steer", 5.0), FeatureEdit(1, 4, "ablate", at=(2, 3))]
+    for keep in (True, False):
+        found = two.steer(STEER.model_copy(update={"keep_error": keep}))
+        said = measure(lens, tokens, {1: hand, 3: other}, edits, keep_error=keep, most=20)
+        assert (found.model, found.tokens, found.texts) == ("tiny", tokens, lens.token_texts(tokens))
+        assert found.losses == pytest.approx(said.losses.tolist())
+        assert found.changed_losses == pytest.approx(said.changed_losses.tolist())
+        assert found.kl == pytest.approx(said.kl.tolist(), abs=1e-6)
+        assert (found.n_reached, len(found.reached)) == (said.n_changed, min(20, said.n_changed))
+        assert {one.sae for one in found.reached} == {"other"}
+        first = (found.reached[0].index, found.reached[0].position, found.reached[0].changed)
+        assert first == (said.features[0].index, said.features[0].position, pytest.approx(said.features[0].after))
+        text = write(lens, tokens, {1: hand, 3: other}, edits, 4, keep_error=keep, seed=1)
+        assert (found.plain.tokens, found.changed.tokens) == (text.plain, text.changed)
+        after = said.changed_logits[0].softmax(-1)
+        best = max(found.likely, key=lambda one: one.changed)
+        assert (best.id, best.changed) == (int(after.argmax()), pytest.approx(float(after.max()), rel=1e-4))
+        moves = [abs(one.changed - one.probability) for one in found.likely]
+        assert moves == sorted(moves, reverse=True)
+    assert found.plain.text == lens.decode(found.plain.tokens)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"text": ""}, UsageError, "no text"),
+        ({"watch": ["gone"]}, NotFound, "no SAE gone"),
+        ({"watch": ["again"]}, UsageError, "hand and again both read layer 1"),
+        ({"features": [FeatureChanged(sae="hand", index=16)]}, NotFound, "features 0 to 15"),
+        ({"features": [FeatureChanged(sae="hand", index=1, at=[99])]}, UsageError, "no 99"),
+        ({"features": [FeatureChanged(sae="hand", index=1, at=[0])]}, UsageError, "row start or an attention sink"),
+        ({"new_tokens": 60}, UsageError, "beyond the 64"),
+        ({"text": "cat " * 20, "new_tokens": 30}, UsageError, "at most 1 are written"),
+    ],
+)
+def test_what_cannot_be_steered_gets_a_sentence(
+    two: Engine, home: Home, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], error: type[Exception], says: str
+) -> None:
+    lens, sae = two._open("hand")
+    if change.get("watch") == ["again"]:
+        add_sae(home, lens, "again", sae.cfg)
+    if "at most 1" in says:
+        monkeypatch.setattr("server.engine.WRITTEN_AT_ONCE", len(lens.encode(["cat " * 20])[0]) + 10)
+    with pytest.raises(error, match=says):
+        two.steer(STEER.model_copy(update=change))
 
 
 # ---- the line ----

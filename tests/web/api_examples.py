@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from server.api.common import EXAMPLES
 from server.app import create_app
 from server.live import (
+    ActivationChange,
     ComponentsQuestion,
     Firing,
     FiringQuestion,
@@ -20,11 +21,15 @@ from server.live import (
     LiveFirings,
     LivePrompt,
     LiveQuestion,
+    LiveSteered,
     LiveWritten,
+    NextChange,
     NextToken,
     PromptQuestion,
     PromptSae,
     PromptText,
+    SteerQuestion,
+    WrittenText,
 )
 from server.store import search
 from tests.web.conftest import at, database_of, put, queued
@@ -81,6 +86,7 @@ CALLS: tuple[tuple[str, str, str, Any], ...] = (
     ("attribution", "POST", "/live/attribution", {**KEY, "text": "The tide"}),
     ("components", "POST", "/live/components", {**KEY, "text": "The tide"}),
     ("prompt", "POST", "/live/prompt", ASKED),
+    ("steer", "POST", "/live/steer", {"features": [{**KEY, "value": 8.0}], "text": "The tide", "new_tokens": 1}),
     ("leave_prompt", "PUT", "/live/line/k3J_0aQ9zXw2Lr7T", ASKED),
     ("look_for_prompt", "GET", "/live/line/k3J_0aQ9zXw2Lr7T", None),
     ("cancel_prompt", "DELETE", "/live/line/k3J_0aQ9zXw2Lr7T", None),
@@ -131,6 +137,14 @@ class Answers:
         return LivePrompt(
             model="smollm2-135m", prompt=PromptText(tokens=self.at["tokens"], texts=self.texts, saes=[sae]), against=None,
             attribution=self.attribute(LiveQuestion(**KEY, text=question.text)), written=written,
+        )  # fmt: skip
+
+    def steer(self, _: SteerQuestion) -> LiveSteered:
+        return LiveSteered(
+            model="smollm2-135m", tokens=self.at["tokens"], texts=self.texts, losses=[5.5, 4.25], changed_losses=[5.5, 3.75],
+            kl=[0.0, 0.0, 0.5], likely=[NextChange(id=1354, text=" came", probability=0.25, changed=0.5)],
+            reached=[ActivationChange(sae="smollm2-l20", index=12, position=2, activation=0.0, changed=1.25)], n_reached=1,
+            plain=WrittenText(tokens=[314], text=" is"), changed=WrittenText(tokens=[1354], text=" came"),
         )  # fmt: skip
 
     def leave(self, ticket: str, _: PromptQuestion, wait: float) -> InLine:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from server.app import create_app
 from server.db import Database
-from server.live import Live, LiveCodes, LiveSources, SourcesQuestion, TextQuestion
+from server.live import FeatureChanged, Live, LiveCodes, LiveSources, LiveSteered, SourcesQuestion, SteerQuestion, TextQuestion
 from server.settings import Settings
 from server.store import manage
 from server.store.saes import find_sae
@@ -26,6 +26,7 @@ MODEL, SOURCE = "smollm2-135m", "17-smollm2-l17"
 FEATURE = f"/api/feature/{MODEL}/{SOURCE}"
 OF = {"modelId": MODEL, "layer": SOURCE}
 UP = {"modelId": MODEL, "source": SOURCE}
+STEER = {"modelId": MODEL, "prompt": "The tide", "features": [{**OF, "index": "3", "strength": 4}], "seed": None}
 DEAD = 7  # of the factory's features
 
 # Columns of Neuronpedia's tables, from its Prisma schema of August 2026.
@@ -290,7 +291,12 @@ def test_a_name_without_its_layer(name: str, layer: int, rest: str | None) -> No
         ("bookmark/add", {**OF, "index": 60}, 404, "0 to 59"),
         ("feature/upload-batch", {**UP, "features": [{"index": 1, "density": 0.1}]}, 400, "density"),
         ("feature/upload-batch", {**UP, "features": []}, 400, "features"),
-        ("steer", {"prompt": "a"}, 404, "/api/steer"),
+        ("steer", {"prompt": "a"}, 400, "Field required"),
+        ("steer", {**STEER, "steer_method": "ORTHOGONAL_DECOMP"}, 400, "SIMPLE_ADDITIVE"),
+        ("steer", {**STEER, "stream": True}, 400, "stream"),
+        ("steer", {**STEER, "strength_multiplier": 1e6}, 400, "at most 10000"),
+        ("steer", {**STEER, "features": [{**OF, "index": 60, "strength": 1}]}, 404, "0 to 59"),
+        ("steer-chat", {"prompt": "a"}, 404, "/api/steer-chat"),
     ],
 )  # fmt: skip
 def test_a_refusal_is_a_sentence_under_both_names(client: TestClient, path: str, body: Any, status: int, says: str) -> None:
@@ -515,6 +521,7 @@ LIVE = (
     ("activation/source", {**UP, "customText": ["Hello", "world"]}),
     ("search-all", {"modelId": MODEL, "sourceSet": "smollm2-l17", "text": "Hello world", "sortIndexes": None}),
     ("search-topk-by-token", {**UP, "text": "Hello world"}),
+    ("steer", STEER),
 )
 
 
@@ -612,3 +619,25 @@ def test_all_that_fires_is_listed_by_feature(client: TestClient) -> None:
         "tokens": ["<s>", " a", " b", "<s>"],
         "activeFeatures": {"3": [[1, 2.0], [2, 1.5]], "5": [[1, 1.0]], "4": [[2, 9.0]]},
     }
+
+
+def test_steering_gives_both_texts_with_the_prompt(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[SteerQuestion] = []
+
+    def steered(_: Live, question: SteerQuestion) -> LiveSteered:
+        asked.append(question)
+        plain, changed = {"tokens": [1], "text": " is"}, {"tokens": [2], "text": " came"}
+        none = {name: [] for name in ("tokens", "texts", "losses", "changed_losses", "kl", "likely", "reached")}
+        return LiveSteered.model_validate({"model": MODEL, **none, "n_reached": 0, "plain": plain, "changed": changed})
+
+    monkeypatch.setattr(Live, "steer", steered)
+    found = post(
+        client, "steer", {**STEER, "n_tokens": 5, "temperature": 0.5, "seed": 16, "strength_multiplier": 2, "freq_penalty": 1}
+    )
+    assert found == {
+        "STEERED": "The tide came", "DEFAULT": "The tide is", "steeredLogProbs": None, "defaultLogProbs": None, "id": "",
+        "shareUrl": None, "limit": None,
+    }  # fmt: skip
+    feature = FeatureChanged(sae="smollm2-l17", index=3, how="steer", value=8.0)
+    expected = SteerQuestion(features=[feature], text="The tide", most=0, new_tokens=5, temperature=0.5, seed=16)
+    assert asked == [expected]

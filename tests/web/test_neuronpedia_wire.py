@@ -51,6 +51,7 @@ ANSWERED = {
     "live.FoundRow": f"{AT} values maxValue maxValueIndex dfaValues dfaTargetIndex dfaMaxValue neuron",
     "live.TokenRow": "position token isSpecial topFeatures",
     "live.TopFeature": "activationValue featureIndex feature",
+    "live.SteeredTexts": "STEERED DEFAULT steeredLogProbs defaultLogProbs id shareUrl limit",
 }
 TAKEN = {
     "wire.At": AT,
@@ -76,6 +77,8 @@ TAKEN = {
     "live.TextForSource": "modelId source customText",
     "live.Search": "modelId sourceSet text selectedLayers sortIndexes ignoreBos densityThreshold numResults",
     "live.SearchByToken": "modelId source text numResults ignoreBos densityThreshold",
+    "live.Steered": f"{AT} strength",
+    "live.Steer": "modelId prompt features temperature n_tokens seed strength_multiplier steer_method stream",
 }
 
 

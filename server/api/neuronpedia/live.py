@@ -1,10 +1,10 @@
 """Typed text, asked of the engine: `/api/activation/new`, `/api/activation/source`, `/api/search-all`,
-`/api/search-topk-by-token`."""
+`/api/search-topk-by-token`, `/api/steer`."""
 
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from fastapi import Request, Response
@@ -17,7 +17,16 @@ from server.access import needs
 from server.api.neuronpedia.features import batch
 from server.api.neuronpedia.shapes import NeuronRow, NeuronWithModel, model_row
 from server.api.neuronpedia.wire import Addresses, At, Name, Shape, answer, utc
-from server.live import Live, LiveAttribution, LiveCodes, LiveQuestion, SourcesQuestion, TextQuestion
+from server.live import (
+    FeatureChanged,
+    Live,
+    LiveAttribution,
+    LiveCodes,
+    LiveQuestion,
+    SourcesQuestion,
+    SteerQuestion,
+    TextQuestion,
+)
 from server.pages.feature import engine
 from server.pages.reply import Read
 from server.store.features import check_index
@@ -31,6 +40,8 @@ LONGEST = 100_000
 """Characters of a text; how many tokens are taken, the engine says."""
 AT_ONCE = 32
 """Texts of one request."""
+STRONGEST = 1e4
+"""Of a feature's decoder direction that is added."""
 Typed = Annotated[str, Field(min_length=1, max_length=LONGEST)]
 Texts = Typed | Annotated[list[Typed], Field(min_length=1, max_length=AT_ONCE)]
 
@@ -344,3 +355,62 @@ def _by_token(
         for position, fires in enumerate(at)
     ]
     return [row for row in rows if not (search.ignore_bos and row.is_special)]
+
+
+# ---- steering ----
+
+
+class Steered(At):
+    """A feature, and how much of its decoder direction is added."""
+
+    strength: float
+
+
+class Steer(Shape):
+    """A text that the model goes on with, as it is and steered."""
+
+    model_id: Name
+    prompt: Typed
+    features: Annotated[list[Steered], Field(min_length=1, max_length=32)]
+    temperature: Annotated[float, Field(ge=0, le=10)] = 1.0
+    n_tokens: Annotated[int, Field(ge=1, le=100)] = 32
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+    strength_multiplier: float = 1.0
+    steer_method: Literal["SIMPLE_ADDITIVE"] = "SIMPLE_ADDITIVE"
+    stream: Literal[False] = False
+
+    _given = field_validator("temperature", "n_tokens", "seed", "strength_multiplier", "steer_method", "stream", mode="before")(
+        default_for_null
+    )
+
+
+class SteeredTexts(Shape):
+    """Both texts, the prompt included."""
+
+    steered: Annotated[str, Field(alias="STEERED")]
+    default: Annotated[str, Field(alias="DEFAULT")]
+    steered_log_probs: None = None
+    default_log_probs: None = None
+    id: str = ""
+    share_url: None = None
+    limit: None = None
+
+
+@router.post_at("/steer")
+@needs("reader", live=True)
+def steer(request: Request, given: Steer, read: Read) -> Response:
+    """How the model goes on, as it is and with features steered everywhere. Nothing is stored, so there is nothing to share."""
+    changed = []
+    for one in given.features:
+        source = find_source(read, one.model_id, one.layer)
+        check_index(source.door, one.index)
+        value = one.strength * given.strength_multiplier
+        if not abs(value) <= STRONGEST:
+            raise UsageError(f"strength times strength_multiplier is at most {STRONGEST:g} either way.", field="features")
+        changed.append(FeatureChanged(sae=source.door.sae.name, index=one.index, value=value))
+    found = engine(request).steer(
+        SteerQuestion(
+            features=changed, text=given.prompt, most=0, new_tokens=given.n_tokens, temperature=given.temperature, seed=given.seed
+        )
+    )
+    return answer(SteeredTexts(steered=given.prompt + found.changed.text, default=given.prompt + found.plain.text))

@@ -21,6 +21,7 @@ WITH_UNDERSCORES = frozenset(
         *("logits_hist_data_bar_heights", "logits_hist_data_bar_values"),
         *("umap_cluster", "umap_log_feature_sparsity", "umap_x", "umap_y"),
         *("num_prompts", "num_tokens_in_prompt", "cosine_similarity"),
+        *("n_tokens", "strength_multiplier", "steer_method"),
     )
 )
 """The names that Neuronpedia writes with underscores, each; all others are in camel case."""
