@@ -29,6 +29,7 @@ from server.settings import Settings
 from server.store import search
 from server.store.features import SORT_KEYS, FeatureQuery, feature_table, place_of
 from server.store.saes import Door, find_sae
+from server.store.walk import ALWAYS
 from server.tables import (
     SAE,
     Base,
@@ -119,9 +120,10 @@ def _questions(session: Session, doors: Sequence[Door], chosen: random.Random) -
         for key, sign, filters in itertools.product(SORT_KEYS, ("", "-"), filter_kinds(chosen)):
             door = chosen.choice(doors)
             query = FeatureQuery(sort=f"{sign}{key}", **filters)
-            at = str(place_of(session, door, chosen.randrange(door.sae.d_sae), query))
+            at = place_of(session, door, chosen.randrange(door.sae.d_sae), query)
             yield door, query
-            yield door, query.model_copy(update={chosen.choice(("after", "before")): at})
+            if at.value is not None or key not in ALWAYS:  # a feature without a share of that head is on no page of such a table
+                yield door, query.model_copy(update={chosen.choice(("after", "before")): str(at)})
 
 
 def filter_kinds(chosen: random.Random) -> list[dict[str, Any]]:
