@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 MEDIA = {"jsonl": "application/jsonl", "csv": "text/csv", "parquet": "application/vnd.apache.parquet"}
 WALKED = 2000
 """Features whose places are looked up at once."""
-READ = 50
-"""Features that are read at once."""
+READ, READ_WITH_EXAMPLES = 50, 10
+"""Features that are read at once; the objects of one with all its examples take a megabyte."""
 ROWS_OF_A_GROUP, WITH_EXAMPLES = 500, 20
 """Features of a Parquet row group, which is held in memory twice while it is made."""
 
@@ -58,15 +58,12 @@ class Source:
     count: int
     """How many features that are."""
 
-    def read(self, n_at_once: int = READ) -> Iterator[list[FeatureParts]]:
+    def read(self, n_at_once: int | None = None) -> Iterator[list[FeatureParts]]:
         """The features selected, in order, some at a time."""
         query, asked = self.query, self.query.parts
-        sent = 0
-        wanted: dict[str, Any] = {
-            "others": "others" in asked,
-            "examples": not asked.isdisjoint(parts.OF_EXAMPLES),
-            "parts": asked,
-        }
+        sent, examples = 0, not asked.isdisjoint(parts.OF_EXAMPLES)
+        n_at_once = n_at_once or (READ_WITH_EXAMPLES if examples else READ)
+        wanted: dict[str, Any] = {"others": "others" in asked, "examples": examples, "parts": asked}
         for indices in self._walked():
             for begin in range(0, len(indices), n_at_once):
                 with self.db.read() as session:
