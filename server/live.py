@@ -10,7 +10,7 @@ from sae_core.errors import EngineAway, HeadscopeError, Unfitting
 from server import logs, telemetry
 from server.settings import Settings
 
-SECRET_HEADER = "X-Headscope-Secret"  # noqa: S105 - the header's name, not a secret  pragma: allowlist secret
+SECRET_HEADER = "X-Headscope-Secret"  # pragma: allowlist secret  # noqa: S105 - the name of a header
 LOAD_SECONDS = 120.0  # the first question loads a model
 
 

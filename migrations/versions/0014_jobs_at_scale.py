@@ -13,8 +13,8 @@ def added() -> tuple[sa.Column[object], ...]:
     return (
         sa.Column("priority", sa.Integer(), server_default="5", nullable=False),
         sa.Column("only_on", sa.String(length=10), nullable=True),
-        sa.Column("time_limit", sa.Float(), nullable=True),
-        sa.Column("worked", sa.Float(), server_default="0", nullable=False),
+        sa.Column("time_limit", sa.Double(), nullable=True),
+        sa.Column("worked", sa.Double(), server_default="0", nullable=False),
         sa.Column("tries", sa.Integer(), server_default="0", nullable=False),
         sa.Column("not_before", sa.DateTime(timezone=True), nullable=True),
     )
