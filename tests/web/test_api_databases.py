@@ -15,6 +15,7 @@ from server.db import Database
 from server.settings import Settings
 from server.store import search
 from server.store.features import SORT_KEYS
+from tests.keeping.conftest import new_database
 from tests.web.conftest import at, put
 from tests.web.factory import Shape
 from tests.web.test_api_schema import THERE
@@ -49,7 +50,7 @@ NOTHING = (f"{PREFIX}/live/", f"{PREFIX}/prompts/")
 def both(tmp_path_factory: pytest.TempPathFactory, postgres: sa.URL) -> Iterator[tuple[TestClient, TestClient]]:
     """The same features, labels and lists on SQLite and on PostgreSQL."""
     settings = [at(tmp_path_factory.mktemp("sqlite")), at(tmp_path_factory.mktemp("postgres"))]
-    settings[1] = settings[1].model_copy(update={"database_url": postgres.render_as_string(hide_password=False)})
+    settings[1] = settings[1].model_copy(update={"database_url": new_database(postgres)})
     with _filled(settings[0]) as one, _filled(settings[1]) as other:
         yield one, other
 
