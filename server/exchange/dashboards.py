@@ -31,7 +31,7 @@ from server.store.imports import ForeignExamples, ForeignFeature, ForeignLabel, 
 
 try:
     import simdjson
-except ImportError:  # which has no wheel for every Python; without it numbers become Python's first, in twice the time
+except ImportError:  # which has no wheel for every Python; without it reading takes half as long again
     simdjson = None  # type: ignore[assignment]
 
 BATCH = re.compile(r"^batch-(\d+)\.(?:json|jsonl\.gz)$")

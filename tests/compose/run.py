@@ -70,10 +70,10 @@ def base(cache: Path) -> Path:
     if not packed.exists():
         packed.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=packed.parent) as folder:
-            call("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, f"{folder}/root")
-            shutil.rmtree(f"{folder}/root/var/cache/apt", ignore_errors=True)
-            call("tar", "-C", f"{folder}/root", "-cf", f"{folder}/root.tar", ".")
-            Path(folder, "root.tar").rename(packed)
+            call("debootstrap", "--variant=minbase", f"--include={PACKAGES}", SUITE, f"{folder}/debian")
+            shutil.rmtree(f"{folder}/debian/var/cache/apt", ignore_errors=True)
+            call("tar", "-C", f"{folder}/debian", "-cf", f"{folder}/debian.tar", ".")
+            Path(folder, "debian.tar").rename(packed)
     return packed
 
 
