@@ -3,9 +3,8 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from server.store import jobs as store
 from server.store import registry
 from server.worker import Worker
 from tests.core.tiny_models import save_tiny
+from tests.processes import Command
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "home", "fast"]
 SEED = 5
@@ -144,23 +144,18 @@ class WorkerProcess:
             "HEADSCOPE_BEAT_SECONDS": str(settings.beat_seconds),
             "HEADSCOPE_SILENT_SECONDS": str(settings.silent_seconds),
         }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "worker", "--data", str(settings.data), *arguments],
-            env=os.environ | quiet,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        self._said = settings.data / f"said-{uuid.uuid4().hex}.txt"
+        self.process = Command("worker", "--data", settings.data, *arguments, env=os.environ | quiet, stdout=self._said)
 
     def kill(self) -> None:
         """Gone, without a chance to say anything."""
         self.process.kill()
-        self.process.communicate(timeout=30)
+        self.process.wait(30)
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Asked to leave; its exit status and what it printed."""
         self.process.send_signal(number)
-        said, _ = self.process.communicate(timeout=60)
-        return self.process.returncode, said.decode()
+        return self.process.wait(60), self._said.read_text()
 
 
 @pytest.fixture
