@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from sae_core.config import CorpusSource, HarvestConfig, ModelSource, RowsConfig, Site, TrainConfig
-from server import jobs
 from server.db import Database
 from server.job_folders import left_by
 from server.jobs import Jobs
@@ -23,6 +22,7 @@ from server.store import registry
 from server.worker import Worker
 from tests.core.tiny_models import save_tiny
 from tests.processes import Command
+from tests.upgraded import upgraded
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "home", "fast"]
 SEED = 5
@@ -115,8 +115,7 @@ def wait_for(found: Callable[[], str | bool | None], seconds: float = 120) -> st
 
 def make_home(folder: Path, model: Path, text: Path) -> Home:
     settings = Settings(data=folder / "data", cache=folder / "cache").prepare()
-    db = Database(settings.url)
-    jobs.upgrade(settings, db)
+    db = upgraded(settings)
     with db.write() as session:
         registry.add_model(session, "tiny", ModelSource(location=str(model)))
         registry.add_corpus(session, "words", CorpusSource(location=str(text)))
