@@ -39,7 +39,7 @@ demo: $(STAMP) ## Train on a real model, publish it and open the pages on 127.0.
 	@$(BIN)/headscope demo
 
 test: $(STAMP) chromium ## Run every test, those on real weights and in the browser too
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 fast: $(STAMP) ## Run the tests that need neither real weights nor a browser
 	$(BIN)/python -m pytest -m "not real and not browser" $(PYTEST)

@@ -153,6 +153,7 @@ def serve(
 ) -> None:
     """Start the web pages alone. Needs no torch."""
     settings = _settings(data=data, host=host, port=port, web_workers=workers)
+    gc.disable()  # what is loaded has no garbage in it, and looking for some takes a tenth of the start
     with _opened(settings) as (_, db):
         from server import watch
         from server.access import ensure_admin
@@ -1441,8 +1442,8 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
     signal.signal(signal.SIGTERM, _leave)
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
-    gc.collect()
     gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
+    gc.enable()
     gc.set_threshold(20_000, 20, 20)  # a page makes thousands of objects and leaves no cycles: looking for them took a twentieth
     config = uvicorn.Config(
         web,

@@ -9,11 +9,9 @@ import logging
 import re
 from collections.abc import Collection, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import sqlalchemy as sa
-from dbos import DBOS, DBOSClient, DBOSPortableJSONSerializer, EnqueueOptions
-from dbos import error as dbos_error
 from sqlalchemy.orm import Session
 
 from sae_core.config import (
@@ -39,6 +37,10 @@ from server.store import registry
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names, sweep_name
 
+if TYPE_CHECKING:
+    from dbos import DBOSClient, EnqueueOptions
+
+# DBOS is loaded by what first asks the queue something: it takes a fifth of a second, and a web process that starts asks nothing.
 APP = "headscope"
 VERSION = "3"  # of the workflows: raise it when their steps change, so that old jobs are not resumed by new code
 QUEUE = "gpu"
@@ -260,10 +262,10 @@ class Jobs:
                 continue
             if workflow is not None:
                 self.client.delete_workflow(job.id)
-            options = EnqueueOptions(
-                queue_name=queue_of(job.only_on), workflow_name=job.kind, workflow_id=job.id, app_version=VERSION,
-                priority=job.priority,
-            )  # fmt: skip
+            options: EnqueueOptions = {
+                "queue_name": queue_of(job.only_on), "workflow_name": job.kind, "workflow_id": job.id, "app_version": VERSION,
+                "priority": job.priority,
+            }  # fmt: skip
             self.client.enqueue(options, job.id)
 
     def gone(self) -> set[str]:
@@ -292,8 +294,10 @@ class Jobs:
         return tuple(moved)
 
     @cached_property
-    def client(self) -> DBOSClient:
+    def client(self) -> "DBOSClient":
         """DBOS from outside: it only writes to the queue."""
+        from dbos import DBOSClient, DBOSPortableJSONSerializer, error
+
         quiet()
         try:
             client = DBOSClient(
@@ -303,8 +307,8 @@ class Jobs:
                 retry_connection_errors=False,
             )
             client.list_workflows(limit=1, load_input=False, load_output=False)
-        except (sa.exc.DBAPIError, dbos_error.DBOSException) as error:
-            raise DatabaseTooOld("The job queue's tables are missing or old; run `headscope db upgrade`.") from error
+        except (sa.exc.DBAPIError, error.DBOSException) as what:
+            raise DatabaseTooOld("The job queue's tables are missing or old; run `headscope db upgrade`.") from what
         return client
 
     def close(self) -> None:
@@ -321,6 +325,8 @@ def queue_of(device: str | None) -> str:
 
 def upgrade(settings: Settings, db: Database) -> None:
     """Bring both databases, ours and DBOS's, to the newest version."""
+    from dbos import DBOS
+
     db.refuse_newer()
     quiet()
     DBOS.migrate(settings.jobs_url)

@@ -85,8 +85,10 @@ def test_every_sort_and_filter_is_read_by_indexes(database: Database, key: str, 
 def test_what_lies_beyond_the_reach_is_found_as_well(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     with database.read() as session:
         door = find_sae(session, "l1")
-        chosen = random.Random(2)
-        for key, filters in itertools.product(SORT_KEYS, browse.filter_kinds(chosen)):
+        chosen, third = random.Random(2), ("sqlite", "postgresql").index(session.get_bind().dialect.name)
+        for number, (key, filters) in enumerate(itertools.product(SORT_KEYS, browse.filter_kinds(chosen))):
+            if number % 3 != third:  # each database tries every key and every filter, in a third of the pairs
+                continue
             query = FeatureQuery(sort=f"-{key}", **filters)
             monkeypatch.setattr(walk, "REACH", 10 * FEATURES)
             near = pages(session, door, query, 200)

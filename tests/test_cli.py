@@ -26,13 +26,10 @@ from server.settings import Settings
 from server.store import jobs as store
 from tests.core.tiny_models import save_gguf, save_tiny
 from tests.jobs.conftest import wait_for, write_text
+from tests.processes import Command, Said, ran
 
 SMALL = ["--layer", "1", "--context", "32", "--tokens", "8192", "--heldout-tokens", "1024", "--expansion", "2", "--k", "8"]
 SMALL += ["--batch", "256", "--harvest-tokens", "4096", "--harvest-top-k", "3", "--harvest-per-band", "1"]
-
-
-class Said(subprocess.CompletedProcess[str]):
-    """What a command answered."""
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +57,8 @@ def environment(tmp_path: Path) -> dict[str, str]:
 def headscope(environment: dict[str, str]) -> Callable[..., Said]:
     """Runs a command to its end."""
 
-    def run(*arguments: object, **options: object) -> Said:
-        command = [sys.executable, "-m", "server.cli", *map(str, arguments)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False, **options)  # type: ignore[call-overload]
-        return Said(done.args, done.returncode, done.stdout, done.stderr)
+    def run(*arguments: object) -> Said:
+        return ran(*arguments, env=environment)
 
     return run
 
@@ -187,34 +182,17 @@ def test_train_without_a_worker_runs_here_and_publishes(
         assert "first was not trained here" in refused(headscope(*command))
 
 
-def test_control_c_in_a_foreground_run_loses_nothing(environment: dict[str, str], model: Path, text: Path) -> None:
-    command = [
-        "train",
-        "--model",
-        str(model),
-        "--corpus",
-        str(text),
-        "--name",
-        "long",
-        *SMALL,
-        "--passes",
-        "100",
-        "--batch",
-        "64",
-    ]
+def test_control_c_in_a_foreground_run_loses_nothing(
+    environment: dict[str, str], model: Path, text: Path, tmp_path: Path
+) -> None:
+    command = ["train", "--model", model, "--corpus", text, "--name", "long", *SMALL, "--passes", "100", "--batch", "64"]
     command += ["--tokens", "32768", "--checkpoint-steps", "50", "--harvest-tokens", "0"]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    running = Command(*command, env=environment, stdout=tmp_path / "said")
     data = Path(environment["HEADSCOPE_DATA"])
     wait_for(lambda: any((left_by(data, "train-long-1") / "runs/000/checkpoints").glob("step-*")))
     running.send_signal(signal.SIGINT)
-    said, _ = running.communicate(timeout=60)
-    assert running.returncode == 130
+    assert running.wait(60) == 130
+    said = (tmp_path / "said").read_text()
     assert "`headscope worker` goes on with train-long-1" in said
     assert "Traceback" not in said
     with sqlite3.connect(Path(environment["HEADSCOPE_DATA"]) / "headscope.db") as connection:
@@ -228,9 +206,7 @@ def test_with_a_worker_running_train_queues_for_it_and_can_watch(
     headscope: Callable[..., Said], environment: dict[str, str], model: Path, text: Path
 ) -> None:
     assert headscope("db", "upgrade").returncode == 0
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "server.cli", "worker"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    worker = Command("worker", env=environment)
     try:
         wait_for(lambda: counted(environment, "worker") == 1)
         done = headscope(
@@ -243,8 +219,7 @@ def test_with_a_worker_running_train_queues_for_it_and_can_watch(
         assert "0 to 3" in refused(failing)
     finally:
         worker.send_signal(signal.SIGINT)
-        worker.communicate(timeout=60)
-    assert worker.returncode == 0
+        assert worker.wait(60) == 0
 
 
 def test_how_a_job_is_done_is_asked_for_by_options(
@@ -349,12 +324,14 @@ def test_a_data_folder_that_cannot_be_written_is_named(headscope: Callable[..., 
     assert not folder.exists()
 
 
-def test_a_full_data_folder_is_named(headscope: Callable[..., Said]) -> None:
+def test_a_full_data_folder_is_named(environment: dict[str, str]) -> None:
     def no_file_may_grow() -> None:  # works for root and user alike; the system answers as for a full disk or quota
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
-    assert "No room is left" in refused(headscope("db", "upgrade", preexec_fn=no_file_may_grow))
+    command = [sys.executable, "-m", "server.cli", "db", "upgrade"]
+    done = subprocess.run(command, env=environment, preexec_fn=no_file_may_grow, capture_output=True, text=True, check=False)
+    assert "No room is left" in refused(done)
 
 
 def may_mount() -> bool:
@@ -382,7 +359,7 @@ def test_a_really_full_disk_is_named(environment: dict[str, str], model: Path, t
     ]
     script = f"mount -t tmpfs -o size={size} none {folder} && exec {shlex.join(train)}"
     done = subprocess.run(["unshare", "-rm", "sh", "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert what in refused(Said(done.args, done.returncode, done.stdout, done.stderr))
+    assert what in refused(done)
 
 
 def test_a_database_of_a_newer_version_is_left_alone(headscope: Callable[..., Said], environment: dict[str, str]) -> None:
@@ -485,9 +462,13 @@ def gone(pids: list[int], seconds: float = 30) -> bool:
     return not any(map(alive, pids))
 
 
-def test_up_serves_pages_and_control_c_stops_all_three(up: Up) -> None:
+def test_up_serves_pages_starts_a_dead_child_again_and_control_c_stops_all_three(up: Up) -> None:
     assert f"http://127.0.0.1:{up.port}" in up.first_line
     assert httpx.get(f"http://127.0.0.1:{up.port}/healthz").status_code == 200
+    before = up.children()
+    assert len(before) == 3
+    os.kill(before[1], signal.SIGKILL)
+    wait_for(lambda: len(set(up.children()) - set(before)) == 1, 30)
     children = up.children()
     assert len(children) == 3
     up.process.send_signal(signal.SIGINT)
@@ -502,12 +483,3 @@ def test_children_leave_when_up_is_killed(up: Up) -> None:
     assert len(children) == 3
     up.process.kill()
     assert gone(children)
-
-
-def test_up_starts_a_dead_child_again(up: Up) -> None:
-    before = up.children()
-    os.kill(before[1], signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while len(set(up.children()) - set(before)) == 0 and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(set(up.children()) - set(before)) == 1

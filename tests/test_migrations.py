@@ -9,7 +9,9 @@ import pytest
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 
+from server.db import _versions
 from server.packing import read_acts, read_dfa
 from server.resources import resource_path
 
@@ -95,3 +97,8 @@ def test_examples_of_both_older_layouts_say_what_they_said(config: Config, tmp_p
     with closing(sqlite3.connect(file)) as connection:
         found = connection.execute("select preact, bias, abs_dfa, length(dfa), length(dropped) from example").fetchall()
     assert found == [(3.0, 1.1875, 5.0, 21, 8)] * 2
+
+
+def test_the_versions_that_each_start_looks_up_are_those_that_alembic_knows(config: Config) -> None:
+    script = ScriptDirectory.from_config(config)
+    assert _versions() == (script.get_current_head(), {one.revision for one in script.walk_revisions()})

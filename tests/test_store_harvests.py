@@ -53,6 +53,7 @@ from server.tables import (
 )
 from tests.core.tiny_harvest import CFG, tiny_rows, tiny_sae
 from tests.core.tiny_models import save_tiny
+from tests.upgraded import upgraded
 
 TABLES = (Feature, FeatureDetail, FeatureHead, HeadSummary, Context, Example, HarvestPart)
 HEADS = [
@@ -78,6 +79,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> HarvestResult:
 def url(request: pytest.FixtureRequest, settings: Settings) -> sa.URL:
     """An empty database's address."""
     if request.param == "sqlite":
+        upgraded(settings, queue=False).close()
         return settings.url
     server: sa.URL = request.getfixturevalue("postgres")
     name = f"t{uuid.uuid4().hex}"

@@ -27,6 +27,7 @@ from server.tables import (
     Job,
     Model,
 )
+from tests.upgraded import upgraded
 
 OF_A_HARVEST: tuple[type[Base], ...] = (Feature, FeatureDetail, FeatureHead, Context, Example, HarvestPart, HeadSummary)
 
@@ -66,8 +67,7 @@ def add_harvest(session: Session, sae: SAE, job_id: str, status: str, *, n_featu
 @pytest.fixture
 def db(settings: Settings) -> Iterator[Database]:
     """One SAE with a replaced harvest, 1, and the published one, 2."""
-    db = Database(settings.url)
-    db.upgrade()
+    db = upgraded(settings, queue=False)
     with db.write() as session:
         session.add_all([Model(id=1, name="m", source={}), Corpus(id=1, name="c", source={})])
         session.flush()

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 
 from sae_core.errors import UsageError
 from server.cli import app
-from tests.test_cli import Said, environment, headscope, model, nothing_registered, text
+from tests.processes import Said
+from tests.test_cli import environment, headscope, model, nothing_registered, text
 
 __all__ = ["environment", "headscope", "model", "text"]  # fixtures
 

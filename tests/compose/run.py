@@ -2,8 +2,7 @@
 
 A Debian is made with debootstrap (kept in the cache), the web's image is built on it by our Dockerfile, PostgreSQL's is Debian's.
 No image holds torch: worker and engine get the packages of this environment mounted, whose Python must be 3.11 too. Then a
-small SAE is trained and harvested through the published port, a page is opened, a text is asked about, everything is stopped
-and
+small SAE is trained and harvested through the published port, a page is opened, a text is asked about, everything is stopped and
 started again, and the page must still say the same. Afterwards nothing of it is left but the Debian.
 
 Needs root and: apt-get install podman buildah runc netavark aardvark-dns iptables catatonit debootstrap
@@ -149,7 +148,7 @@ class Stack:
             assert answer.status_code == 303, answer.text
             yield client
 
-    def wait(self, seconds: float = 240) -> None:
+    def wait(self, seconds: float = 900) -> None:
         """Until pages can be served."""
         deadline, last = time.monotonic() + seconds, ""
         while time.monotonic() < deadline:

@@ -1,12 +1,11 @@
 """Homes on SQLite and on PostgreSQL, and worker processes that are quick to start, so that many can be killed."""
 
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from multiprocessing.context import ForkServerContext, ForkServerProcess
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from server.jobs import Jobs
 from server.settings import Settings
 from server.store import registry
 from tests.jobs.conftest import Home, tiny_folder, tiny_text  # noqa: F401 - fixtures
+from tests.processes import CONTEXT
 
 BEAT, SILENT = 0.25, 2.0
 """Seconds, in tests: a worker that is stopped for longer than `SILENT` loses its job."""
@@ -70,12 +70,12 @@ def work(settings: Settings, said: Path) -> None:
 class Crew:
     """Worker processes, forked from one that has loaded everything."""
 
-    def __init__(self, context: ForkServerContext) -> None:
-        self._context, self.processes = context, list[ForkServerProcess]()
+    def __init__(self) -> None:
+        self.processes = list[ForkServerProcess]()
 
     def start(self, settings: Settings) -> ForkServerProcess:
         """One more; it takes the first slot that is free."""
-        process = self._context.Process(target=work, args=(settings, settings.data / "logs" / "crew.log"), daemon=True)
+        process = CONTEXT.Process(target=work, args=(settings, settings.data / "logs" / "crew.log"), daemon=True)
         (settings.data / "logs").mkdir(exist_ok=True)
         process.start()
         self.processes.append(process)
@@ -94,18 +94,10 @@ class Crew:
             process.join(30)
 
 
-@pytest.fixture(scope="session")
-def forkserver() -> ForkServerContext:
-    """Where workers are forked from."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["server.worker", "tests.faults.conftest"])
-    return context
-
-
 @pytest.fixture
-def crew(forkserver: ForkServerContext) -> Iterator[Crew]:
+def crew() -> Iterator[Crew]:
     """Nobody yet; whoever is left at the end is killed."""
-    made = Crew(forkserver)
+    made = Crew()
     yield made
     made.end()
 

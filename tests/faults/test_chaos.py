@@ -65,11 +65,9 @@ def end_state(home: Home) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_text: Path, forkserver: Any
-) -> Iterator[dict[str, Any]]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, tiny_text: Path) -> Iterator[dict[str, Any]]:
     """What one worker makes of it that nothing happens to."""
-    home, crew = home_of(quick(tmp_path_factory.mktemp("undisturbed")), tiny_folder, tiny_text), Crew(forkserver)
+    home, crew = home_of(quick(tmp_path_factory.mktemp("undisturbed")), tiny_folder, tiny_text), Crew()
     load(home)
     crew.start(home.settings)
     until(lambda: all_done(home))

@@ -6,8 +6,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -37,6 +35,7 @@ from tests.faults.conftest import Crew, home_of, quick, until
 from tests.jobs.conftest import HARVEST, Home, tiny_config, wait_for
 from tests.jobs.test_crashes import published
 from tests.jobs.test_worker import working
+from tests.processes import Command
 
 # A connection that a restart of PostgreSQL cut off may be collected in whatever test comes next.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -141,12 +140,11 @@ def ended(home: Home, job_id: str) -> bool:
 
 
 @contextmanager
-def serving(home: Home, *arguments: str, **environment: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def serving(home: Home, *arguments: str, **environment: str) -> Iterator[tuple[str, Command]]:
     """`headscope serve` as a process of its own."""
     port = free_port()
-    command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), *arguments]
     env = os.environ | {"HEADSCOPE_DATA": str(home.settings.data), "HEADSCOPE_CACHE": str(home.settings.cache)} | environment
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    process = Command("serve", "--port", port, *arguments, env=env)
     try:
         wait_for(lambda: answers(port))
         yield f"http://127.0.0.1:{port}", process
@@ -215,14 +213,13 @@ def test_a_web_process_that_is_killed_is_started_again_while_the_other_answers(h
 
 
 @contextmanager
-def engine(settings: Settings) -> Iterator[subprocess.Popen[bytes]]:
+def engine(settings: Settings) -> Iterator[Command]:
     """`headscope engine` as a process of its own, killed at the end."""
     env = os.environ | {
         "HEADSCOPE_DATA": str(settings.data), "HEADSCOPE_CACHE": str(settings.cache), "HEADSCOPE_DEVICE": "cpu",
         "HEADSCOPE_ENGINE_PORT": str(settings.engine_port), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "server.cli", "engine"]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    process = Command("engine", env=env)
     try:
         yield process
     finally:

@@ -3,9 +3,8 @@
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from sae_core.config import CorpusSource, HarvestConfig, ModelSource, RowsConfig, Site, TrainConfig
-from server import jobs
 from server.db import Database
 from server.job_folders import left_by
 from server.jobs import Jobs
@@ -23,6 +21,8 @@ from server.store import jobs as store
 from server.store import registry
 from server.worker import Worker
 from tests.core.tiny_models import save_tiny
+from tests.processes import Command
+from tests.upgraded import upgraded
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "home", "fast"]
 SEED = 5
@@ -115,8 +115,7 @@ def wait_for(found: Callable[[], str | bool | None], seconds: float = 120) -> st
 
 def make_home(folder: Path, model: Path, text: Path) -> Home:
     settings = Settings(data=folder / "data", cache=folder / "cache").prepare()
-    db = Database(settings.url)
-    jobs.upgrade(settings, db)
+    db = upgraded(settings)
     with db.write() as session:
         registry.add_model(session, "tiny", ModelSource(location=str(model)))
         registry.add_corpus(session, "words", CorpusSource(location=str(text)))
@@ -144,23 +143,18 @@ class WorkerProcess:
             "HEADSCOPE_BEAT_SECONDS": str(settings.beat_seconds),
             "HEADSCOPE_SILENT_SECONDS": str(settings.silent_seconds),
         }
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "worker", "--data", str(settings.data), *arguments],
-            env=os.environ | quiet,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+        self._said = settings.data / f"said-{uuid.uuid4().hex}.txt"
+        self.process = Command("worker", "--data", settings.data, *arguments, env=os.environ | quiet, stdout=self._said)
 
     def kill(self) -> None:
         """Gone, without a chance to say anything."""
         self.process.kill()
-        self.process.communicate(timeout=30)
+        self.process.wait(30)
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Asked to leave; its exit status and what it printed."""
         self.process.send_signal(number)
-        said, _ = self.process.communicate(timeout=60)
-        return self.process.returncode, said.decode()
+        return self.process.wait(60), self._said.read_text()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from server.tables import SAE, Example, Feature, Harvest
 from tests.jobs.conftest import Home, WorkerProcess, make_home, start, tiny_config, wait_for
 
 Start = Callable[..., WorkerProcess]
-LONG = tiny_config(tokens=32_768, passes=4)
+LONG = tiny_config(passes=4)
 
 
 def weights(home: Home, job_id: str) -> str:
@@ -135,7 +135,7 @@ def test_killed_in_a_harvest_it_ends_with_the_same_examples(
 def test_the_jobs_of_a_dead_worker_are_taken_over_by_another(home: Home, worker_process: Start) -> None:
     from server import worker
 
-    job_id = home.jobs.enqueue_train(tiny_config(tokens=32_768, passes=4, harvests=()))
+    job_id = home.jobs.enqueue_train(tiny_config(passes=4, harvests=()))
     first = worker_process(home.settings, "--id", "gone")
     wait_for(begun(home, job_id))
     first.kill()

@@ -1,8 +1,6 @@
 """A peer's SAE, from its files to a harvest that adds up, by the command line."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from server.db import Database
 from server.settings import Settings
 from server.store import harvests, registry
 from server.store.saes import find_sae
+from tests.processes import ran
 
 pytestmark = pytest.mark.real
 TEXT = "The harvest moon rose over the barn, and the barn was red. Mary gave John the book, and John gave Mary the pen.\n\n"
@@ -44,7 +43,7 @@ def saelens_folder(folder: Path) -> Path:
 
 def run(*arguments: str) -> str:
     """A process of its own: the browser tests leave an event loop in this one, where DBOS refuses."""
-    done = subprocess.run([sys.executable, "-m", "server.cli", *arguments], capture_output=True, text=True)
+    done = ran(*arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -13,14 +13,14 @@ from server.db import Database
 from server.settings import Settings
 from server.store import jobs as store
 from server.tables import Worker, now
+from tests.upgraded import upgraded
 
 HALF = Progress("train", 50, 100, rate=10.0)
 
 
 @pytest.fixture
 def db(settings: Settings) -> Database:
-    made = Database(settings.url)
-    made.upgrade()
+    made = upgraded(settings, queue=False)
     with made.write() as session:
         store.create(session, "train-x-1", "train", "Train x", {"model": "tiny"})
     return made

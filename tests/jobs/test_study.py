@@ -18,7 +18,8 @@ from server.fields import split_texts
 from server.store import registry, studies
 from tests.jobs.conftest import Home, WorkerProcess, make_home, tiny_config, wait_for
 from tests.jobs.test_worker import log_of, working
-from tests.test_cli import Said, environment, headscope, refused
+from tests.processes import Said
+from tests.test_cli import environment, headscope, refused
 
 __all__ = ["environment", "headscope"]  # fixtures
 

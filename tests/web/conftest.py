@@ -17,9 +17,10 @@ from starlette.types import ASGIApp
 from sae_core.config import SAEConfig, Site
 from server import jobs
 from server.app import create_app
-from server.db import Database
+from server.db import Database, sqlite_path
 from server.settings import Settings
 from server.tables import SAE as SaeRow
+from tests.upgraded import upgraded
 from tests.web.factory import Shape, fill
 
 SAE = "/saes/smollm2-l17"
@@ -49,19 +50,32 @@ def client(filled: Settings) -> Iterator[TestClient]:
 @pytest.fixture
 def empty_client(settings: Settings) -> Iterator[TestClient]:
     """The web process on a fresh database with nothing in it."""
-    database = Database(settings.url)
-    database.upgrade()
-    database.close()
+    upgraded(settings, queue=False).close()
     with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
         yield client
 
 
 def put(settings: Settings, shape: Shape | None = None) -> Settings:
-    """Fill the settings' database."""
+    """Fill the settings' database; a new SQLite file becomes a copy of one that was filled alike, which takes a second."""
+    shape, path = shape or Shape(), sqlite_path(settings.url)
+    if path is None or path.exists():
+        _filled(settings, shape)
+    elif (made := _made.get(repr(shape))) is not None:
+        path.write_bytes(made)
+    else:
+        _filled(settings, shape)
+        assert not path.with_name(f"{path.name}-wal").exists()
+        _made[repr(shape)] = path.read_bytes()
+    return settings
+
+
+_made: dict[str, bytes] = {}
+
+
+def _filled(settings: Settings, shape: Shape) -> None:
     database = Database(settings.url)
     fill(database, shape)
     database.close()
-    return settings
 
 
 def at(folder: Path) -> Settings:

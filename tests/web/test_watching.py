@@ -7,8 +7,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections import Counter
@@ -37,6 +35,7 @@ from server.store import jobs as store
 from server.store import watching
 from server.tables import Job, now
 from tests.jobs.conftest import wait_for
+from tests.processes import Command
 from tests.web.accounts import PASSWORD, WORD, lab_app, settle, visitors
 from tests.web.conftest import SAE, at
 
@@ -474,9 +473,7 @@ def test_two_web_processes_are_told_of_together_and_send_their_last_traces(
         "HEADSCOPE_LOG_FORMAT": "json", "HEADSCOPE_TELEMETRY": "true", "TMPDIR": str(tmp_path),
     }  # fmt: skip
     address, route = f"http://127.0.0.1:{port}", "/saes/{sae}/features/{index}"
-    with said.open("wb") as errors:
-        command = [sys.executable, "-m", "server.cli", "serve", "--port", str(port), "--workers", "2"]
-        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=errors)
+    process = Command("serve", "--port", port, "--workers", 2, env=env, stderr=said)
     try:
         wait_for(lambda: answered(f"{address}/healthz"))
         asked = 0
