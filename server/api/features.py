@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from sae_core.errors import NotFound
 from server.access import needs
 from server.api import parts
-from server.api.common import LONGEST_NAME, Index, SaeName, api_router, facts, replies, respond
+from server.api.common import LONGEST_NAME, Index, Read, SaeName, api_router, facts, replies, respond
 from server.api.export import MEDIA, Selection, Source, exported
 from server.api.parts import FeatureParts, Include
-from server.pages.reply import Read, etag, known_schema, unchanged
+from server.pages.reply import etag, known_schema, unchanged
 from server.store.features import FeatureTable, TablePart, check_index, feature_pages, feature_table, walk_of
 from server.store.saes import Door, find_sae
 

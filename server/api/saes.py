@@ -7,8 +7,8 @@ from fastapi import Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import NotFound
-from server.api.common import LONGEST_NAME, SaeName, api_router, facts, replies, respond
-from server.pages.reply import Read, etag, unchanged
+from server.api.common import LONGEST_NAME, Read, SaeName, api_router, facts, replies, respond
+from server.pages.reply import etag, unchanged
 from server.store import manage, registry
 from server.store.heads import HeadLine, HeadPage, ModelHeads, head_page, head_summaries, model_heads
 from server.store.home import SaeCard, sae_cards
