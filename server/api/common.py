@@ -228,10 +228,17 @@ class Document:
         }
 
 
-def respond(value: Any, *, status: int = 200, tag: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
+def respond(
+    value: Any,
+    *,
+    status: int = 200,
+    tag: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    write: Callable[[Any], bytes] = to_json,
+) -> Response:
     """The dataclass `value` as JSON."""
     kept = {"Cache-Control": "private, no-cache", **({"ETag": tag} if tag else {}), **(headers or {})}
-    return Response(to_json(value), status, kept, media_type="application/json")
+    return Response(write(value), status, kept, media_type="application/json")
 
 
 def facts(door: Door) -> tuple[object, ...]:

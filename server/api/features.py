@@ -78,7 +78,7 @@ def read_feature(request: Request, sae: SaeName, index: Index, query: Annotated[
     found = read_parts(read, door, [index], query)
     if not found:
         raise NotFound(f"{door.sae.name} has no published harvest with feature {index} yet.", field="index")
-    return respond(found[0], tag=tag)
+    return respond(found[0], tag=tag, write=parts.to_json)
 
 
 class FeatureKey(BaseModel):
@@ -143,7 +143,7 @@ def read_batch(batch: Batch, read: Read) -> Response:
     for key in batch.features:
         if (key.sae, key.index) not in found:
             raise NotFound(f"{key.sae} has no published harvest with feature {key.index} yet.", field="features")
-    return respond(Features(tuple(found[key.sae, key.index] for key in batch.features)))
+    return respond(Features(tuple(found[key.sae, key.index] for key in batch.features)), write=parts.to_json)
 
 
 def read_parts(read: Read, door: Door, indices: list[int], query: Include) -> list[FeatureParts]:
