@@ -34,8 +34,8 @@ WALKED = 2000
 """Features whose places are looked up at once."""
 READ, READ_WITH_EXAMPLES = 50, 10
 """Features that are read at once; the objects of one with all its examples take a megabyte."""
-ROWS_OF_A_GROUP, WITH_EXAMPLES = 500, 10
-"""Features of a Parquet row group, which is held in memory twice while it is made."""
+ROWS_OF_A_GROUP, WITH_EXAMPLES = 500, 50
+"""Features of a Parquet row group; what is said of each group stays in memory to the file's end."""
 
 
 class NoParquet(MachineError):
@@ -69,7 +69,7 @@ class Source:
                 found = self._found(indices[begin : begin + n_at_once], examples)
                 sent += len(found)
                 yield found
-                del found  # or they stay while the next ones are read
+                del found
         if sent != self.count:  # the answer's status is sent: all that can be done is to break off, which a client sees
             raise RuntimeError(f"{self.door.sae.name} was to give {self.count} features and gave {sent}: it changed meanwhile.")
 
@@ -179,14 +179,22 @@ def _parquet(source: Source) -> Iterator[bytes]:
     names = columns(source.query.parts)
     hints = get_type_hints(FeatureParts)
     schema = pa.schema([pa.field(name, _arrow(pa, hints[name])) for name in names])
-    sink = _Sink()
-    with pa.parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, compression="zstd") as writer:
-        for part in source.read(WITH_EXAMPLES if "examples" in names else ROWS_OF_A_GROUP):
+    sink, of_group = _Sink(), WITH_EXAMPLES if "examples" in names else ROWS_OF_A_GROUP
+    plain = [field.name for field in schema if not pa.types.is_nested(field.type)]
+    # Numbers hardly repeat: with dictionaries the file is larger, and each row group holds 50 kB of memory to the file's end.
+    how = {"compression": "zstd", "compression_level": 3, "use_dictionary": False, "write_statistics": plain}
+    with pa.parquet.ParquetWriter(pa.PythonFile(sink, "w"), schema, **how) as writer:
+        waiting: list[Any] = []
+        for part in source.read():
             made = [_array(pa, [getattr(one, name) for one in part], hints[name]) for name in names]
-            del part
-            writer.write_table(pa.Table.from_arrays(made, schema=schema))
-            del made
-            yield sink.taken()
+            del part  # or they stay while the next ones are read
+            waiting.append(pa.Table.from_arrays(made, schema=schema))
+            if sum(map(len, waiting)) >= of_group:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
+                yield sink.taken()
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
     yield sink.taken()
 
 
