@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sae_core.errors import NotFound
 from server.access import needs
 from server.api import parts
-from server.api.common import LONGEST_NAME, Index, Read, SaeName, api_router, facts, replies, respond
+from server.api.common import LONGEST_NAME, Index, Read, SaeName, api_router, facts, quick, replies, respond
 from server.api.export import MEDIA, Selection, Source, exported
 from server.api.parts import FeatureParts, Include
 from server.pages.reply import etag, known_schema, unchanged
@@ -67,6 +67,7 @@ def export_features(request: Request, sae: SaeName, query: Annotated[Selection, 
     responses=replies(304, 404),
     summary="One feature",
 )
+@quick
 def read_feature(request: Request, sae: SaeName, index: Index, query: Annotated[Include, Query()], read: Read) -> Response:
     """A feature's numbers, and the parts that `include` names; parts that are not asked for are null. Without `all_examples`
     the strongest examples and some of each band of activation come; `kept` says how many there are."""
