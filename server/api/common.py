@@ -24,7 +24,6 @@ from sae_core.config import AS_USUAL, Wishes
 from sae_core.errors import HeadscopeError, LoginNeeded, UsageError
 from server.access import shown
 from server.api.described import describe
-from server.db import sqlite_path
 from server.jobs import Jobs
 from server.pages.reply import VERSION, known_schema, to_json
 from server.pages.writing import author as typed_author
@@ -147,7 +146,7 @@ def _reading(endpoint: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(endpoint)
     async def answers(read: Request, **given: Any) -> Any:
-        if endpoint in _quick and sqlite_path(read.app.state.db.url):
+        if endpoint in _quick and read.app.state.db.is_file:
             return reads(read, given)
         return await run_in_threadpool(reads, read, given)
 
