@@ -1,10 +1,12 @@
 """How quickly scripts read features by the API, and whole selections as files: a web process on HEADSCOPE_DATA, one client.
 
-`api_feature_*` is one feature with its first examples, their DFA and its logits; `batch100_*` a hundred features with heads and
-logits, `batch100_examples_*` with their examples and DFA as well. `export_*` is every feature with all its examples and their
-DFA. Memory is what the web process holds at most of its own while it exports (RssAnon, looked at every 10 ms): the database's
-file, which SQLite maps, is the system's cache and is given back when others need it. `import_*` and `dashboards_*` are
-dashboards of other tools, in and out: see `_interchange.py`; 24,576 features, as the target has them, need 8 GB of disk.
+`api_feature_*` is one feature with its first examples, their DFA and its logits, `api_feature_cpu_ms` what each took of the web
+process's processor time; `batch100_*` a hundred features with heads and logits, `batch100_examples_*` with their examples and DFA
+as well. `export_*` is every feature with all its examples and their DFA. Forms differ in size, Parquet's being compressed, so
+`_features_per_s` compares them, and `export_parquet_mb_per_s` counts the MB that JSON lines have of the same features. Memory is
+what the web process holds at most of its own while it exports (RssAnon, looked at every 10 ms): the database's file, which SQLite
+maps, is the system's cache and is given back when others need it. `import_*` and `dashboards_*` are dashboards of other tools, in
+and out: see `_interchange.py`; 24,576 features, as the target has them, need 8 GB of disk.
 """
 
 import random
@@ -16,7 +18,7 @@ import httpx
 
 from bench import _interchange
 from bench._processes import peak_of
-from bench._served import Client, Figure, headscope, spread, times_of
+from bench._served import Client, Figure, headscope, processor_seconds, spread, times_of
 from bench.pages import published
 from server.db import Database
 from server.settings import Settings
@@ -41,8 +43,13 @@ def reading(requests: int, batches: int) -> dict[str, Figure]:
         def feature() -> str:
             return f"/api/v1/saes/{name}/features/{chosen.choice(full)}?include=examples,dfa,logits"
 
-        times, _ = times_of(Client(address), feature, requests, warm=50)
+        one = Client(address)
+        times_of(one, feature, 50)
+        used = processor_seconds(address.pid)
+        times, _ = times_of(one, feature, requests, warm=0)
+        used = processor_seconds(address.pid) - used
         figures |= spread("api_feature_", times, "<= 3")
+        figures["api_feature_cpu_ms"] = {"value": round(1e3 * used / requests, 2), "unit": "ms", "target": None}
         for called, include, target in (("batch100_", "heads,logits", "<= 60"), ("batch100_examples_", "examples,dfa", None)):
             times = [_batch(client, name, chosen.sample(range(d_sae), min(BATCH, d_sae)), include) for _ in range(batches + 3)]
             figures[f"{called}ms"] = spread("", times[3:], target)["p50_ms"]
@@ -61,7 +68,8 @@ def exporting() -> dict[str, Figure]:
     with _database() as database:
         name, _, _ = published(database)
     figures: dict[str, Figure] = {}
-    for form, target in (("jsonl", ">= 20"), ("csv", None), ("parquet", None)):
+    lines = 0
+    for form in ("jsonl", "csv", "parquet"):
         # A process of its own each, so that one form's memory is not counted to the next.
         with headscope() as address, httpx.Client(base_url=address, timeout=600) as client:
             client.get("/healthz")
@@ -69,10 +77,12 @@ def exporting() -> dict[str, Figure]:
                 begun = time.perf_counter()
                 with client.stream("GET", f"/api/v1/saes/{name}/features/export", params={**WHOLE, "format": form}) as answer:
                     answer.raise_for_status()
-                    size = sum(map(len, answer.iter_bytes()))
+                    size, features = sum(map(len, answer.iter_bytes())), int(answer.headers["X-Headscope-Features"])
                 seconds = time.perf_counter() - begun
-        called = "export" if form == "jsonl" else f"export_{form}"
-        figures[f"{called}_mb_per_s"] = {"value": round(size / 1e6 / seconds, 1), "unit": "MB/s", "target": target}
+        lines = lines or size
+        called, sent = "export" if form == "jsonl" else f"export_{form}", lines if form == "parquet" else size
+        figures[f"{called}_mb_per_s"] = {"value": round(sent / 1e6 / seconds, 1), "unit": "MB/s", "target": ">= 20"}
+        figures[f"{called}_features_per_s"] = {"value": round(features / seconds), "unit": "features/s", "target": None}
         figures[f"{called}_mb"] = {"value": round(size / 1e6, 1), "unit": "MB", "target": None}
         figures[f"{called}_memory_mb"] = {"value": round(peak[0] / 1e6, 1), "unit": "MB", "target": "< 200"}
     return figures

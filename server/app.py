@@ -100,11 +100,13 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     app.mount("/static", Assets(directory=resource_path("static")))
     about_saes = (sae, manage, head, embed, components, labels, lists, ratings)
     pages = (home, search, prompt, *about_saes, compare, start, jobs, sweep, study, status)
-    # The feature's page first: routes are tried one after another, and most of what is asked for is one.
-    for page in (feature, health, login, keys, people, writing, *pages):
+    # Routes are tried one after another. The feature's page first, since most of what is asked for is one; then the API, which
+    # costs others next to nothing.
+    app.include_router(feature.router)
+    v1.mount(app)
+    for page in (health, login, keys, people, writing, *pages):
         app.include_router(page.router)
     app.include_router(neuronpedia.router)
-    v1.mount(app)
     app.include_router(api_page.router)
     return app
 

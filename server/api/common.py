@@ -1,12 +1,13 @@
 """What every route of `/api/v1` shares: its router, its errors, its tags, who writes, and the document that describes it all."""
 
+import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from urllib.parse import unquote
 
 from fastapi import APIRouter, Depends, Header, Request, Response
@@ -14,6 +15,10 @@ from fastapi import Path as InPath
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.routing import Match
+from starlette.types import Scope
 
 from sae_core.config import AS_USUAL, Wishes
 from sae_core.errors import HeadscopeError, LoginNeeded, UsageError
@@ -110,9 +115,58 @@ Id = Annotated[int, Field(ge=0, le=2**31 - 1)]
 """A number that both databases take for a key."""
 
 
-def api_router(tag: str) -> APIRouter:
+async def _asked(request: Request) -> Request:
+    return request
+
+
+Read = Annotated[Session, Depends(_asked)]
+"""A session that reads, for as long as the route's function runs. `ApiRouter` opens it."""
+
+
+class ApiRouter(APIRouter):
+    """A router whose routes take few steps: each is a thing to wait for.
+
+    Other addresses are sent on without a look at its routes. A function's session is opened in the thread in which the function
+    runs; as a dependency it would be another step into a thread to open it, and one to close it.
+    """
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        """Whether one of its routes takes the address."""
+        return super().matches(scope) if scope["path"].startswith(PREFIX) else (Match.NONE, {})
+
+    def add_api_route(self, path: str, endpoint: Callable[..., Any], **about: Any) -> None:
+        """A route, as every decorator adds it."""
+        super().add_api_route(path, _reading(endpoint) if "read" in inspect.signature(endpoint).parameters else endpoint, **about)
+
+
+def _reading(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+    def reads(read: Request, given: Mapping[str, Any]) -> Any:
+        with known_schema(read).read() as session:
+            return endpoint(read=session, **given)
+
+    @wraps(endpoint)
+    async def answers(read: Request, **given: Any) -> Any:
+        if endpoint in _quick and read.app.state.db.is_file:
+            return reads(read, given)
+        return await run_in_threadpool(reads, read, given)
+
+    return answers
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+_quick: set[Callable[..., Any]] = set()
+
+
+def quick(endpoint: F) -> F:
+    """Say of a route that it reads a few rows by their keys. Where the database is a file it is answered at once, since a step
+    into a thread and back takes as long as the reading; a server may keep one waiting, and that must not hold up the others."""
+    _quick.add(endpoint)
+    return endpoint
+
+
+def api_router(tag: str) -> ApiRouter:
     """A router of the API, whose routes the document shows under `tag`."""
-    return APIRouter(
+    return ApiRouter(
         prefix=PREFIX,
         tags=[tag],
         dependencies=[Depends(_checked)],
@@ -191,15 +245,22 @@ class Document:
         }
 
 
-def respond(value: Any, *, status: int = 200, tag: str | None = None, headers: Mapping[str, str] | None = None) -> Response:
+def respond(
+    value: Any,
+    *,
+    status: int = 200,
+    tag: str | None = None,
+    headers: Mapping[str, str] | None = None,
+    write: Callable[[Any], bytes] = to_json,
+) -> Response:
     """The dataclass `value` as JSON."""
     kept = {"Cache-Control": "private, no-cache", **({"ETag": tag} if tag else {}), **(headers or {})}
-    return Response(to_json(value), status, kept, media_type="application/json")
+    return Response(write(value), status, kept, media_type="application/json")
 
 
 def facts(door: Door) -> tuple[object, ...]:
-    """What answers about an SAE depend on: its weights, its published harvest, and what people wrote."""
-    return door.sae.sha256, door.sae.harvest and door.sae.harvest.id, door.revision, door.sae.name, door.metrics
+    """What answers about an SAE's features depend on: its weights, its published harvest, and what people wrote."""
+    return door.sae.sha256, door.sae.harvest and door.sae.harvest.id, door.revision, door.sae.name
 
 
 def signed(

@@ -10,10 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from sae_core.errors import NotFound
 from server.access import needs
 from server.api import parts
-from server.api.common import LONGEST_NAME, Index, SaeName, api_router, facts, replies, respond
+from server.api.common import LONGEST_NAME, Index, Read, SaeName, api_router, facts, quick, replies, respond
 from server.api.export import MEDIA, Selection, Source, exported
 from server.api.parts import FeatureParts, Include
-from server.pages.reply import Read, etag, known_schema, unchanged
+from server.pages.reply import etag, known_schema, unchanged
 from server.store.features import FeatureTable, TablePart, check_index, feature_pages, feature_table, walk_of
 from server.store.saes import Door, find_sae
 
@@ -67,6 +67,7 @@ def export_features(request: Request, sae: SaeName, query: Annotated[Selection, 
     responses=replies(304, 404),
     summary="One feature",
 )
+@quick
 def read_feature(request: Request, sae: SaeName, index: Index, query: Annotated[Include, Query()], read: Read) -> Response:
     """A feature's numbers, and the parts that `include` names; parts that are not asked for are null. Without `all_examples`
     the strongest examples and some of each band of activation come; `kept` says how many there are."""
@@ -78,7 +79,7 @@ def read_feature(request: Request, sae: SaeName, index: Index, query: Annotated[
     found = read_parts(read, door, [index], query)
     if not found:
         raise NotFound(f"{door.sae.name} has no published harvest with feature {index} yet.", field="index")
-    return respond(found[0], tag=tag)
+    return respond(found[0], tag=tag, write=parts.to_json)
 
 
 class FeatureKey(BaseModel):
@@ -143,7 +144,7 @@ def read_batch(batch: Batch, read: Read) -> Response:
     for key in batch.features:
         if (key.sae, key.index) not in found:
             raise NotFound(f"{key.sae} has no published harvest with feature {key.index} yet.", field="features")
-    return respond(Features(tuple(found[key.sae, key.index] for key in batch.features)))
+    return respond(Features(tuple(found[key.sae, key.index] for key in batch.features)), write=parts.to_json)
 
 
 def read_parts(read: Read, door: Door, indices: list[int], query: Include) -> list[FeatureParts]:

@@ -23,10 +23,10 @@ from sae_core.config import (
     Wishes,
 )
 from sae_core.errors import UsageError
-from server.api.common import LONGEST_NAME, PREFIX, api_router, queue, replies, respond
+from server.api.common import LONGEST_NAME, PREFIX, Read, api_router, queue, replies, respond
 from server.jobs import Jobs
 from server.pages.jobs import SECONDS_BETWEEN_LOOKS, JobPage, look
-from server.pages.reply import Read, to_json
+from server.pages.reply import to_json
 from server.pages.writing import reading
 from server.store import jobs as store
 from server.store.jobs import JobRecord, WorkerRecord

@@ -7,8 +7,7 @@ from fastapi import Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from server.api.common import Id, Index, SaeName, Signed, api_router, replies, respond
-from server.pages.reply import Read
+from server.api.common import Id, Index, Read, SaeName, Signed, api_router, replies, respond
 from server.pages.writing import reading, writing
 from server.store import labels as store
 from server.store.features import check_index

@@ -7,8 +7,7 @@ from fastapi import Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from server.api.common import LONGEST_NAME, Id, Signed, api_router, replies, respond
-from server.pages.reply import Read
+from server.api.common import LONGEST_NAME, Id, Read, Signed, api_router, replies, respond
 from server.pages.writing import reading, writing
 from server.store import lists as store
 from server.store.features import check_index

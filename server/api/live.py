@@ -7,7 +7,7 @@ from fastapi import Request
 
 from sae_core.errors import UsageError
 from server.access import needs
-from server.api.common import api_router, replies
+from server.api.common import Read, api_router, replies
 from server.live import (
     ComponentsQuestion,
     FiringQuestion,
@@ -24,7 +24,6 @@ from server.live import (
     Ticket,
 )
 from server.pages.feature import LONGEST_TEXT, engine
-from server.pages.reply import Read
 from server.store.features import check_index
 from server.store.prompts import LONGEST
 from server.store.saes import find_sae

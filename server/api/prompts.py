@@ -5,9 +5,8 @@ from typing import Annotated, Literal
 from fastapi import Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.api.common import LONGEST_NAME, api_router, replies, respond
+from server.api.common import LONGEST_NAME, Read, api_router, replies, respond
 from server.live import FeatureAt
-from server.pages.reply import Read
 from server.pages.writing import reading, writing
 from server.store import prompts as store
 from server.store.features import check_index

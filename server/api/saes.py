@@ -7,8 +7,8 @@ from fastapi import Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import NotFound
-from server.api.common import LONGEST_NAME, SaeName, api_router, facts, replies, respond
-from server.pages.reply import Read, etag, unchanged
+from server.api.common import LONGEST_NAME, Read, SaeName, api_router, facts, replies, respond
+from server.pages.reply import etag, unchanged
 from server.store import manage, registry
 from server.store.heads import HeadLine, HeadPage, ModelHeads, head_page, head_summaries, model_heads
 from server.store.home import SaeCard, sae_cards
@@ -113,7 +113,7 @@ def list_saes(query: Annotated[SaesQuery, Query()], read: Read) -> Response:
 def read_sae(request: Request, sae: SaeName, read: Read) -> Response:
     """How good it is, how it was trained, and what its features are like as a whole. A former name leads to the present one."""
     door = find_sae(read, sae)
-    tag = etag(request, facts(door)) if door.sae.harvest else None  # without one it tells how the running one goes
+    tag = etag(request, facts(door), door.metrics) if door.sae.harvest else None  # without one it tells how the running one goes
     return (tag and unchanged(request, tag)) or respond(sae_overview(read, door), tag=tag)
 
 

@@ -6,8 +6,7 @@ from fastapi import Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import UsageError
-from server.api.common import SaeName, api_router, replies, respond
-from server.pages.reply import Read
+from server.api.common import Read, SaeName, api_router, replies, respond
 from server.store.saes import find_sae
 from server.store.search import Found, Overall, check_kind, search, search_all
 

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from sae_core.errors import JobError
 from server.db import Database
 from server.packing import F4, I4, fold, pack, pack_acts, pack_dfa, read_examples, shorten
+from server.store.chunks import cut
 from server.tables import SAE, Context, Example, Feature, FeatureDetail, Harvest, HarvestPart, HeadSummary, now
 
 if TYPE_CHECKING:
@@ -118,20 +119,6 @@ def stored_gaps(session: Session, harvest_id: int) -> NDArray[np.float64]:
 
 
 # ---- chunks, each written once ----
-
-
-def cut(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """Runs of items that hold `most` or just more; always the same runs of the same items, so that their marks mean the same."""
-    chunk: list[T] = []
-    held = 0
-    for item in items:
-        chunk.append(item)
-        held += size(item)
-        if held >= most:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk
 
 
 def _marks(session: Session, harvest_id: int) -> set[str]:

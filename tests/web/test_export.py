@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,28 @@ def test_parquet_holds_the_same_in_nested_columns(lines: list[dict[str, Any]], t
         for one in row["examples"]:
             one["acts"] = dict(one["acts"]) if one["acts"] else {}
         assert row == line
+
+
+def test_arrow_does_not_ask_pandas_what_things_are() -> None:
+    # It would load it, which holds 35 MB for as long as the process lives. A process of its own: the test's has pandas.
+    code = """
+import sys
+import pyarrow
+from server.api import export
+made = [export._array(pyarrow, *of) for of in (
+    ([1, None], int | None), ([0.5, float("nan")], float), ([True, None, False], bool | None),
+    (["a", None, "\u00e9"], str | None), ([{"a": 1}, None], dict[str, export.Any] | None),
+    ([{1: 0.5}, {}, None], dict[int, float] | None), ([(1, 2), None, ()], tuple[int, ...] | None),
+)]
+for one in made:
+    one.validate(full=True)
+print(repr([one.to_pylist() for one in made]), "pandas" in sys.modules)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == (
+        "[[1, None], [0.5, nan], [True, None, False], ['a', None, '\u00e9'], ['{\"a\":1}', None], [[(1, 0.5)], [], None], "
+        "[[1, 2], None, []]] False"
+    )
 
 
 def test_csv_has_the_same_columns_with_lists_as_json(client: TestClient, lines: list[dict[str, Any]]) -> None:
