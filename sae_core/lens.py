@@ -628,6 +628,17 @@ class Lens:
                     parts[-1].append(Effect(losses, kl))
         return [Effect(*map(torch.cat, zip(*effects, strict=True))) for effects in zip(*parts, strict=True)]
 
+    def answers_with(
+        self, tokens: Tensor, layer: int, replacements: Sequence[Replace | None], at: Tensor, ids: Tensor
+    ) -> list[Tensor]:
+        """Logits [b, k] of the tokens `ids` [b, k] at one position of each row, `at` [b], with each replacement of one layer's z;
+        None is the model as it is. Logits of all rows are held at once, so the caller bounds them (`logit_rows`)."""
+        self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        rows, at, ids = torch.arange(len(tokens), device=self.device), at.to(self.device), ids.to(self.device)
+        with self._lock, torch.no_grad():
+            return [logits[rows, at].gather(1, ids).float() for logits in self._logits(tokens, layer, replacements)]
+
     def run_with(self, tokens: Tensor, replacements: Mapping[int, Replace], read: Sequence[int] = ()) -> Changed:
         """One whole pass in which z [b, pos, d_in] of several layers is replaced, each layer getting what the replacements
         before it made; z of the layers in `read` comes back. All logits are held at once, so the caller bounds the rows

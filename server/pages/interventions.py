@@ -218,6 +218,7 @@ def _shown(
 ) -> Response:
     view: dict[str, Any] = {"asked": asked, "result": result, "place": place, "trouble": trouble, "fields": fields(asked)}
     view |= {"may_ask": viewer(request).may("reader"), "hows": HOWS, "valued": VALUED, "layer_hows": LAYER_HOWS, "most": MOST}
+    view["look_id"] = secrets.token_hex(4)  # another one each time: what is morphed into itself would not ask again
     status = 422 if trouble and not wants_part(request) else 200
     return reply(request, page, "interventions.html", block="_interventions.html", status=status, **view)
 
@@ -270,13 +271,11 @@ def read_form(form: Mapping[str, str]) -> Asked:
 
 def fields(asked: Asked) -> dict[str, str]:
     """The hidden fields that carry the form from one step to the next."""
-    found = {
-        name: str(getattr(asked, name))
-        for name in ("model", "text", "other", "look", "next", "less", "new", "temperature", "seed")
-    }
-    for prefix, lines in (("f", asked.features), ("l", asked.layers)):
-        for i, line in enumerate(lines):
-            found |= {f"{prefix}.{i}.{name}": getattr(line, name) for name in line.__dataclass_fields__}
+    found = {name: str(getattr(asked, name)) for name in TYPED}
+    for i, feature in enumerate(asked.features):
+        found |= {f"f.{i}.{name}": typed for name, typed in asdict(feature).items()}
+    for i, layer in enumerate(asked.layers):
+        found |= {f"l.{i}.{name}": typed for name, typed in asdict(layer).items()}
     return found | ({"error": "keep"} if asked.error else {})
 
 
