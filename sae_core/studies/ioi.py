@@ -319,7 +319,7 @@ def ioi(lens: "Lens", sae: SAE, cfg: IoiStudy) -> Generator[Progress, None, Ioi]
     rows = rows_of(lens, names, every)
     measure, templates = _Measure(lens, rows, cfg), [prompt.template for prompt in every]
     changed = changed_prompts(cfg, every, list(names))
-    clock = Clock("prompts", 3 + cfg.features + TESTED * cfg.random + 2 * len(changed) + 3, "passes")
+    clock = Clock("prompts", 4 + cfg.features + TESTED * cfg.random + 2 * len(changed) + 3, "passes")
     zs = measure.at_s2(rows, layers)
     z, f = zs[layer], codes_at(sae, zs[layer])
     candidates = f.mean(0).topk(min(cfg.features, f.shape[1])).indices.tolist()
