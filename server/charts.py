@@ -465,7 +465,7 @@ def dots(
         for dot in kind.points:
             x, y = x_of(dot.value), places[dot.row] + off
             if dot.low is not None and dot.high is not None:
-                marks.append(f'<path class="line" d="M{x_of(dot.low):.1f} {y:.1f}H{x_of(dot.high):.1f}"/>')
+                marks.append(f'<path class="edge" d="M{x_of(dot.low):.1f} {y:.1f}H{x_of(dot.high):.1f}"/>')
             label = escape(f"{dot.row}, {kind.name}: {said(dot.value)}{_bounds(dot.low, dot.high, said)}")
             marks.append(
                 f'<path class="mark" d="{MARKS[kind.mark]}" transform="translate({x:.1f} {y:.1f})"><title>{label}</title></path>'

@@ -378,6 +378,9 @@ def made(read: Session, models: Sequence[ModelChoice], answer: LiveSteered, aske
     moved = [now - was for was, now in zip(answer.losses, answer.changed_losses, strict=True)]
     strongest = max(map(abs, moved), default=0.0)
     places = [set(range(1, len(answer.tokens)) if one.at is None else one.at) for one in asked.changes]
+    for i, (one, was) in enumerate(zip(asked.features, answer.features, strict=True)):
+        if one.how in ("ablate", "scale"):  # where it is silent nothing changes
+            places[i] &= {at for at, value in enumerate(was.activations) if value}
     changed = set().union(*places)
     tokens = tuple(
         Token(

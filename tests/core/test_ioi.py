@@ -41,7 +41,8 @@ def small_words(monkeypatch: pytest.MonkeyPatch) -> None:
 def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prompts of letters."""
     names = {
-        "NAMES": tuple("CDEFGHJKLMNP"), "SENTENCES": (("if", "at {place}", "{s} to {thing}"), ("so", "by {place}", "{s} at {thing}")),
+        "NAMES": tuple("CDEFGHJKLMNP"),
+        "SENTENCES": (("if", "at {place}", "{s} to {thing}"), ("so", "by {place}", "{s} at {thing}")),
         "PLACES": ("x", "yy"), "THINGS": ("v", "w"), "BEFORE": "oh. ", "INSERTED": " so",
     }  # fmt: skip
     for name, value in names.items():

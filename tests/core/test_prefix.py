@@ -47,7 +47,7 @@ def test_controls_repeat_nothing_and_differ_in_the_first_copy_alone(tiny_lens: C
     lens, cfg = tiny_lens("llama"), small(prefixes=4)
     copies = copied_prefixes(cfg, lens)
     controls = controls_of(copies, row_tokens(cfg, lens, 1).tolist(), cfg.seed)
-    for row, control, source, dest, p in zip(*map(list, (copies.tokens, controls, copies.source, copies.dest, copies.prefix))):
+    for row, control, source, dest, p in zip(copies.tokens, controls, *copies[2:0:-1], copies.prefix, strict=True):
         assert len(set(control.tolist())) == len(control), "nothing repeats"
         assert len(set(row.tolist())) == len(row) - p
         assert (row != control).nonzero()[:, 0].tolist() == list(range(int(source - p), int(source)))
