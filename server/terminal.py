@@ -202,7 +202,7 @@ def _of_prefix(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"{role} features", str(n)
     for one in result["features"][:12]:
         source = f", {one['from_source']:.0%} from the right source" if one["from_source"] is not None else ""
-        rise = f"p = {first}: {one['rise'][0]:+.2f}, p = {last}: {one['rise'][-1]:+.2f}, best {one['best']:.2f}{source}"
+        rise = f"p = {first}: {one['rise'][0]:+.2f}, p = {last}: {one['rise'][-1]:+.2f}, rises by {one['best']:.2f}{source}"
         yield f"{one['index']} {one['role']}", rise
     for one in result["losses"]:
         yield f"loss {one['name']}, p = {last}", _interval(one["values"][-1], ".3f")

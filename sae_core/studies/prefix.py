@@ -6,8 +6,9 @@ tokens is copied, so that at the copy's last token, d, the token that followed t
 stands its control: the same row with other random tokens in the place of the first copy, so that nothing repeats.
 
 (a) activation  Mean activation of every feature at d less that in the control, by p; a feature does induction where it fires at d
-                in 0.3 of the rows of its best p, and in the controls in less than half as many. Long-prefix: after one token it
-                rises by less than half of its best; else short-prefix.
+                in 0.3 of the rows, after one token or after more, and in the controls in less than half as many. Long-prefix:
+                after one token it rises by less than half of what it rises by after more; else short-prefix. All p from two on
+                are taken together, since the best of many noisy means is always better than the first.
 (b) source      Of the features that do, the share of the positive DFA at d that comes from the token that followed the first
                 copy, and through which head, on rows of the longest prefix.
 (c) prediction  The loss of the right token after d when these features are ablated at d, error kept: the short-prefix ones,
@@ -47,7 +48,7 @@ class PrefixFeature(Record):
     index: int
     role: Role
     best: float
-    """Largest of `rise`."""
+    """The larger of the first of `rise` and the mean of the others."""
     rise: list[float]
     """Mean activation at d, less that of the controls."""
     rise_error: list[float]
@@ -176,11 +177,13 @@ def _features(
         change = (f - control).double()
         rise[p - 1], error[p - 1] = change.mean(0), change.std(0) / len(change) ** 0.5
         fires[p - 1], without[p - 1] = (f > 0).double().mean(0), (control > 0).double().mean(0)
-    best, at = rise.max(0)
-    often, seldom = fires.gather(0, at[None])[0], without.gather(0, at[None])[0]
+    # After one token, and after more: [2, d_sae] each.
+    rises, often, seldom = (torch.stack([part[0], part[1:].mean(0)]) for part in (rise, fires, without))
+    best, at = rises.max(0)
+    often, seldom = often.gather(0, at[None])[0], seldom.gather(0, at[None])[0]
     reach = ((often >= DOES) & (seldom < often / 2) & (best > 0)).nonzero()[:, 0]
     does: list[int] = reach[best[reach].argsort(descending=True)].tolist()
-    roles: dict[int, Role] = {i: "long-prefix" if rise[0, i] < WEAK * best[i] else "short-prefix" for i in does}
+    roles: dict[int, Role] = {i: "long-prefix" if rises[0, i] < WEAK * rises[1, i] else "short-prefix" for i in does}
     counts = {role: sum(one == role for one in roles.values()) for role in ("short-prefix", "long-prefix")}
     sources = yield from _sources(lens, sae, rows, does[:LISTED], cfg)
     found = [

@@ -129,7 +129,7 @@ def test_the_answer_is_painted_and_told(client: TestClient, asked: list[SteerQue
         ({"text": " "}, "Type some text first"),
         ({"text": "x" * 40_001}, "at most 40000"),
         ({"f.0.index": ""}, "Name a feature"),
-        ({"f.0.index": "4096"}, "feature 4096"),
+        ({"f.0.index": "4096"}, "Feature 4096 does not exist"),
         ({"f.0.index": "x"}, "is not a feature&#39;s index"),
         ({"f.0.sae": "gone"}, "no SAE called"),
         ({"f.0.how": "set"}, "Say how much"),
