@@ -554,7 +554,69 @@ class HeadsStudy(_OfHeads):
     """Tokens, drawn from the vocabulary, that the copying score is about; all of them where it has fewer."""
 
 
-AnyStudy = SpecificityStudy | InductionStudy | HeadsStudy
+class IoiStudy(Config):
+    """What an SAE's features at the second subject do for the indirect object, and what of the prompt its layer says there."""
+
+    kind: Literal["ioi"] = "ioi"
+    """Which study this is."""
+    sae: str
+    """The SAE's name."""
+    samples: Annotated[int, Field(ge=8, le=2000)] = 100
+    """Prompts, half of them ABBA and half BABA."""
+    features: Annotated[int, Field(ge=1, le=500)] = 24
+    """Features that are ablated: those that fire most at the second subject."""
+    random: Annotated[int, Field(ge=1, le=500)] = 16
+    """Random directions that each of the strongest features is held against."""
+    words: tuple[Annotated[str, Field(pattern=r"^[^\W\d_]{2,20}$")], ...] = ("alongside", "or", "but", "with")
+    """What " and" between the names is replaced by."""
+    layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Further layers whose output is replaced together with the SAE's; the paper took two."""
+    pass_tokens: Annotated[int, Field(ge=64)] = 2048
+    """Tokens in one model pass."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    @model_validator(mode="after")
+    def _pairs(self) -> Self:
+        if self.samples % 2:
+            raise Unfitting("samples must be even: half of the prompts are ABBA and half BABA", field="samples")
+        if len(set(self.words)) < len(self.words) or set(self.words) & {"and", "names", "moved", "exchanged", "third"}:
+            raise Unfitting("words must differ from each other and from 'and'", field="words")
+        return self
+
+
+class PrefixStudy(Config):
+    """Which features of an SAE do induction, how long a repeated prefix they need, and what the prediction owes to them."""
+
+    kind: Literal["prefix"] = "prefix"
+    """Which study this is."""
+    sae: str
+    """The SAE's name."""
+    prefixes: Annotated[int, Field(ge=2, le=32)] = 9
+    """Longest prefix that is copied."""
+    samples: Annotated[int, Field(ge=8, le=10_000)] = 32
+    """Sequences of random tokens for each length of the prefix."""
+    length: Annotated[int, Field(ge=16, le=8192)] = 64
+    """Tokens in a sequence, the row-start token included."""
+    random: Annotated[int, Field(ge=1, le=500)] = 4
+    """Sets of other features, drawn at random, that are ablated as a control."""
+    pass_tokens: Annotated[int, Field(ge=64)] = 2048
+    """Tokens in one model pass."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.length < 2 * self.prefixes + 3:
+            raise Unfitting(
+                f"length {self.length} has no room for a prefix of {self.prefixes} tokens twice; "
+                f"take {2 * self.prefixes + 3} or more, or fewer prefixes",
+                field="length",
+            )
+        return self
+
+
+AnyStudy = SpecificityStudy | InductionStudy | HeadsStudy | IoiStudy | PrefixStudy
 StudyJob = Annotated[AnyStudy, Field(discriminator="kind")]
 """A question put to a feature, or to the heads of a model; `kind` says which."""
 

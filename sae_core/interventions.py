@@ -20,7 +20,7 @@ error.
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -58,7 +58,8 @@ class Ablation:
 
     layer: int
     given: Tensor | None = None
-    """None: zeros. [d_in]: one vector everywhere, as a mean. [pos, d_in]: each position its own, as z of another text."""
+    """None: zeros. [d_in]: one vector everywhere, as a mean. [pos, d_in]: each position its own, as z of another text; tokens
+    that the model writes after the text then stay as they are."""
     at: tuple[int, ...] | None = None
     """Positions; None is every one but row starts."""
     heads: tuple[int, ...] | None = None
@@ -145,20 +146,31 @@ def mean_z(lens: "Lens", rows: Tensor, layers: Sequence[int]) -> dict[int, Tenso
 
 
 def replacements(
-    lens: "Lens", tokens: Tensor, saes: Mapping[int, SAE], edits: Sequence[Edit], *, keep_error: bool = True
+    lens: "Lens",
+    tokens: Tensor,
+    saes: Mapping[int, SAE],
+    edits: Sequence[Edit],
+    *,
+    keep_error: bool = True,
+    begin: int = 0,
+    text: int | None = None,
 ) -> dict[int, "Replace"]:
-    """By layer, what `Lens.run_with` replaces its z by in a pass of the rows `tokens` [b, pos].
+    """By layer, what `Lens.run_with` replaces its z by in a pass of the rows `tokens` [b, pos]; with `begin` what `Lens.go_on`
+    does where so many tokens went before. `text` is how many positions the edits may name, if not all.
 
     Raises UsageError and NotFound for a layer, feature, head or position that is not there.
     """
     by_layer: dict[int, list[Edit]] = defaultdict(list)
     for edit in edits:
-        _check(lens, tokens.shape[1], saes, edit)
+        _check(lens, text or tokens.shape[1], saes, edit)
         by_layer[edit.layer].append(edit)
-    starts = row_starts(tokens.cpu(), lens.row_start).to(lens.device)
+    starts = row_starts(tokens.cpu(), lens.row_start)
+    if begin:
+        starts[:, 0] = tokens[:, 0].cpu() == lens.row_start
+    here = _Here(starts.to(lens.device), begin)
     return {
-        layer: partial(_replaced, saes.get(layer), starts, tuple(here), lens.info.d_head, keep_error)
-        for layer, here in by_layer.items()
+        layer: partial(_replaced, saes.get(layer), here, tuple(those), lens.info.d_head, keep_error)
+        for layer, those in by_layer.items()
     }
 
 
@@ -214,12 +226,17 @@ def write(
     keep_error: bool = True,
     temperature: float = 1.0,
     seed: int = 0,
+    keep_past: bool = True,
+    check: Callable[[], None] = lambda: None,
 ) -> Text:
-    """Let the model go on from `tokens` by at most `new_tokens`, plain and with the edits, which hold in every pass.
+    """Let the model go on from `tokens` by at most `new_tokens`, plain and with the edits, which hold in every pass; those
+    without positions on new tokens too.
 
     Both draw with the same noise (Gumbel's, from `seed`), so that the texts are the same until the edits change a draw;
-    `temperature` 0 takes the most likely token. A text stops after the tokenizer's end of text. Every token is a whole pass:
-    nothing is kept between them. Raises as `replacements`, and UsageError where the text grows too long.
+    `temperature` 0 takes the most likely token. A text stops after the tokenizer's end of text. Keys and values are kept from
+    one token to the next unless `keep_past` is false, or the model gives no such passes (`Lens.keeps_past`); the text is the
+    same. `check` is called before each token, and may raise. Raises as `replacements`, and UsageError where the text grows too
+    long.
     """
     if len(tokens) + new_tokens > lens.info.max_context:
         raise UsageError(
@@ -229,9 +246,12 @@ def write(
         )
     if temperature < 0:
         raise UsageError("The temperature is 0 or above.", field="temperature")
-    return Text(
-        *(_written(lens, list(tokens), saes, some, new_tokens, keep_error, temperature, seed) for some in ([], list(edits)))
-    )
+    length, texts = len(tokens) + new_tokens, list[list[int]]()
+    for some in ([], list(edits)):
+        after = _kept if keep_past and lens.keeps_past else _anew
+        steps = after(lens, list(tokens), saes, some, keep_error, length)
+        texts.append(_written(lens, steps, new_tokens, temperature, seed, check))
+    return Text(*texts)
 
 
 def try_edges(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], circuit: Circuit, most: int = 20) -> list[Tried]:
@@ -287,48 +307,67 @@ def _check_positions(at: Sequence[int], n: int) -> None:
         raise UsageError(f"The text has the positions 0 to {n - 1}; there is no {missing[0]}.", field="at")
 
 
-def _places(at: tuple[int, ...] | None, among: Tensor) -> Tensor:
+class _Here(NamedTuple):
+    """The rows of a pass."""
+
+    starts: Tensor
+    """bool [b, pos]: row starts."""
+    begin: int
+    """How many tokens came before, in earlier passes."""
+
+
+def _places(at: tuple[int, ...] | None, among: Tensor, begin: int) -> Tensor:
     """bool [b, pos]: the positions, all for None, out of those that may be."""
     if at is None:
         return among
     chosen = torch.zeros_like(among)
-    chosen[:, list(at)] = True
+    chosen[:, [one - begin for one in at if 0 <= one - begin < among.shape[1]]] = True
     return chosen
 
 
-def _replaced(sae: SAE | None, starts: Tensor, edits: tuple[Edit, ...], d_head: int, keep_error: bool, z: Tensor) -> Tensor:
+def _given(edit: Ablation, z: Tensor, begin: int) -> Tensor:
+    """What stands in the place of z [b, pos, d_in]."""
+    if edit.given is None:
+        return torch.zeros((), device=z.device)
+    if edit.given.ndim == 1:
+        return edit.given.to(z)
+    given, n = z.clone(), max(0, min(len(edit.given) - begin, z.shape[1]))
+    given[:, :n] = edit.given[begin : begin + n].to(z)
+    return given
+
+
+def _replaced(sae: SAE | None, here: _Here, edits: tuple[Edit, ...], d_head: int, keep_error: bool, z: Tensor) -> Tensor:
     z = z.float()
     for edit in edits:
         if isinstance(edit, Ablation):
-            where = _places(edit.at, ~starts)[..., None]
+            where = _places(edit.at, ~here.starts, here.begin)[..., None]
             if edit.heads is not None:
                 of_heads = torch.zeros(z.shape[-1] // d_head, dtype=torch.bool, device=z.device)
                 of_heads[list(edit.heads)] = True
                 where = where & of_heads.repeat_interleave(d_head)
-            given = torch.zeros((), device=z.device) if edit.given is None else edit.given.to(z)
-            z = torch.where(where, given, z)
+            z = torch.where(where, _given(edit, z, here.begin), z)
     of_features = [edit for edit in edits if isinstance(edit, FeatureEdit)]
-    return z if sae is None or not of_features else _edited(sae, starts, of_features, keep_error, z)
+    return z if sae is None or not of_features else _edited(sae, here, of_features, keep_error, z)
 
 
-def _edited(sae: SAE, starts: Tensor, edits: Sequence[FeatureEdit], keep_error: bool, z: Tensor) -> Tensor:
-    has_features = ~sae.excluded(z, starts)
+def _edited(sae: SAE, here: _Here, edits: Sequence[FeatureEdit], keep_error: bool, z: Tensor) -> Tensor:
+    has_features = ~sae.excluded(z, here.starts)
     column = {index: n for n, index in enumerate(dict.fromkeys(edit.index for edit in edits))}
     features = torch.tensor(list(column), device=z.device)
     w, c = sae.affine(features)
     f = sae.activate(sae.scaled(z) @ w.T + c, features, sae.least(z))
     new, touched = f.clone(), torch.zeros_like(has_features)
     for edit in edits:
-        where = _places(edit.at, has_features)
+        where = _places(edit.at, has_features, here.begin)
         if (where & ~has_features).any():
-            position = int((where & ~has_features).nonzero()[0, 1])
+            position = here.begin + int((where & ~has_features).nonzero()[0, 1])
             raise UsageError(
                 f"Position {position} is a row start or an attention sink, where the SAE of layer {edit.layer} has no "
                 "features; choose another.",
                 field="at",
             )
-        here = new[..., column[edit.index]]
-        new[..., column[edit.index]] = torch.where(where, _put(edit, here), here)
+        f_j = new[..., column[edit.index]]
+        new[..., column[edit.index]] = torch.where(where, _put(edit, f_j), f_j)
         touched |= where
     moved, scale = (new - f) @ sae.W_dec[features], sae.token_scale(z)
     moved = moved if scale is None else moved / scale
@@ -372,25 +411,39 @@ def _logit(logits: Tensor, root: Place) -> float:
     return float(logits[root.index] - (logits[int(root.name)] if root.name else logits.mean()))
 
 
-def _written(
-    lens: "Lens",
-    tokens: list[int],
-    saes: Mapping[int, SAE],
-    edits: list[Edit],
-    n: int,
-    keep_error: bool,
-    temperature: float,
-    seed: int,
-) -> list[int]:
+Steps = Generator[Tensor, int, None]
+"""Gives the logits [d_vocab] of the next token, takes the token, and so on."""
+
+
+def _anew(lens: "Lens", tokens: list[int], saes: Mapping[int, SAE], edits: list[Edit], keep_error: bool, length: int) -> Steps:
+    """A whole pass for each token."""
+    del length
+    text = len(tokens)
+    while True:
+        row = torch.tensor([tokens], device=lens.device)
+        made = replacements(lens, row, saes, edits, keep_error=keep_error, text=text)
+        tokens = [*tokens, (yield lens.run_with(row, made).logits[0, -1])]
+
+
+def _kept(lens: "Lens", tokens: list[int], saes: Mapping[int, SAE], edits: list[Edit], keep_error: bool, length: int) -> Steps:
+    """Each token once: keys and values of those before it are kept, which the edits have changed already."""
+    text, begin, past = len(tokens), 0, None
+    while True:
+        row = torch.tensor([tokens], device=lens.device)
+        made = replacements(lens, row, saes, edits, keep_error=keep_error, begin=begin, text=text)
+        logits, past = lens.go_on(row, made, past, length)
+        begin += len(tokens)
+        tokens = [(yield logits[0])]
+
+
+def _written(lens: "Lens", steps: Steps, n: int, temperature: float, seed: int, check: Callable[[], None]) -> list[int]:
     noise, new = torch.Generator().manual_seed(seed), list[int]()
-    for _ in range(n):
-        row = torch.tensor([tokens + new], device=lens.device)
-        logits = lens.run_with(row, replacements(lens, row, saes, edits, keep_error=keep_error)).logits[0, -1].cpu()
+    while len(new) < n and (not new or new[-1] != lens.text_end):
+        check()
+        logits = (steps.send(new[-1]) if new else next(steps)).cpu()
         if temperature:
             # argmax of logits / T + Gumbel noise draws from the softmax.
             uniform = torch.rand(len(logits), generator=noise, dtype=torch.float64).clamp_min(1e-300)
             logits = logits / temperature - (-uniform.log()).log()
         new.append(int(logits.argmax()))
-        if new[-1] == lens.text_end:
-            break
     return new

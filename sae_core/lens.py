@@ -209,6 +209,15 @@ class Changed(NamedTuple):
     """[b, pos, d_vocab], as the model gives them."""
 
 
+class Step(NamedTuple):
+    """What comes after the tokens so far."""
+
+    logits: Tensor
+    """[b, d_vocab] of the next token, fp32."""
+    past: Any
+    """Keys and values of all tokens so far, for the next step; the step that takes them changes them."""
+
+
 class Effect(NamedTuple):
     """What a replacement does to the prediction of each next token."""
 
@@ -619,6 +628,17 @@ class Lens:
                     parts[-1].append(Effect(losses, kl))
         return [Effect(*map(torch.cat, zip(*effects, strict=True))) for effects in zip(*parts, strict=True)]
 
+    def answers_with(
+        self, tokens: Tensor, layer: int, replacements: Sequence[Replace | None], at: Tensor, ids: Tensor
+    ) -> list[Tensor]:
+        """Logits [b, k] of the tokens `ids` [b, k] at one position of each row, `at` [b], with each replacement of one layer's z;
+        None is the model as it is. Logits of all rows are held at once, so the caller bounds them (`logit_rows`)."""
+        self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        rows, at, ids = torch.arange(len(tokens), device=self.device), at.to(self.device), ids.to(self.device)
+        with self._lock, torch.no_grad():
+            return [logits[rows, at].gather(1, ids).float() for logits in self._logits(tokens, layer, replacements)]
+
     def run_with(self, tokens: Tensor, replacements: Mapping[int, Replace], read: Sequence[int] = ()) -> Changed:
         """One whole pass in which z [b, pos, d_in] of several layers is replaced, each layer getting what the replacements
         before it made; z of the layers in `read` comes back. All logits are held at once, so the caller bounds the rows
@@ -644,6 +664,41 @@ class Lens:
                 stack.enter_context(patch(layer, functools.partial(pass_on, layer=layer)))
             logits = _run(self._fast if fast else self._model, tokens)
         return Changed(found, logits.float())
+
+    @functools.cached_property
+    def keeps_past(self) -> bool:
+        """Whether a pass that takes up keys and values of earlier tokens gives what whole ones give; tried when first asked."""
+        batch = self._check_batch()
+        try:
+            with self._lock, torch.no_grad():
+                for handle in [self._model] if self._fast is None else [self._model, self._fast]:
+                    whole, half = _run(handle, batch)[:, -1], batch.shape[1] // 2
+                    first = handle(input_ids=batch[:, :half], use_cache=True)
+                    logits = handle(input_ids=batch[:, half:], past_key_values=first.past_key_values, use_cache=True).logits
+                    if not _gap(logits[:, -1], whole) <= 1e-4:
+                        return False
+        except Exception:
+            return False  # whole passes serve as well, only slower
+        return True
+
+    def go_on(self, tokens: Tensor, replacements: Mapping[int, Replace], past: Any, length: int) -> Step:
+        """What comes after `tokens` [b, pos], which follow those of the steps before (`past`; None at first); z of the new
+        positions is replaced as in `run_with`. `length` is how many tokens there will be in the end.
+
+        Raises as `run_with`, and ValueError where `keeps_past` does not hold.
+        """
+        if not self.keeps_past:
+            raise ValueError(f"{self.info.name} takes no keys and values of earlier tokens")
+        for layer in replacements:
+            self.check_layer(layer)
+        tokens = self._checked_tokens(tokens)
+        fast = self._fast_reads(length)
+        patch = self._fast_patch if fast else self._bridge_patch
+        with self._lock, torch.no_grad(), contextlib.ExitStack() as stack:
+            for layer, replacement in replacements.items():
+                stack.enter_context(patch(layer, replacement))
+            found = (self._fast if fast else self._model)(input_ids=tokens, past_key_values=past, use_cache=True)
+        return Step(found.logits[:, -1].float(), found.past_key_values)
 
     # Weights
 

@@ -29,6 +29,7 @@ from server.pages import (
     head,
     health,
     home,
+    interventions,
     jobs,
     keys,
     labels,
@@ -99,7 +100,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
     about_saes = (sae, manage, head, embed, components, labels, lists, ratings)
-    pages = (home, search, prompt, *about_saes, compare, start, jobs, sweep, study, status)
+    pages = (home, search, prompt, interventions, *about_saes, compare, start, jobs, sweep, study, status)
     # Routes are tried one after another. The feature's page first, since most of what is asked for is one; then the API, which
     # costs others next to nothing.
     app.include_router(feature.router)

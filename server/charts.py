@@ -426,6 +426,69 @@ def lines(
     return figure(title, desc, "".join(parts), width, height, table, kind="scatter", data=data)
 
 
+class Dot(NamedTuple):
+    """A value of a row in a dot plot, with its bounds where they are known."""
+
+    row: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+class Dots(NamedTuple):
+    """Values of one kind, with a mark of their own."""
+
+    name: str
+    mark: int
+    points: Sequence[Dot]
+
+
+def dots(
+    title: str, drawn: Sequence[Dots], *, desc: str, across: str, share: bool = False, at: float = 0.0, width: int = 480
+) -> Markup:
+    """Rows with a dot for each kind over a linear axis called `across`, bounds as lines; a line stands at the value `at`."""
+    rows = list(dict.fromkeys(dot.row for kind in drawn for dot in kind.points))
+    if not rows:
+        return _empty(title)
+    said, each = percent if share else num, 13 + 5 * len(drawn)
+    left = min(0.5 * width, LETTER * max(map(len, rows)) + 14)
+    ends = [v for kind in drawn for dot in kind.points for v in (dot.value, dot.low, dot.high, at, 0.0) if v is not None]
+    steps, height = round_steps(min(ends), max(ends)), each * len(rows) + 36
+    right, base = width - 14, height - 28
+
+    def x_of(value: float) -> float:
+        return left + (right - left) * (value - steps[0]) / (steps[-1] - steps[0])
+
+    parts = [
+        f'<path class="{"axis" if value in (0, at) else "grid"}" d="M{x_of(value):.1f} 4V{base}"/>'
+        f'<text x="{x_of(value):.1f}" y="{base + 12}" text-anchor="middle">{tick(value, share)}</text>'
+        for value in steps
+    ]
+    parts.append(f'<text x="{right}" y="{height - 3}" text-anchor="end">{escape(across)}</text>')
+    places = {row: 4 + each * (i + 0.5) for i, row in enumerate(rows)}
+    parts += [f'<text x="{left - 8:.1f}" y="{y + 3:.1f}" text-anchor="end">{escape(row)}</text>' for row, y in places.items()]
+    for i, kind in enumerate(drawn):
+        off = 6 * (i - (len(drawn) - 1) / 2)
+        marks = []
+        for dot in kind.points:
+            x, y = x_of(dot.value), places[dot.row] + off
+            if dot.low is not None and dot.high is not None:
+                marks.append(f'<path class="edge" d="M{x_of(dot.low):.1f} {y:.1f}H{x_of(dot.high):.1f}"/>')
+            label = escape(f"{dot.row}, {kind.name}: {said(dot.value)}{_bounds(dot.low, dot.high, said)}")
+            marks.append(
+                f'<path class="mark" d="{MARKS[kind.mark]}" transform="translate({x:.1f} {y:.1f})"><title>{label}</title></path>'
+            )
+        parts.append(f'<g class="s{kind.mark}">{"".join(marks)}</g>')
+    every = [(dot.row, kind.name, dot.value, dot.low, dot.high) for kind in drawn for dot in kind.points]
+    twin = "".join(
+        f"<tr><th scope=row>{escape(row)}<td>{escape(name)}<td>{said(value)}{_bounds(low, high, said)}"
+        for row, name, value, low, high in every
+    )
+    table = f"<table><thead><tr><th>what<th>of<th>{escape(across)}</thead><tbody>{twin}</table>"
+    data = Data(("what", "of", "value", "low", "high"), every)
+    return figure(title, desc, "".join(parts), width, height, table, kind="scatter", data=data)
+
+
 def _line(
     line: Line, at: Callable[[float, float], tuple[float, float]], said: Callable[[float], str], marked: bool
 ) -> Iterator[str]:

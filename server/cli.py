@@ -32,7 +32,9 @@ from sae_core.config import (
     HeadsStudy,
     ImportJob,
     InductionStudy,
+    IoiStudy,
     ModelSource,
+    PrefixStudy,
     RowsConfig,
     Site,
     SpecificityStudy,
@@ -581,6 +583,60 @@ def study_induction(
 ) -> None:
     """Find the heads that do induction, and tell those that need a long repeated prefix from those that need one token."""
     _study_of_heads(InductionStudy, model, corpus, revision, values, as_json=as_json, watch=watch, data=data, device=device)
+
+
+@study_app.command(
+    "ioi",
+    epilog="Examples: [bold]headscope study ioi --sae mine[/bold]; "
+    "[bold]headscope study ioi --sae mine --samples 40 --layers 5,6[/bold]",
+)
+@takes(OF_JOB, options(IoiStudy, skip=("kind", "sae")))
+def study_ioi(
+    sae: Annotated[str, typer.Option("--sae", help="Name of the SAE.")],
+    as_json: AsJson = False,
+    watch: Watch = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Ablate features at the second subject of "When Mary and John ... John gave it to", and ask what their layer says there."""
+    _study_of_sae(IoiStudy, sae, values, as_json=as_json, watch=watch, data=data, device=device)
+
+
+@study_app.command(
+    "prefix",
+    epilog="Examples: [bold]headscope study prefix --sae mine[/bold]; "
+    "[bold]headscope study prefix --sae mine --samples 100 --length 128[/bold]",
+)
+@takes(OF_JOB, options(PrefixStudy, skip=("kind", "sae")))
+def study_prefix(
+    sae: Annotated[str, typer.Option("--sae", help="Name of the SAE.")],
+    as_json: AsJson = False,
+    watch: Watch = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Find the features that do induction, tell those that need a long repeated prefix, and ablate them."""
+    _study_of_sae(PrefixStudy, sae, values, as_json=as_json, watch=watch, data=data, device=device)
+
+
+def _study_of_sae(
+    kind: type[IoiStudy | PrefixStudy],
+    sae: str,
+    values: dict[str, Any],
+    *,
+    as_json: bool,
+    watch: bool,
+    data: Path | None,
+    device: str | None,
+) -> None:
+    """A study of an SAE that needs no text."""
+    cfg = built(kind, {"sae": sae} | given(values, kind), {})
+    with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
+        _give_token(settings)
+        made = _study(settings, db, cfg, built(Wishes, given(values, Wishes)), wait=watch or as_json)
+    _show_study(made, as_json)
 
 
 def _study_of_heads(

@@ -16,7 +16,7 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ from torch import Tensor
 from sae_core import attribution, machine
 from sae_core.components import by_component
 from sae_core.errors import HeadscopeError, NotFound, UsageError
-from sae_core.interventions import FeatureEdit, measure, write
+from sae_core.interventions import Ablation, Edit, FeatureEdit, mean_z, measure, write
 from sae_core.lens import AttentionRead, Lens, load_lens
 from sae_core.saes import SAE, SparseActs, row_starts
 from server.db import Database
@@ -36,6 +36,7 @@ from server.line import Line
 from server.live import (
     SECRET_HEADER,
     ActivationChange,
+    ChangedFeature,
     ComponentsQuestion,
     FeatureActivations,
     FeatureAt,
@@ -63,7 +64,7 @@ from server.live import (
     WrittenText,
 )
 from server.settings import Settings
-from server.store import registry
+from server.store import interventions, registry
 from server.watch import FORMAT, Watch, Watched
 from server.worker import gpus, open_sae
 
@@ -79,6 +80,8 @@ class Warm:
     model: registry.ModelRecord
     lens: Lens
     saes: OrderedDict[str, SAE]
+    means: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """[d_in]: means of z by harvest and layer, once they were asked for."""
 
     @property
     def nbytes(self) -> int:
@@ -158,9 +161,16 @@ class Engine:
         self.line.leave(ticket, lambda: self._prompt(question))
         return self.look(ticket, wait)
 
+    def leave_steer(self, ticket: str, question: SteerQuestion, wait: float) -> InLine:
+        """The same of a question for what becomes of a text."""
+        self.line.leave(ticket, lambda: self._steer(question))
+        return self.look(ticket, wait)
+
     def look(self, ticket: str, wait: float = 0.0) -> InLine:
-        """Where a prompt is, or its answer."""
+        """Where a question is, or its answer."""
         place, found = self.line.look(ticket, wait)
+        if isinstance(found, LiveSteered):
+            return InLine(ticket=ticket, place=place, answer=None, steered=found)
         return InLine(ticket=ticket, place=place, answer=found)
 
     def warm(self, sae: str) -> None:
@@ -214,6 +224,7 @@ class Engine:
         names = list(dict.fromkeys([*(one.sae for one in question.features), *question.watch]))
         model, by_layer = self._model_of(names), dict[int, tuple[str, SAE]]()
         for name in names:
+            self.line.check()
             lens, sae = self._open(name, beside=len(by_layer))
             other, _ = by_layer.setdefault(sae.cfg.site.layer, (name, sae))
             if other != name:
@@ -224,16 +235,69 @@ class Engine:
         saes = dict(by_layer.values())
         for one in question.features:
             _check_feature(saes[one.sae], one.sae, one.index, "features")
-            for position in one.at or ():
-                _check_dest(position, len(tokens), "features")
+        for position in (at for one in question.changes for at in one.at or ()):
+            _check_dest(position, len(tokens), "at")
+        if question.look is not None:
+            _check_dest(question.look, len(tokens), "look")
         n = question.new_tokens
-        if n and n * (len(tokens) + n) > WRITTEN_AT_ONCE:
+        if not lens.keeps_past and n * (len(tokens) + n) > WRITTEN_AT_ONCE:
             most = max(m for m in range(n) if m * (len(tokens) + m) <= WRITTEN_AT_ONCE)
             raise UsageError(
                 f"After {len(tokens)} tokens at most {most} are written at once, not {n}: each reads the whole text again.",
                 field="new_tokens",
             )
-        return answer_steered(lens, saes, tokens, question, model)
+        edits = self._edits(lens, saes, tokens, question, names)
+        self.line.check()
+        return answer_steered(lens, saes, tokens, question, edits, model, self.line.check)
+
+    def _edits(
+        self, lens: Lens, saes: dict[str, SAE], tokens: list[int], question: SteerQuestion, names: Sequence[str]
+    ) -> list[Edit]:
+        """What the question changes; z of the other text and means are read here."""
+        layers = {one.layer for one in question.ablations}
+        resampled = {one.layer for one in question.ablations if one.how == "resample"}
+        resampled |= {saes[one.sae].cfg.site.layer for one in question.features if one.how == "resample"}
+        zs, other = dict[int, Tensor](), list[int]()
+        for layer in layers:
+            lens.check_layer(layer)
+        if resampled:
+            other = self._tokens(lens, question.other, None, "other")
+            _check_long_enough(question, len(other), len(tokens))
+            zs = lens.read_z(torch.tensor([other], device=lens.device), sorted(resampled))
+        means = self._means(lens, names, [one.layer for one in question.ablations if one.how == "mean"])
+        made: list[Edit] = []
+        for ablated in question.ablations:
+            given = {"zero": None, "mean": means.get(ablated.layer), "resample": zs.get(ablated.layer)}[ablated.how]
+            if given is not None and ablated.how == "resample":
+                given = _as_long(given[0], len(tokens))
+            at, heads = (None if some is None else tuple(some) for some in (ablated.at, ablated.heads))
+            made.append(Ablation(ablated.layer, given, at, heads))
+        for one in question.features:
+            layer, at = saes[one.sae].cfg.site.layer, None if one.at is None else tuple(one.at)
+            if one.how == "resample":
+                acts = _activations(saes[one.sae], zs[layer], row_starts(torch.tensor([other]), lens.row_start), one.index)
+                places = at if at is not None else _with_features(lens, saes[one.sae], tokens)
+                made += [FeatureEdit(layer, one.index, "set", acts[place], (place,)) for place in places]
+            elif one.how == "mean":
+                with self.db.read() as session:
+                    mean = interventions.mean_activations(session, one.sae, [one.index])[one.index]
+                made.append(FeatureEdit(layer, one.index, "set", mean, at))
+            else:
+                made.append(FeatureEdit(layer, one.index, one.how, one.value, at))
+        return made
+
+    def _means(self, lens: Lens, names: Sequence[str], layers: Sequence[int]) -> dict[int, Tensor]:
+        """[d_in] by layer: the mean of z over rows that a harvest kept."""
+        if not layers:
+            return {}
+        with self.db.read() as session:
+            harvest, rows = interventions.sample_rows(session, names, MEAN_ROWS)
+        warm = next(one for one in self._warm.values() if one.lens is lens)
+        if missing := [layer for layer in dict.fromkeys(layers) if (harvest, layer) not in warm.means]:
+            width = min(map(len, rows))
+            tokens = torch.tensor([row[:width] for row in rows], device=lens.device)
+            warm.means |= {(harvest, layer): mean for layer, mean in mean_z(lens, tokens, missing).items()}
+        return {layer: warm.means[harvest, layer] for layer in layers}
 
     def _model_of(self, names: Sequence[str]) -> str:
         """The model that all these SAEs are of; UsageError where there are two."""
@@ -331,6 +395,40 @@ def _check_feature(sae: SAE, name: str, index: int, field: str) -> None:
 def _check_dest(dest: int, n: int, field: str) -> None:
     if not 0 <= dest < n:
         raise UsageError(f"The text has the positions 0 to {n - 1}; there is no {dest}.", field=field)
+
+
+def _check_long_enough(question: SteerQuestion, other: int, n: int) -> None:
+    """The other text has a position for each that is resampled."""
+    resampled = [one.at for one in question.changes if one.how == "resample"]
+    last = max(n - 1 if at is None else max(at, default=0) for at in resampled)
+    if last >= other:
+        raise UsageError(
+            f"The text to resample from has {other} tokens, the row start included, and position {last} of it is wanted; give a "
+            "longer one, or name the positions.",
+            field="other",
+        )
+
+
+def _as_long(z: Tensor, n: int) -> Tensor:
+    """z [pos, d_in] cut to n positions, or filled with zeros that nobody reads."""
+    return z[:n] if len(z) >= n else torch.cat([z, z.new_zeros(n - len(z), z.shape[1])])
+
+
+def _activations(sae: SAE, z: Tensor, starts: Tensor, index: int) -> list[float]:
+    """A feature's activation at each position of z [1, pos, d_in]; 0 where the SAE has no features."""
+    feature = torch.tensor([index], device=z.device)
+    w, c = sae.affine(feature)
+    acts = sae.activate(sae.scaled(z[0]) @ w.T + c, feature, sae.least(z[0]))[:, 0]
+    found: list[float] = acts.masked_fill(sae.excluded(z, starts)[0], 0.0).tolist()
+    return found
+
+
+def _with_features(lens: Lens, sae: SAE, tokens: list[int]) -> list[int]:
+    """Positions where the SAE has features."""
+    layer, row = sae.cfg.site.layer, torch.tensor([tokens], device=lens.device)
+    z = lens.read_z(row, [layer])[layer]
+    found: list[int] = (~sae.excluded(z, row_starts(row.cpu(), lens.row_start))[0]).nonzero()[:, 0].tolist()
+    return found
 
 
 class _Place(NamedTuple):
@@ -557,10 +655,7 @@ def answer_written(lens: Lens, sae: SAE, tokens: list[int], at: FeatureAt, activ
     written = lens.direct_logits(vector[None] if scale is None else vector[None] / scale, sae.cfg.site.layer, z, final)[0]
     probabilities = logits.softmax(-1)
     if at.next_text is not None:
-        typed = lens.encode([at.next_text])[0]
-        if not typed:
-            raise UsageError(f"'{at.next_text}' makes no token.", field="next")
-        chosen = typed[0]
+        chosen = _first_token(lens, at.next_text)
     elif at.next is not None:
         if at.next >= len(logits):
             raise UsageError(f"{lens.info.name} has the tokens 0 to {len(logits) - 1} only.", field="next")
@@ -585,25 +680,52 @@ def answer_written(lens: Lens, sae: SAE, tokens: list[int], at: FeatureAt, activ
 
 
 WRITTEN_AT_ONCE = 40_000
-"""Tokens that are read in all, each text, while the model writes: half a minute on two cores with SmolLM2."""
+"""Tokens that are read in all, each text, while a model writes that reads the whole text again for each token: half a minute on
+two cores with SmolLM2."""
+MEAN_ROWS = 16
+"""Rows of harvested text that a mean of z is taken over."""
 
 
-def answer_steered(lens: Lens, saes: dict[str, SAE], tokens: list[int], question: SteerQuestion, model: str) -> LiveSteered:
-    """The text as it is and with the question's features changed; `saes` by name."""
+def answer_steered(
+    lens: Lens,
+    saes: dict[str, SAE],
+    tokens: list[int],
+    question: SteerQuestion,
+    edits: Sequence[Edit],
+    model: str,
+    check: Callable[[], None],
+) -> LiveSteered:
+    """The text as it is and with the edits; `saes` by name."""
     by_layer = {sae.cfg.site.layer: sae for sae in saes.values()}
     names = {sae.cfg.site.layer: name for name, sae in saes.items()}
-    edits = [
-        FeatureEdit(saes[one.sae].cfg.site.layer, one.index, one.how, one.value, None if one.at is None else tuple(one.at))
-        for one in question.features
-    ]
-    keep = question.keep_error
-    found = measure(lens, tokens, by_layer, edits, keep_error=keep, most=question.most)
+    keep, look = question.keep_error, len(tokens) - 1 if question.look is None else question.look
+    found = measure(lens, tokens, by_layer, edits, keep_error=keep, at=[look], most=question.most)
+    check()
     texts = write(
-        lens, tokens, by_layer, edits, question.new_tokens, keep_error=keep, temperature=question.temperature, seed=question.seed
+        lens,
+        tokens,
+        by_layer,
+        edits,
+        question.new_tokens,
+        keep_error=keep,
+        temperature=question.temperature,
+        seed=question.seed,
+        check=check,
     )
-    before, after = (logits[0].softmax(-1) for logits in (found.logits, found.changed_logits))
+    logits = found.logits[0], found.changed_logits[0]
+    before, after = (one.softmax(-1) for one in logits)
     likely = list(dict.fromkeys([*before.topk(NEXT).indices.tolist(), *after.topk(NEXT).indices.tolist()]))
     likely.sort(key=lambda one: -abs(float(after[one] - before[one])))
+
+    def named(ids: Sequence[int]) -> list[NextChange]:
+        return [
+            NextChange(
+                id=one, text=text, probability=float(before[one]), changed=float(after[one]), logit=float(logits[0][one]),
+                changed_logit=float(logits[1][one]),
+            )
+            for one, text in zip(ids, lens.token_texts(ids), strict=True)
+        ]  # fmt: skip
+
     return LiveSteered(
         model=model,
         tokens=tokens,
@@ -611,10 +733,10 @@ def answer_steered(lens: Lens, saes: dict[str, SAE], tokens: list[int], question
         losses=found.losses.tolist(),
         changed_losses=found.changed_losses.tolist(),
         kl=found.kl.tolist(),
-        likely=[
-            NextChange(id=one, text=text, probability=float(before[one]), changed=float(after[one]))
-            for one, text in zip(likely, lens.token_texts(likely), strict=True)
-        ],
+        look=look,
+        likely=named(likely),
+        asked=named([_first_token(lens, text) for text in question.next_texts]),
+        features=_changed_features(lens, saes, tokens, question),
         reached=[
             ActivationChange(
                 sae=names[one.layer], index=one.index, position=one.position, activation=one.before, changed=one.after
@@ -625,6 +747,27 @@ def answer_steered(lens: Lens, saes: dict[str, SAE], tokens: list[int], question
         plain=WrittenText(tokens=texts.plain, text=lens.decode(texts.plain)),
         changed=WrittenText(tokens=texts.changed, text=lens.decode(texts.changed)),
     )
+
+
+def _first_token(lens: Lens, text: str) -> int:
+    typed = lens.encode([text])[0]
+    if not typed:
+        raise UsageError(f"'{text}' makes no token.", field="next")
+    return typed[0]
+
+
+def _changed_features(lens: Lens, saes: dict[str, SAE], tokens: list[int], question: SteerQuestion) -> list[ChangedFeature]:
+    """The activations, in the plain pass, of the features that the question changes."""
+    row, layers = torch.tensor([tokens], device=lens.device), {saes[one.sae].cfg.site.layer for one in question.features}
+    starts, zs = row_starts(row.cpu(), lens.row_start), lens.read_z(row, sorted(layers))
+    return [
+        ChangedFeature(
+            sae=one.sae,
+            index=one.index,
+            activations=_activations(saes[one.sae], zs[saes[one.sae].cfg.site.layer], starts, one.index),
+        )
+        for one in question.features
+    ]
 
 
 def create_engine(settings: Settings, db: Database) -> FastAPI:
@@ -692,6 +835,10 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
     @app.post("/line/{ticket}")
     def leave(ticket: Ticket, question: PromptQuestion, wait: Wait = 0.0) -> InLine:
         return engine.leave(ticket, question, wait)
+
+    @app.post("/line/{ticket}/steer")
+    def leave_steer(ticket: Ticket, question: SteerQuestion, wait: Wait = 0.0) -> InLine:
+        return engine.leave_steer(ticket, question, wait)
 
     @app.get("/line/{ticket}")
     def look(ticket: Ticket, wait: Wait = 0.0) -> InLine:

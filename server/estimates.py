@@ -10,7 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from sae_core.config import EvaluateJob, HarvestConfig, HeadsStudy, InductionStudy, RowsConfig, TrainConfig
+from sae_core.config import (
+    EvaluateJob,
+    HarvestConfig,
+    HeadsStudy,
+    InductionStudy,
+    IoiStudy,
+    PrefixStudy,
+    RowsConfig,
+    TrainConfig,
+)
 from sae_core.progress import Progress
 
 
@@ -149,6 +158,33 @@ def heads_seconds(cfg: HeadsStudy, model: Sized, speed: Speed) -> dict[str, floa
     if cfg.corpus:
         found |= {"text": cfg.text_rows * cfg.rows.context * per_token}
     return found | {"weights": n_heads * circuit / (speed.float32 * EFFICIENCY["pass"])}
+
+
+IOI_TOKENS = 22
+"""Tokens of a prompt, about."""
+
+
+def ioi_seconds(cfg: IoiStudy, layer: int, model: Sized, speed: Speed) -> dict[str, float]:
+    """Seconds of the indirect-object study: passes that take up at the SAE's layer, and whole ones of changed prompts."""
+    shape = Shape.of(model)
+    whole = shape.pass_flops(model.n_layers)
+    taken_up = cfg.features + 3 * cfg.random + 3
+    passes = 3 * (len(cfg.words) + 5) * whole + taken_up * (whole - shape.pass_flops(layer))
+    return {"prompts": 1.0 + cfg.samples * IOI_TOKENS * passes / (speed.float32 * EFFICIENCY["pass"])}
+
+
+def prefix_seconds(cfg: PrefixStudy, layer: int, model: Sized, speed: Speed) -> dict[str, float]:
+    """Seconds of each phase of a study of induction features."""
+    shape = Shape.of(model)
+    rows = cfg.samples * cfg.prefixes * cfg.length / (speed.float32 * EFFICIENCY["pass"])
+    whole, before = shape.pass_flops(model.n_layers), shape.pass_flops(layer + 1)
+    return {
+        "rows": 1.0 + rows * before,
+        "controls": rows * before,
+        "sources": rows * before / cfg.prefixes,
+        "ablations": rows * (whole + (cfg.random + 4) * (whole - before)),
+        "controls' losses": rows * whole,
+    }
 
 
 def harvest_seconds(

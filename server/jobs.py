@@ -23,6 +23,8 @@ from sae_core.config import (
     HarvestJob,
     ImportJob,
     InductionStudy,
+    IoiStudy,
+    PrefixStudy,
     SpecificityStudy,
     SweepConfig,
     TrainConfig,
@@ -180,14 +182,22 @@ class Jobs:
             if isinstance(cfg, SpecificityStudy):
                 check_feature(registry.sae(session, cfg.sae), cfg.feature)
                 title = f"Feature {cfg.feature} of {cfg.sae} against: {said(cfg.proxies)}"
+            elif isinstance(cfg, IoiStudy | PrefixStudy):
+                of = registry.sae(session, cfg.sae)
+                for layer in cfg.layers if isinstance(cfg, IoiStudy) else ():
+                    model = registry.model_by_id(session, of.model_id)
+                    check_layer(model.name, model, layer)
+                what = "Indirect object" if isinstance(cfg, IoiStudy) else "Induction features and their prefixes"
+                title = f"{what}: {cfg.sae}"
             else:
                 model = registry.model(session, cfg.model)
                 for layer in () if cfg.layers == "all" else cfg.layers:
                     check_layer(model.name, model, layer)
                 what = "Induction heads" if isinstance(cfg, InductionStudy) else "What heads do: those"
                 title = f"{what} of {cfg.model}, {_named(cfg.layers)}"
-            if cfg.corpus is not None:
-                registry.corpus(session, cfg.corpus)
+            corpus = None if isinstance(cfg, IoiStudy | PrefixStudy) else cfg.corpus
+            if corpus is not None:
+                registry.corpus(session, corpus)
             shown = title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 1]}…"
             self._create(session, job_id, "study", shown, cfg.model_dump(mode="json"))
         self.release()
@@ -443,7 +453,10 @@ def _named(layers: Sequence[int] | str) -> str:
 
 def study_id(cfg: AnyStudy) -> str:
     """The one id of this study."""
-    of = f"{cfg.sae}-{cfg.feature}" if isinstance(cfg, SpecificityStudy) else slug(cfg.model)
+    if isinstance(cfg, SpecificityStudy):
+        of = f"{cfg.sae}-{cfg.feature}"
+    else:
+        of = slug(cfg.sae if isinstance(cfg, IoiStudy | PrefixStudy) else cfg.model)
     return f"study-{of}-{cfg.hash()}"
 
 

@@ -144,26 +144,51 @@ class FeatureChanged(BaseModel):
     """Name of the SAE."""
     index: int
     """Index of the feature in its SAE, counted from 0."""
-    how: Literal["ablate", "set", "scale", "steer"] = "steer"
-    """Its activation becomes 0 (`ablate`), `value` (`set`), `value` times itself (`scale`), or itself and `value` (`steer`),
-    which adds its decoder direction so many times whether it fires or not."""
+    how: Literal["ablate", "mean", "resample", "set", "scale", "steer"] = "steer"
+    """Its activation becomes 0 (`ablate`), its mean over all tokens of its harvest (`mean`), what it is at the same position of
+    the text `other` (`resample`), `value` (`set`), `value` times itself (`scale`), or itself and `value` (`steer`), which adds
+    its decoder direction so many times whether it fires or not."""
     value: Annotated[float, Field(ge=-1e4, le=1e4)] = 0.0
     """As `how` reads it."""
     at: Annotated[list[int], Field(max_length=10_000)] | None = None
-    """Positions; null is every one that has features, those of new tokens too."""
+    """Positions; null is every one that has features, those of new tokens too (but not of `resample`)."""
+
+
+class LayerAblated(BaseModel):
+    """What is put in the place of a layer's z, features or not."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    layer: Annotated[int, Field(ge=0)]
+    """The layer."""
+    how: Literal["zero", "mean", "resample"] = "zero"
+    """Zeros, the mean of z over harvested text, or z at the same position of the text `other`."""
+    heads: Annotated[list[int], Field(min_length=1, max_length=1000)] | None = None
+    """Of these heads alone; null is all."""
+    at: Annotated[list[int], Field(max_length=10_000)] | None = None
+    """Positions; null is every one but row starts, those of new tokens too (but not of `resample`)."""
 
 
 class SteerQuestion(BaseModel):
     """What becomes of a text when features are changed?"""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, hide_input_in_errors=True)
 
-    features: Annotated[list[FeatureChanged], Field(min_length=1, max_length=32)]
+    features: Annotated[list[FeatureChanged], Field(max_length=32)] = []
     """What is changed, of SAEs of one model, at most one SAE of each layer."""
+    ablations: Annotated[list[LayerAblated], Field(max_length=32)] = []
+    """Layers whose z is taken out, of the model of the SAEs named; where it is the layer of a changed feature, z is taken out
+    first."""
     text: Annotated[str | None, Field(max_length=100_000)] = None
     """Text to run; the row start is put before it."""
     tokens: Annotated[list[int] | None, Field(max_length=100_000)] = None
     """Token ids of a whole row, row start included, in place of text."""
+    other: Annotated[str | None, Field(max_length=100_000)] = None
+    """The text that `resample` takes from; it must have as many tokens as are resampled, or more."""
+    look: Annotated[int | None, Field(ge=0)] = None
+    """The position whose next token is told; null is the last."""
+    next_texts: Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=8)] = []
+    """Next tokens whose logits are told whatever they are, as texts, of each of which the first token is taken."""
     keep_error: bool = True
     """Keep what the SAE does not reconstruct; without it, z where something is changed is the reconstruction."""
     watch: Annotated[list[str], Field(max_length=100)] = []
@@ -181,7 +206,18 @@ class SteerQuestion(BaseModel):
     def _one_of(self) -> Self:
         if (self.text is None) == (self.tokens is None):
             raise Unfitting("give either text or tokens", field="text")
+        if not self.features and not self.ablations:
+            raise Unfitting("give something to change", field="features")
+        if not self.features and not self.watch:
+            raise Unfitting("name an SAE of the model", field="watch")
+        if self.other is None and any(one.how == "resample" for one in self.changes):
+            raise Unfitting("give the text to resample from", field="other")
         return self
+
+    @property
+    def changes(self) -> list[FeatureChanged | LayerAblated]:
+        """All that is changed."""
+        return [*self.features, *self.ablations]
 
 
 class LiveSources(BaseModel):
@@ -378,6 +414,23 @@ class NextChange(BaseModel):
     """The model's own."""
     changed: float
     """With the features changed."""
+    logit: float
+    """As the model is."""
+    changed_logit: float
+    """With the features changed."""
+
+
+class ChangedFeature(BaseModel):
+    """A feature that was changed."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True)
+
+    sae: str
+    """Name of the SAE."""
+    index: int
+    """Index of the feature in its SAE, counted from 0."""
+    activations: list[float]
+    """By position, as the model is; 0 where the SAE has no features."""
 
 
 class ActivationChange(BaseModel):
@@ -414,8 +467,14 @@ class LiveSteered(BaseModel):
     """The same with the features changed."""
     kl: list[float]
     """By position: KL divergence in nats of the changed prediction from the model's own."""
+    look: int
+    """The position whose next token is told."""
     likely: list[NextChange]
-    """The likeliest tokens after the text, of either prediction, those first whose probability changes most."""
+    """The likeliest tokens after it, of either prediction, those first whose probability changes most."""
+    asked: list[NextChange]
+    """Those that were asked for, in that order."""
+    features: list[ChangedFeature]
+    """What was changed, in the order given."""
     reached: list[ActivationChange]
     """Features of SAEs after the first changed layer, largest change first."""
     n_reached: int
@@ -453,7 +512,9 @@ class InLine(BaseModel):
     place: int | None
     """How many are before it; 0 while it is being answered; null once it is."""
     answer: LivePrompt | None
-    """Null until then."""
+    """Of a prompt; null until then."""
+    steered: LiveSteered | None = None
+    """Of a question for what becomes of a text; null until then."""
 
 
 class LiveComponents(BaseModel):
@@ -531,6 +592,10 @@ class Live:
     def leave(self, ticket: str, question: PromptQuestion, wait: float) -> InLine:
         """Put the question in the line, and wait so many seconds for the answer; raises as `attribute`."""
         return InLine.model_validate(self._ask("POST", f"/line/{ticket}", question.model_dump(), {"wait": wait}))
+
+    def leave_steer(self, ticket: str, question: SteerQuestion, wait: float) -> InLine:
+        """The same of a question for what becomes of a text."""
+        return InLine.model_validate(self._ask("POST", f"/line/{ticket}/steer", question.model_dump(), {"wait": wait}))
 
     def look(self, ticket: str, wait: float = 0.0) -> InLine:
         """Where the question is, or its answer; `NotFound` for one that was cancelled or dropped."""

@@ -106,7 +106,14 @@ def _lines(db: Database, job_id: str, console: Console, stop: threading.Event, l
 
 def study(result: dict[str, Any]) -> list[tuple[str, str]]:
     """The main numbers of a study, as lines."""
-    return list({"specificity": _of_specificity, "induction": _of_induction, "heads": _of_heads}[result["kind"]](result))
+    kinds = {
+        "specificity": _of_specificity,
+        "induction": _of_induction,
+        "heads": _of_heads,
+        "ioi": _of_ioi,
+        "prefix": _of_prefix,
+    }
+    return list(kinds[result["kind"]](result))
 
 
 def _of_specificity(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -156,6 +163,52 @@ def _of_heads(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if (value := (head["random"] | head)[score]) is not None
         ]
         yield f"{role}: {score}", ", ".join(f"{name} {sign * value:.2f}" for value, name in sorted(known)[: -STRONGEST - 1 : -1])
+    for note in result["notes"]:
+        yield "note", note
+
+
+def _interval(found: dict[str, Any], form: str) -> str:
+    bounds = "" if found["low"] is None else f" ({found['low']:{form}} to {found['high']:{form}})"
+    return _number(found["mean"], form) + bounds
+
+
+def _of_ioi(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "prompts", f"{result['samples']:,}, such as: {result['example']}"
+    right = result["right"]
+    yield "the indirect object is likelier", f"{_number(right['value'], '.1%')} of {right['n']}"
+    for template in ("ABBA", "BABA"):
+        yield f"logit difference, {template}", _interval(result["difference"][template], "+.2f")
+        yield f"its change without the SAE's error, {template}", _interval(result["error"][template], "+.3f")
+        yield f"its change without any feature, {template}", _interval(result["every"][template], "+.3f")
+    for one in result["features"][:8]:
+        said = "; ".join(f"{template} {_interval(one['change'][template], '+.3f')}" for template in ("ABBA", "BABA"))
+        yield f"without feature {one['index']}", said
+    for one in result["controls"]:
+        chance = one["as_large"]
+        yield (
+            f"random directions for {one['index']}, {one['template']}",
+            f"{one['random_mean']:+.3f} with a spread of {one['random_spread']:.3f}, where it is {one['change']:+.3f}; "
+            f"{chance['hits']} of {chance['n']} do as much",
+        )
+    for one in result["conditions"]:
+        yield f"left with z of: {one['says']}", f"ABBA {one['left']['ABBA']:.0%}, BABA {one['left']['BABA']:.0%}"
+    for note in result["notes"]:
+        yield "note", note
+
+
+def _of_prefix(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    first, last = result["prefixes"][0], result["prefixes"][-1]
+    for role, n in result["n_features"].items():
+        yield f"{role} features", str(n)
+    for one in result["features"][:12]:
+        source = f", {one['from_source']:.0%} from the right source" if one["from_source"] is not None else ""
+        rise = f"p = {first}: {one['rise'][0]:+.2f}, p = {last}: {one['rise'][-1]:+.2f}, rises by {one['best']:.2f}{source}"
+        yield f"{one['index']} {one['role']}", rise
+    for one in result["losses"]:
+        yield f"loss {one['name']}, p = {last}", _interval(one["values"][-1], ".3f")
+    for one in result["changes"]:
+        of = f" ({one['features']})" if one["features"] else ""
+        yield f"its change, {one['name']}{of}", _interval(one["values"][-1], "+.3f")
     for note in result["notes"]:
         yield "note", note
 

@@ -56,6 +56,8 @@ from sae_core.config import (
     HeadsStudy,
     ImportJob,
     InductionStudy,
+    IoiStudy,
+    PrefixStudy,
     SpecificityStudy,
     SweepConfig,
     TrainConfig,
@@ -89,6 +91,8 @@ from sae_core.saes import SAE, check_fits, load_sae, save_sae
 from sae_core.stability import check_same_site
 from sae_core.studies import heads as head_study
 from sae_core.studies import induction
+from sae_core.studies.ioi import ioi
+from sae_core.studies.prefix import prefix
 from sae_core.studies.specificity import specificity
 from sae_core.train import activations_of, curve_of, diverged, made_by, train_many
 from server import doctor, estimates, harvest_plan, jobs, logs, telemetry, watch, webhook
@@ -666,6 +670,10 @@ def study(run: Run) -> None:
     cfg = study_job(run.job.config)
     if isinstance(cfg, SpecificityStudy):
         result = run.step("scan", lambda: _specificity(run, cfg))
+    elif isinstance(cfg, IoiStudy):
+        result = run.step("prompts", lambda: _ioi(run, cfg))
+    elif isinstance(cfg, PrefixStudy):
+        result = run.step("rows", lambda: _prefix(run, cfg))
     elif isinstance(cfg, HeadsStudy):
         random = run.step("random", lambda: _heads_on_random(run, cfg))
         read = run.step("text", lambda: _heads_in_text(run, cfg)) if cfg.corpus else None
@@ -691,6 +699,26 @@ def _specificity(run: Run, cfg: SpecificityStudy) -> dict[str, Any]:
         {"scan": estimates.scan_seconds(cfg.tokens_swept, record.config.site.layer, lens.info, worker.speed)}
     )
     return run.follow(specificity(lens, sae, rows, cfg)).model_dump(mode="json")
+
+
+def _ioi(run: Run, cfg: IoiStudy) -> dict[str, Any]:
+    lens, sae = _lens_and_sae(run, cfg.sae)
+    run.clock = estimates.Clock(estimates.ioi_seconds(cfg, sae.cfg.site.layer, lens.info, run.worker.speed))
+    return run.follow(ioi(lens, sae, cfg)).model_dump(mode="json")
+
+
+def _prefix(run: Run, cfg: PrefixStudy) -> dict[str, Any]:
+    lens, sae = _lens_and_sae(run, cfg.sae)
+    run.clock = estimates.Clock(estimates.prefix_seconds(cfg, sae.cfg.site.layer, lens.info, run.worker.speed))
+    return run.follow(prefix(lens, sae, cfg)).model_dump(mode="json")
+
+
+def _lens_and_sae(run: Run, name: str) -> tuple[Lens, SAE]:
+    with run.worker.db.read() as session:
+        record = registry.sae(session, name)
+        model = registry.model_by_id(session, record.model_id)
+    lens = _lens(run, model.name)
+    return lens, open_sae(run.worker.settings.data, record, lens)
 
 
 def _synthetic(run: Run, cfg: InductionStudy) -> dict[str, Any]:
@@ -747,7 +775,7 @@ def _heads(
 
 def _store_study(run: Run, cfg: AnyStudy, result: dict[str, Any]) -> None:
     with run.write() as session:
-        of_sae = registry.sae(session, cfg.sae) if isinstance(cfg, SpecificityStudy) else None
+        of_sae = registry.sae(session, cfg.sae) if isinstance(cfg, SpecificityStudy | IoiStudy | PrefixStudy) else None
         study_id = studies.write(
             session,
             job_id=run.id,
@@ -1171,7 +1199,10 @@ def _lens(run: Run, model: str) -> Lens:
     return lens
 
 
-def _rows(run: Run, lens: Lens, corpus: str, cfg: TrainConfig | HarvestJob | EvaluateJob | AnyStudy) -> Rows:
+OfText = TrainConfig | HarvestJob | EvaluateJob | SpecificityStudy | InductionStudy | HeadsStudy
+
+
+def _rows(run: Run, lens: Lens, corpus: str, cfg: OfText) -> Rows:
     with run.worker.db.read() as session:
         source, without = registry.corpus(session, corpus).source, removals.hashes(session, corpus)
     return run.follow(

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sae_core.config import InductionStudy
+from sae_core.config import InductionStudy, PrefixStudy
 from sae_core.corpus import Rows
 from sae_core.evaluate import Interval, interval
 from sae_core.progress import Clock, Progress
@@ -193,7 +193,7 @@ class Copies(NamedTuple):
     """int64 [n]: p."""
 
 
-def copied_prefixes(cfg: InductionStudy, lens: "Lens") -> Copies:
+def copied_prefixes(cfg: InductionStudy | PrefixStudy, lens: "Lens") -> Copies:
     """`samples` rows for each prefix length: the row start, then distinct random tokens, p of them copied from a1 to a2.
 
     a1 is uniform in 1 ... length - 2 (prefixes + 1) - 10 (98 of 128, the paper's), so that the longest prefix leaves it room;

@@ -71,15 +71,10 @@ def prompt(request: Request, question: PromptQuestion, read: Read) -> LivePrompt
 @router.post("/live/steer", responses=ASKS, summary="What becomes of a text when features are changed")
 @needs("reader", live=True)
 def steer(request: Request, question: SteerQuestion, read: Read) -> LiveSteered:
-    """Features ablated, set, scaled or steered while the model reads, on several layers at once: the loss of each token, what
-    comes next, which later features change, and how the text goes on, each as the model is and with the change. Nothing is
-    stored."""
-    for name in question.watch:
-        find_sae(read, name)
-    for one in question.features:
-        check_index(find_sae(read, one.sae), one.index)
-    if len(question.text or "") > LONGEST:
-        raise UsageError(f"That is {len(question.text or '')} characters; at most {LONGEST} can be tried at once.", field="text")
+    """Features ablated (to zero, to their mean, or to what they are in another text), set, scaled or steered while the model
+    reads, and z of layers or heads taken out, on several layers at once: the loss of each token, what comes next, which later
+    features change, and how the text goes on, each as the model is and with the change. Nothing is stored."""
+    _checked_steer(read, question)
     return engine(request).steer(question)
 
 
@@ -95,14 +90,22 @@ def leave_prompt(request: Request, ticket: InTheLine, question: PromptQuestion, 
     return engine(request).leave(ticket, question, 0.0)
 
 
-@router.get("/live/line/{ticket}", responses=replies(403, 404), summary="A prompt's place in the line, or its answer")
+@router.put("/live/line/{ticket}/steer", responses=ASKS, summary="Ask what becomes of a text without waiting for it")
+@needs("reader", live=True)
+def leave_steer(request: Request, ticket: InTheLine, question: SteerQuestion, read: Read) -> InLine:
+    """The question of `/live/steer`, put in the engine's line under a ticket, as a prompt is; looked for and cancelled alike."""
+    _checked_steer(read, question)
+    return engine(request).leave_steer(ticket, question, 0.0)
+
+
+@router.get("/live/line/{ticket}", responses=replies(403, 404), summary="A question's place in the line, or its answer")
 @needs("reader")
 def look_for_prompt(request: Request, ticket: InTheLine) -> InLine:
     """Where it is. Waits for up to a second for the answer."""
     return engine(request).look(ticket, 1.0)
 
 
-@router.delete("/live/line/{ticket}", responses=replies(403, 404), summary="Cancel a prompt")
+@router.delete("/live/line/{ticket}", responses=replies(403, 404), summary="Cancel a question")
 @needs("reader")
 def cancel_prompt(request: Request, ticket: InTheLine) -> InLine:
     """Take it out of the line; one under way ends at its next step."""
@@ -116,6 +119,16 @@ def _checked_prompt(read: Read, question: PromptQuestion) -> None:
         if question.feature is not None and question.feature.sae == name:
             check_index(door, question.feature.index)
     for text in (question.text or "", question.against or ""):
+        if len(text) > LONGEST:
+            raise UsageError(f"That is {len(text)} characters; at most {LONGEST} can be tried at once.", field="text")
+
+
+def _checked_steer(read: Read, question: SteerQuestion) -> None:
+    for name in question.watch:
+        find_sae(read, name)
+    for one in question.features:
+        check_index(find_sae(read, one.sae), one.index)
+    for text in (question.text or "", question.other or ""):
         if len(text) > LONGEST:
             raise UsageError(f"That is {len(text)} characters; at most {LONGEST} can be tried at once.", field="text")
 

@@ -9,7 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.responses import RedirectResponse
 
-from server.charts import Bar, HeadCell, Line, Point
+from server.charts import Bar, Dot, Dots, HeadCell, Line, Point
 from server.pages.reply import Read, etag, link, reply, unchanged, wants_json
 from server.rendering import num
 from server.store import studies
@@ -159,7 +159,13 @@ def study_page(request: Request, study_id: int, query: Annotated[StudyQuery, Que
     tag = etag(request, record.id, record.created_at, query.heads, query.score)
     if found := unchanged(request, tag):
         return found
-    views = {"specificity": _of_feature, "induction": _of_heads, "heads": _of_every_head}
+    views = {
+        "specificity": _of_feature,
+        "induction": _of_heads,
+        "heads": _of_every_head,
+        "ioi": _of_indirect_objects,
+        "prefix": _of_prefixes,
+    }
     return reply(request, StudyPage(record), "study.html", tag=tag, **views[record.kind](record, query))
 
 
@@ -328,3 +334,70 @@ def _by_layer(result: Mapping[str, Any], score: Score, mark: int, extreme: Calla
         if (value := score.read(head)) is not None:
             by.setdefault(head["layer"], []).append(value)
     return Line(score.title, mark, [Point(layer, extreme(values)) for layer, values in sorted(by.items())]) if by else None
+
+
+# ---------------------------------------------------------------------------------------------------- indirect objects
+
+TEMPLATES = ("ABBA", "BABA")
+FEATURES_DRAWN = 16
+"""Features in the plot of the indirect-object study."""
+
+
+def _of_indirect_objects(record: StudyRecord, _: StudyQuery) -> dict[str, Any]:
+    """What is left with z of each changed prompt, and the change by feature, by template."""
+    found = record.result
+
+    def left(template: str) -> list[Dot]:
+        plain = found["difference"][template]["mean"]
+        bounds = [(one, one["difference"][template]) for one in found["conditions"]]
+        return [Dot(one["says"], one["left"][template], *_ordered(at, plain)) for one, at in bounds]
+
+    def changes(template: str) -> list[Dot]:
+        named = [("the SAE's error", found["error"]), ("all features", found["every"])]
+        named += [(f"feature {one['index']}", one["change"]) for one in found["features"][:FEATURES_DRAWN]]
+        return [Dot(name, *(change[template][key] for key in ("mean", "low", "high"))) for name, change in named]
+
+    return {
+        "left": [Dots(template, mark, left(template)) for template, mark in zip(TEMPLATES, (0, 3), strict=True)],
+        "changes": [Dots(template, mark, changes(template)) for template, mark in zip(TEMPLATES, (0, 3), strict=True)],
+        "templates": TEMPLATES,
+    }
+
+
+def _ordered(interval: Mapping[str, Any], plain: float) -> tuple[float | None, float | None]:
+    """Bounds of a logit difference as shares of the plain one."""
+    if interval["low"] is None or not plain:
+        return None, None
+    low, high = sorted((interval["low"] / plain, interval["high"] / plain))
+    return low, high
+
+
+# ------------------------------------------------------------------------------------------- induction features
+
+DRAWN = 3
+"""Features of each role whose activation is drawn."""
+
+
+def _of_prefixes(record: StudyRecord, _: StudyQuery) -> dict[str, Any]:
+    """Lines over the length of the prefix: activations of the strongest features, losses, and what ablations change."""
+    found = record.result
+    chosen = [
+        one
+        for role in ("short-prefix", "long-prefix")
+        for one in [feature for feature in found["features"] if feature["role"] == role][:DRAWN]
+    ]
+
+    def rise(mark: int, one: Mapping[str, Any]) -> Line:
+        values = zip(found["prefixes"], one["rise"], one["rise_error"], strict=True)
+        return Line(f"{one['index']} {one['role']}", mark, [Point(p, y, y - Z95 * e, y + Z95 * e) for p, y, e in values])
+
+    def loss(mark: int, one: Mapping[str, Any]) -> Line:
+        values = zip(found["prefixes"], one["values"], strict=True)
+        name = f"{one['name']} ({one['features']})" if one["features"] else one["name"]
+        return Line(name, mark, [Point(p, at["mean"], at["low"], at["high"]) for p, at in values])
+
+    return {
+        "rises": [rise(mark, one) for mark, one in enumerate(chosen)],
+        "losses": [loss(3 * mark, one) for mark, one in enumerate(found["losses"])],
+        "changes": [loss(mark, one) for mark, one in enumerate(found["changes"])],
+    }

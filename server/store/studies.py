@@ -18,7 +18,7 @@ class StudyLine:
 
     id: int
     kind: str
-    """specificity, induction or heads."""
+    """specificity, induction, heads, ioi or prefix."""
     title: str
     model: str
     sae: str | None
@@ -42,7 +42,7 @@ class StudyRecord:
     config: dict[str, Any]
     """One of `AnyStudy` of sae_core/config.py."""
     result: dict[str, Any]
-    """`Specificity`, `Induction` or `Heads` of sae_core/studies."""
+    """`Specificity`, `Induction`, `Heads`, `Ioi` or `Prefix` of sae_core/studies."""
     created_at: datetime
 
 

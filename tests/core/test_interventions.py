@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sae_core import interventions
 from sae_core.circuits import FeatureRoot, LogitRoot, trace
-from sae_core.errors import HeadscopeError, NotFound, UsageError
-from sae_core.interventions import Ablation, FeatureEdit, How, agreement, mean_z, measure, replacements, try_edges, write
+from sae_core.errors import Cancelled, HeadscopeError, NotFound, UsageError
+from sae_core.interventions import Ablation, Edit, FeatureEdit, How, agreement, mean_z, measure, replacements, try_edges, write
 from sae_core.lens import Lens
 from sae_core.saes import ARCHITECTURES, SAE
 from tests.core.test_rdfa import TOKENS, every_sae, firing, random_sae
@@ -286,6 +286,73 @@ def test_at_temperature_0_the_most_likely_token_is_taken_and_edits_hold_on_new_t
     assert found.changed == tokens[len(TOKENS) :]
 
 
+CACHED = [*KINDS, "gemma3", "mistral", "qwen2"]
+
+
+@pytest.mark.parametrize("kind", CACHED)
+@pytest.mark.parametrize(("temperature", "keep_error"), [(0.0, True), (1.0, False)])
+def test_text_with_keys_and_values_kept_is_that_of_whole_passes(
+    tiny_lens: Callable[[str], Lens], kind: str, temperature: float, keep_error: bool
+) -> None:
+    lens = tiny_lens(kind)
+    assert lens.keeps_past
+    saes = every_sae(lens, [1, 3])
+    other = z_of(lens, 2, [0, 9, 8, 7, 6, 5, 4, 3, 2, 1])[0]
+    edits: list[Edit] = [
+        FeatureEdit(1, 7, "steer", 40.0), FeatureEdit(3, 9, "set", 3.0, (2, 6)), Ablation(2, other), Ablation(0, heads=(1,)),
+        Ablation(3, torch.full((lens.info.d_in,), 0.1), (1, 4), (0, 2)),
+    ]  # fmt: skip
+    kept, whole = (
+        write(lens, TOKENS, saes, edits, 9, keep_error=keep_error, temperature=temperature, seed=5, keep_past=keep)
+        for keep in (True, False)
+    )
+    assert kept == whole
+    assert len(kept.plain) > 5
+    assert kept.plain != kept.changed
+
+
+def test_edits_at_places_of_the_text_are_not_made_again_on_new_tokens(tiny_lens: Callable[[str], Lens]) -> None:
+    """By hand: one pass over all that was written, with what was edited at those places and nothing after."""
+    lens = tiny_lens("llama")
+    saes, n = every_sae(lens, [1]), len(TOKENS)
+    other = z_of(lens, 2, [0, 9, 8, 7, 6, 5, 4, 3, 2, 1])[0]
+    found = write(lens, TOKENS, saes, [FeatureEdit(1, 7, "steer", 9.0, (n - 1,)), Ablation(2, other)], 6, temperature=0).changed
+    row = torch.tensor([[*TOKENS, *found]])
+    plus = torch.zeros(row.shape[1], lens.info.d_in)
+    plus[n - 1] = 9 * saes[1].W_dec[7]
+
+    def put(z: Tensor) -> Tensor:
+        z = z.clone()
+        z[0, 1:n] = other[1:]
+        return z
+
+    assert by_hand(lens, row, {1: adding(plus), 2: put})[0, n - 1 : -1].argmax(-1).tolist() == found
+
+
+def test_a_lens_that_keeps_no_past_writes_with_whole_passes(
+    tiny_lens: Callable[[str], Lens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lens = tiny_lens("llama")
+    kept = write(lens, TOKENS, {}, [], 4, seed=1)
+    monkeypatch.setitem(lens.__dict__, "keeps_past", False)
+    assert write(lens, TOKENS, {}, [], 4, seed=1) == kept
+    with pytest.raises(ValueError, match="no keys and values"):
+        lens.go_on(ROW, {}, None, 12)
+
+
+def test_writing_stops_where_it_is_told_to(tiny_lens: Callable[[str], Lens]) -> None:
+    seen: list[int] = []
+
+    def check() -> None:
+        seen.append(1)
+        if len(seen) == 7:
+            raise Cancelled("enough")
+
+    with pytest.raises(Cancelled):
+        write(tiny_lens("llama"), TOKENS, {}, [], 5, seed=3, check=check)
+    assert len(seen) == 7, "in the second text, after five tokens of the first"
+
+
 def test_tokens_are_drawn_as_often_as_they_are_likely(tiny_lens: Callable[[str], Lens]) -> None:
     lens, n = tiny_lens("llama"), 400
     likely = (by_hand(lens, ROW, {})[0, -1] / 0.7).softmax(-1)
@@ -392,3 +459,4 @@ def test_on_smollm2(smollm2_lens: Lens) -> None:
     one, again, other = (write(lens, tokens, saes, steer, 6, seed=seed) for seed in (1, 1, 2))
     assert one == again
     assert one.plain != other.plain
+    assert one == write(lens, tokens, saes, steer, 6, seed=1, keep_past=False)

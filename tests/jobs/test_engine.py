@@ -10,6 +10,7 @@ import pytest
 import torch
 import uvicorn
 from fastapi.testclient import TestClient
+from torch import Tensor
 
 from sae_core.config import ModelSource, SAEConfig, Site
 from sae_core.errors import Cancelled, EngineAway, EngineBusy, NotFound, SAEMismatch, UsageError
@@ -26,6 +27,7 @@ from server.live import (
     FeatureAt,
     FeatureChanged,
     FiringQuestion,
+    LayerAblated,
     Live,
     LiveQuestion,
     PromptQuestion,
@@ -536,6 +538,76 @@ def test_a_steered_text_is_what_the_core_says(two: Engine) -> None:
     assert found.plain.text == lens.decode(found.plain.tokens)
 
 
+OTHER = "a mat and a cat ran home then it sat"
+
+
+def test_what_is_resampled_is_what_the_other_text_has_there(two: Engine) -> None:
+    """By hand: z of a layer swapped for the other text's at two positions and one head; a feature's activation likewise."""
+    lens, hand = two._open("hand")
+    tokens, other = (two._tokens(lens, text, None, "text") for text in (TEXT, OTHER))
+    assert len(other) >= len(tokens) > 4
+    row, foreign = torch.tensor([tokens]), lens.read_z(torch.tensor([other]), [2])[2][0]
+    width = lens.info.d_head
+
+    def swapped(z: Tensor) -> Tensor:
+        z = z.clone()
+        z[0, [2, 4], width : 2 * width] = foreign[[2, 4], width : 2 * width]
+        return z
+
+    asked = SteerQuestion(
+        ablations=[LayerAblated(layer=2, how="resample", heads=[1], at=[2, 4])], watch=["other"], text=TEXT, other=OTHER, look=3,
+        next_texts=[" the", " cat"],
+    )  # fmt: skip
+    found = two.steer(asked)
+    assert found.changed_losses == pytest.approx(lens.token_losses(row, 2, swapped)[0].tolist(), rel=1e-5)
+    logits = lens.run_with(row, {2: swapped}).logits[0, 3], lens.run_with(row, {}).logits[0, 3]
+    for one, text in zip(found.asked, (" the", " cat"), strict=True):
+        assert one.id == lens.encode([text])[0][0]
+        assert (one.changed_logit, one.logit) == pytest.approx([float(part[one.id]) for part in logits], abs=1e-4)
+        assert one.changed == pytest.approx(float(logits[0].softmax(-1)[one.id]), rel=1e-4)
+    assert found.look == 3
+    assert found.changed_losses[:2] == pytest.approx(found.losses[:2])
+    assert found.changed_losses[2] != pytest.approx(found.losses[2], abs=1e-4)
+
+    f, theirs = (hand.encode(lens.read_z(torch.tensor([ids]), [1])[1][0])[:, 5] for ids in (tokens, other))
+
+    def moved(z: Tensor) -> Tensor:
+        there = theirs[: len(f)].clone()
+        there[0] = f[0]  # the row start has no features
+        return z + (there - f)[None, :, None] * hand.W_dec[5]
+
+    asked = SteerQuestion(features=[FeatureChanged(sae="hand", index=5, how="resample")], text=TEXT, other=OTHER)
+    found = two.steer(asked)
+    assert found.changed_losses == pytest.approx(lens.token_losses(row, 1, moved)[0].tolist(), rel=1e-4)
+    assert found.features[0].activations[1:] == pytest.approx(f[1:].tolist(), rel=1e-5, abs=1e-6)
+    assert (f[1:] != theirs[1 : len(f)]).any()
+    with pytest.raises(UsageError, match=f"has 5 tokens, the row start included, and position {len(tokens) - 1}"):
+        two.steer(asked.model_copy(update={"other": "the cat"}))
+    with pytest.raises(NotFound, match="hand has no harvest"):
+        two.steer(SteerQuestion(features=[FeatureChanged(sae="hand", index=5, how="mean")], text=TEXT))
+    with pytest.raises(NotFound, match="of hand none was harvested"):
+        two.steer(SteerQuestion(ablations=[LayerAblated(layer=2, how="mean")], watch=["hand"], text=TEXT))
+
+
+def test_a_question_for_a_steered_text_waits_in_the_line_and_is_cancelled_between_tokens(
+    two: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = two.leave_steer("a-ticket-of-somebody", STEER, 30.0)
+    assert (found.place, found.answer) == (None, None)
+    assert found.steered == two.steer(STEER)
+    seen: list[int] = []
+
+    def check(_: Line) -> None:
+        seen.append(1)
+        if len(seen) == 9:
+            raise Cancelled("The question was cancelled.")
+
+    monkeypatch.setattr(Line, "check", check)
+    with pytest.raises(Cancelled):
+        two.steer(STEER)
+    assert len(seen) == 9, "once for the line, for each SAE, before and after the edits, and before each token"
+
+
 @pytest.mark.parametrize(
     ("change", "error", "says"),
     [
@@ -557,6 +629,7 @@ def test_what_cannot_be_steered_gets_a_sentence(
         add_sae(home, lens, "again", sae.cfg)
     if "at most 1" in says:
         monkeypatch.setattr("server.engine.WRITTEN_AT_ONCE", len(lens.encode(["cat " * 20])[0]) + 10)
+        monkeypatch.setattr(Lens, "keeps_past", False)
     with pytest.raises(error, match=says):
         two.steer(STEER.model_copy(update=change))
 

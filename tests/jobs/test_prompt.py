@@ -7,20 +7,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import pytest
 import sqlalchemy as sa
+import torch
 import uvicorn
 from fastapi.testclient import TestClient
 
+from sae_core.saes import row_starts
 from server.app import create_app
 from server.db import Database
 from server.engine import Engine, create_engine
-from server.live import LiveQuestion, PromptQuestion
+from server.live import FeatureChanged, LayerAblated, LiveQuestion, PromptQuestion, SteerQuestion
+from server.packing import I4, unpack
 from server.settings import Settings
 from server.store.examples import example_row
 from server.store.features import feature_page
 from server.store.saes import find_sae
-from server.tables import Example, Feature
+from server.tables import Context, Example, Feature
 from server.worker import Worker
 from tests.jobs.conftest import Home, start, tiny_config
 
@@ -90,6 +94,39 @@ def test_a_stored_examples_text_typed_in_gives_its_stored_numbers(harvested: Hom
                 assert by_head == pytest.approx(example.by_head, rel=2e-2, abs=2e-2 * example.abs_dfa)
                 compared += 1
     assert compared > 10
+
+
+def test_means_are_those_of_the_harvest(harvested: Home) -> None:
+    """A feature's over all tokens, as the harvest counted them; z's over the rows that it kept first."""
+    engine = Engine(harvested.settings.model_copy(update={"device": "cpu"}), harvested.db)
+    lens, sae = engine._open("mine")
+    layer = sae.cfg.site.layer
+    with harvested.db.read() as session:
+        feature = session.scalars(sa.select(Feature).order_by(Feature.n_fired.desc())).first()
+        rows = session.scalars(sa.select(Context.tokens).order_by(Context.row).limit(16)).all()
+    assert feature is not None
+    index, mean = feature.idx, feature.mean_act * feature.density
+    text = "the cat sat on a mat and then it ran home"
+    row = torch.tensor([engine._tokens(lens, text, None, "text")])
+    asked = SteerQuestion(features=[FeatureChanged(sae="mine", index=index, how="mean", at=[2, 3])], text=text)
+    f = sae.encode(lens.read_z(row, [layer])[layer][0])[:, index]
+    plus = torch.zeros(row.shape[1], lens.info.d_in)
+    plus[[2, 3]] = (mean - f[[2, 3], None]) * sae.W_dec[index]
+    found = engine.steer(asked)
+    assert mean > 0
+    assert found.changed_losses == pytest.approx(lens.token_losses(row, layer, lambda z: z + plus)[0].tolist(), rel=1e-4)
+
+    tokens = torch.tensor(np.stack([unpack(one, I4) for one in rows]).astype("int64"))
+    words = lens.read_z(tokens, [layer])[layer][~row_starts(tokens, lens.row_start)]
+
+    def put(z: torch.Tensor) -> torch.Tensor:
+        return torch.cat([z[:, :1], words.mean(0).expand(1, z.shape[1] - 1, -1)], 1)
+
+    asked = SteerQuestion(ablations=[LayerAblated(layer=layer, how="mean")], watch=["mine"], text=text)
+    for _ in range(2):  # the second time from what was kept
+        found = engine.steer(asked)
+        assert found.changed_losses == pytest.approx(lens.token_losses(row, layer, put)[0].tolist(), rel=1e-4)
+    assert found.changed_losses != pytest.approx(found.losses, rel=1e-3)
 
 
 def test_the_page_shows_what_the_engine_found_and_takes_a_feature_apart(harvested: Home) -> None:

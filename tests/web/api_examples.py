@@ -12,6 +12,7 @@ from server.api.common import EXAMPLES
 from server.app import create_app
 from server.live import (
     ActivationChange,
+    ChangedFeature,
     ComponentsQuestion,
     Firing,
     FiringQuestion,
@@ -88,6 +89,7 @@ CALLS: tuple[tuple[str, str, str, Any], ...] = (
     ("prompt", "POST", "/live/prompt", ASKED),
     ("steer", "POST", "/live/steer", {"features": [{**KEY, "value": 8.0}], "text": "The tide", "new_tokens": 1}),
     ("leave_prompt", "PUT", "/live/line/k3J_0aQ9zXw2Lr7T", ASKED),
+    ("leave_steer", "PUT", "/live/line/k3J_0aQ9zXw2Lr7T/steer", {"features": [{**KEY, "value": 8.0}], "text": "The tide"}),
     ("look_for_prompt", "GET", "/live/line/k3J_0aQ9zXw2Lr7T", None),
     ("cancel_prompt", "DELETE", "/live/line/k3J_0aQ9zXw2Lr7T", None),
     ("share_prompt", "POST", "/prompts", {"text": "The tide", "saes": ["smollm2-l17"]}),
@@ -140,15 +142,20 @@ class Answers:
         )  # fmt: skip
 
     def steer(self, _: SteerQuestion) -> LiveSteered:
+        came = NextChange(id=1354, text=" came", probability=0.25, changed=0.5, logit=11.5, changed_logit=12.25)
         return LiveSteered(
             model="smollm2-135m", tokens=self.at["tokens"], texts=self.texts, losses=[5.5, 4.25], changed_losses=[5.5, 3.75],
-            kl=[0.0, 0.0, 0.5], likely=[NextChange(id=1354, text=" came", probability=0.25, changed=0.5)],
+            kl=[0.0, 0.0, 0.5], look=2, likely=[came], asked=[came],
+            features=[ChangedFeature(sae="smollm2-l17", index=3, activations=[0.0, 0.0, 1.5])],
             reached=[ActivationChange(sae="smollm2-l20", index=12, position=2, activation=0.0, changed=1.25)], n_reached=1,
             plain=WrittenText(tokens=[314], text=" is"), changed=WrittenText(tokens=[1354], text=" came"),
         )  # fmt: skip
 
     def leave(self, ticket: str, _: PromptQuestion, wait: float) -> InLine:
         return InLine(ticket=ticket, place=2, answer=None if wait == 0 else self.prompt(_))
+
+    def leave_steer(self, ticket: str, _: SteerQuestion, wait: float) -> InLine:
+        return InLine(ticket=ticket, place=1, answer=None, steered=None if wait == 0 else self.steer(_))
 
     def look(self, ticket: str, _: float = 0.0) -> InLine:
         return InLine(ticket=ticket, place=0, answer=None)

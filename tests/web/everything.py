@@ -19,7 +19,7 @@ from tests.web.accounts import NAMES
 from tests.web.conftest import put
 from tests.web.factory import Shape, add_sae
 from tests.web.test_metrics import MEASURED
-from tests.web.test_study import keep, of_every_head, of_heads, specific
+from tests.web.test_study import keep, of_every_head, of_heads, of_saes, specific
 from tests.web.test_sweep import add_sweep
 
 A, B = compare.A, compare.B
@@ -58,17 +58,19 @@ PAGES = {
     "/jobs/new/{kind}": (
         "/jobs/new/train", f"/jobs/new/harvest?sae={A}", "/jobs/new/sweep", f"/jobs/new/evaluate?sae={A}", "/jobs/new/heads",
         "/jobs/new/compare", f"/jobs/new/specificity?sae={A}&feature=3&proxies=2", "/jobs/new/induction",
+        f"/jobs/new/ioi?sae={A}", f"/jobs/new/prefix?sae={A}",
     ),
     "/jobs": ("/jobs",),
     "/status": ("/status",),
     "/prompt": ("/prompt", f"/prompt?sae={A}"),
+    "/interventions": ("/interventions", f"/interventions?sae={A}&feature=3&how=steer&value=8"),
     "/prompts/{prompt_id}": (f"/prompts/{SHARED}",),
     "/jobs/{job_id}": (
         "/jobs/train-running-1", f"/jobs/train-{A}-1", "/jobs/train-failed-1", "/jobs/train-waiting-1", "/jobs/train-cancelled-1",
     ),
     "/sweeps/{job_id}": ("/sweeps/sweep-s",),
     "/studies": ("/studies", f"/studies?sae={A}&feature=3"),
-    "/studies/{study_id}": ("/studies/1", "/studies/2", "/studies/3"),
+    "/studies/{study_id}": ("/studies/1", "/studies/2", "/studies/3", "/studies/4", "/studies/5"),
     "/api": ("/api",),
     "": ("/nothing", f"{HERE}/features/100000", "/jobs/nothing"),
 }  # fmt: skip
@@ -89,7 +91,7 @@ NO_PAGES = {
 def furnish(settings: Settings) -> Settings:
     """Fill the settings' database."""
     put(settings, Shape(n_features=24, n_dead=3, metrics=MEASURED))
-    for number, (cfg, result) in enumerate((specific(), of_heads(), of_every_head()), 1):
+    for number, (cfg, result) in enumerate((specific(), of_heads(), of_every_head(), *of_saes()), 1):
         assert keep(settings, cfg, result, f"Question {number}") == number
     database = Database(settings.url)
     with database.write() as session:

@@ -627,8 +627,10 @@ def test_steering_gives_both_texts_with_the_prompt(client: TestClient, monkeypat
     def steered(_: Live, question: SteerQuestion) -> LiveSteered:
         asked.append(question)
         plain, changed = {"tokens": [1], "text": " is"}, {"tokens": [2], "text": " came"}
-        none = {name: [] for name in ("tokens", "texts", "losses", "changed_losses", "kl", "likely", "reached")}
-        return LiveSteered.model_validate({"model": MODEL, **none, "n_reached": 0, "plain": plain, "changed": changed})
+        none = {
+            name: [] for name in ("tokens", "texts", "losses", "changed_losses", "kl", "likely", "reached", "asked", "features")
+        }
+        return LiveSteered.model_validate({"model": MODEL, **none, "look": 0, "n_reached": 0, "plain": plain, "changed": changed})
 
     monkeypatch.setattr(Live, "steer", steered)
     found = post(

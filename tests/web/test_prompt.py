@@ -20,7 +20,8 @@ from server.live import (
     PromptSae,
     PromptText,
 )
-from server.pages.prompt import Hit, aligned, difference, read_form
+from server.pages.prompt import read_form
+from server.pages.prompt_grid import Hit, aligned, difference
 from server.settings import Settings
 from server.store import prompts as store
 from server.store.prompts import strongest_ever
@@ -335,3 +336,24 @@ def test_an_engine_that_leaves_in_between_says_so(client: TestClient, monkeypatc
     monkeypatch.setattr(Live, "look", gone)
     page = client.post("/prompt/look", data={**FORM, "ticket": "a-ticket-of-somebody"})
     assert "start it with <code>headscope engine</code>" in page.text
+
+
+def test_a_long_text_comes_a_page_at_a_time_and_keeps_what_is_looked_at(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["<|endoftext|>", *(f" word{i}" for i in range(1, 600))]
+
+    def leave(_: Live, ticket: str, __: PromptQuestion, ___: float) -> InLine:
+        found = LivePrompt(model="m", prompt=prompt_text(words, 1.0), against=None, attribution=None, written=None)
+        return InLine(ticket=ticket, place=None, answer=found)
+
+    monkeypatch.setattr(Live, "leave", leave)
+    first = client.post("/prompt", data=FORM).text
+    assert [row[0] for row in table_rows(first, "grid")] == [str(i) for i in range(256)]
+    assert re.findall(r'value="from:(\d+)"', first) == ["0", "256", "512"]
+    last = client.post("/prompt", data=FORM | {"at": "3", "pick": "from:512"}).text
+    assert [row[0] for row in table_rows(last, "grid")] == [str(i) for i in range(512, 600)]
+    assert 'name="begin" value="512"' in last
+    assert len(table_rows(last, "fires")) == 2, "of token 3, which another page shows"
+    there = client.post("/prompt", data=FORM | {"at": "300"}).text
+    assert table_rows(there, "grid")[0][0] == "256", "a shared view opens where its token is"

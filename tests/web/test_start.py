@@ -18,6 +18,8 @@ from sae_core.config import (
     HeadsStudy,
     InductionProxy,
     InductionStudy,
+    IoiStudy,
+    PrefixStudy,
     RegexProxy,
     Site,
     SpecificityStudy,
@@ -109,6 +111,8 @@ NEEDED = {
     "specificity": SAE | {"feature": "3", "proxies.0.texts": " board, Board"},
     "induction": {"model": "smollm2-135m"},
     "heads": {"model": "smollm2-135m"},
+    "ioi": {"sae": "smollm2-l17"},
+    "prefix": {"sae": "smollm2-l17"},
 }
 
 
@@ -139,6 +143,8 @@ def examples() -> Iterator[tuple[str, Config]]:
     )
     yield "specificity", SpecificityStudy(sae="smollm2-l17", feature=3, corpus="demo", proxies=proxies, bins=7)
     yield "induction", InductionStudy(model="smollm2-135m", layers=(1, 2), corpus="demo", samples=7)
+    yield "ioi", IoiStudy(sae="smollm2-l17", samples=10, words=("or",), layers=(4, 5))
+    yield "prefix", PrefixStudy(sae="smollm2-l17", prefixes=4)
     yield "heads", HeadsStudy(model="smollm2-135m", vocabulary=99)
 
 
@@ -155,7 +161,15 @@ def test_a_job_of_any_kind_run_again_is_the_same_job(web: TestClient, place: Set
 
 
 @pytest.mark.parametrize(
-    ("kind", "starts"), [("sweep", "sweep-"), ("specificity", "study-"), ("induction", "study-"), ("heads", "study-")]
+    ("kind", "starts"),
+    [
+        ("sweep", "sweep-"),
+        ("specificity", "study-"),
+        ("induction", "study-"),
+        ("heads", "study-"),
+        ("ioi", "study-"),
+        ("prefix", "study-"),
+    ],
 )
 def test_a_job_of_any_kind_is_queued(web: TestClient, kind: str, starts: str) -> None:
     listed = {"ks": "16,32"} if kind == "sweep" else {}

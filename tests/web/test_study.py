@@ -1,26 +1,43 @@
 """`/studies` and its pages: what a study found, as people and scripts meet it; its plots."""
 
 import re
+import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
-from sae_core.config import AnyStudy, HeadsStudy, InductionStudy, RegexProxy, SpecificityStudy
+from sae_core.config import (
+    AnyStudy,
+    HeadsStudy,
+    InductionStudy,
+    IoiStudy,
+    ModelSource,
+    PrefixStudy,
+    RegexProxy,
+    SpecificityStudy,
+)
+from sae_core.lens import load_lens
 from sae_core.studies import heads as every_head
 from sae_core.studies.induction import doing_induction, in_text, induction, synthetic
+from sae_core.studies.ioi import ioi
+from sae_core.studies.prefix import prefix
 from server.app import create_app
 from server.charts import HeadCell, Line, Point, back_to_back, head_map, lines
 from server.db import Database
 from server.settings import Settings
 from server.store import studies
 from server.tables import SAE, Job, Model
+from tests.core import test_ioi, test_prefix
 from tests.core.test_heads_study import Rules as HeadRules
 from tests.core.test_heads_study import study as heads_study
 from tests.core.test_induction import Rules, done, study, text_rows
+from tests.core.test_rdfa import random_sae
 from tests.core.test_specificity import Known, known_sae, rows_of, specificity
+from tests.core.tiny_models import save_tiny
 from tests.web.conftest import at, put
 from tests.web.reading import PART, Reader, counted
 
@@ -57,12 +74,26 @@ def of_every_head(*, text: bool = True) -> tuple[HeadsStudy, dict[str, Any]]:
     return cfg, every_head.heads(rules, cfg, random, seen, weights).model_dump(mode="json")  # type: ignore[arg-type]
 
 
+@cache
+def of_saes() -> tuple[tuple[IoiStudy, dict[str, Any]], tuple[PrefixStudy, dict[str, Any]]]:
+    """Studies of an SAE drawn at random on a tiny model, whose names are letters."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        test_ioi.shrink(patch)
+        place = save_tiny("llama", Path(folder))
+        lens = load_lens(ModelSource(location=str(place)), name="tiny", cache=Path(folder))
+        first, second = test_ioi.small(sae="smollm2-l17"), test_prefix.small(sae="smollm2-l17")
+        objects = done(ioi(lens, random_sae(lens, 2), first))
+        prefixes = done(prefix(lens, test_prefix.telling(lens, second), second))
+    return (first, objects.model_dump(mode="json")), (second, prefixes.model_dump(mode="json"))
+
+
 def keep(settings: Settings, cfg: AnyStudy, result: dict[str, Any], title: str = "A question") -> int:
     database = Database(settings.url)
     with database.write() as session:
         sae = session.query(SAE).one()
         model = session.query(Model).one()
-        about = (sae.id, cfg.feature) if isinstance(cfg, SpecificityStudy) else (None, None)
+        feature = cfg.feature if isinstance(cfg, SpecificityStudy) else None
+        about = (sae.id, feature) if isinstance(cfg, SpecificityStudy | IoiStudy | PrefixStudy) else (None, None)
         study_id = studies.write(
             session, job_id=f"study-{cfg.hash()}", kind=cfg.kind, title=title, model_id=model.id, sae_id=about[0],
             feature=about[1], config=cfg.model_dump(mode="json"), result=result,
@@ -73,9 +104,10 @@ def keep(settings: Settings, cfg: AnyStudy, result: dict[str, Any], title: str =
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[TestClient, Settings]]:
-    """Pages on a database with studies: 1 of a feature, 2 of heads, 3 of heads without text, 4 and 5 the same of every head."""
+    """Pages on a database with studies: 1 of a feature, 2 of heads, 3 of heads without text, 4 and 5 the same of every head, 6 of
+    indirect objects, 7 of prefixes."""
     settings = put(at(tmp_path_factory.mktemp("studies")))
-    made = (specific(), of_heads(), of_heads(text=False), of_every_head(), of_every_head(text=False))
+    made = (specific(), of_heads(), of_heads(text=False), of_every_head(), of_every_head(text=False), *of_saes())
     for number, (cfg, result) in enumerate(made, 1):
         assert keep(settings, cfg, result, f"Question {number}") == number
     with TestClient(create_app(settings), base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
@@ -90,12 +122,13 @@ def pages(kept: tuple[TestClient, Settings]) -> TestClient:
 def test_the_list_leads_to_every_study_and_says_what_it_found(pages: TestClient) -> None:
     read = Reader(pages.get("/studies").text)
     assert read.refused == []
-    assert {f"/studies/{i}" for i in range(1, 6)} <= {a["href"] for a in read.all("a")}
+    assert {f"/studies/{i}" for i in range(1, 8)} <= {a["href"] for a in read.all("a")}
     assert "precision 3" in read.text
     assert "1 short-prefix head (0.0); 2 long-prefix heads (0.1, 1.1); of 6 heads" in read.text
     listed = pages.get("/studies.json").json()["studies"]
-    assert [one["id"] for one in listed] == [5, 4, 3, 2, 1], "newest first"
-    assert (listed[4]["sae"], listed[4]["feature"], listed[0]["sae"]) == ("smollm2-l17", 5, None)
+    assert [one["id"] for one in listed] == [7, 6, 5, 4, 3, 2, 1], "newest first"
+    assert (listed[6]["sae"], listed[6]["feature"], listed[2]["sae"]) == ("smollm2-l17", 5, None)
+    assert (listed[0]["sae"], listed[0]["feature"]) == ("smollm2-l17", None)
     assert "result" not in listed[0]
 
 
@@ -134,7 +167,7 @@ def test_a_features_study_shows_its_cells_intervals_and_examples(pages: TestClie
 
 
 def test_every_plot_has_a_title_a_description_and_its_numbers_as_text(pages: TestClient) -> None:
-    for number, n in ((1, 3), (2, 4), (4, 3)):
+    for number, n in ((1, 3), (2, 4), (4, 3), (6, 2), (7, 3)):
         text = pages.get(f"/studies/{number}").text
         drawings = text.split("<figure")[1:]
         assert len(drawings) >= n
@@ -334,3 +367,32 @@ def test_the_map_marks_heads_by_role_and_leads_on() -> None:
     assert colours == ["void", "void", "c12", "c0"]
     assert "head 0.1: 0.800, long-prefix, shown" in read.text
     assert "not <induction>" in read.text
+
+
+# ---- of SAEs ----
+
+
+def test_a_study_of_indirect_objects_shows_each_condition_and_feature(pages: TestClient) -> None:
+    answer = pages.get("/studies/6")
+    read, found = Reader(answer.text), pages.get("/studies/6.json").json()["study"]["result"]
+    assert read.refused == []
+    for one in found["conditions"]:
+        assert one["says"] in read.text
+    links = {a["href"] for a in read.all("a")}
+    assert {f"/saes/smollm2-l17/features/{one['index']}" for one in found["features"]} <= links
+    assert f"{found['controls'][0]['as_large']['hits']} of 4" in read.text
+    marks = answer.text.split("Change of the logit difference")[0].count('<path class="mark"')
+    assert marks >= 2 * len(found["conditions"])
+    data = next(link for link in links if "figure=" in link and link.endswith(".csv"))
+    rows = pages.get(data if data.startswith("/") else f"/studies/6{data}").text.splitlines()
+    assert rows[0] == "what,of,value,low,high"
+    assert len(rows) == 1 + 2 * len(found["conditions"])
+
+
+def test_a_study_of_prefixes_shows_features_losses_and_ablations(pages: TestClient) -> None:
+    read, found = Reader(pages.get("/studies/7").text), pages.get("/studies/7.json").json()["study"]["result"]
+    assert read.refused == []
+    assert f"{found['features'][0]['index']} {found['features'][0]['role']}" in read.text
+    assert "with the repetition" in read.text
+    assert "other features" in read.text
+    assert "resampled" in read.text
