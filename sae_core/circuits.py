@@ -23,7 +23,7 @@ Frozen means: no number here says what would be missing without a feature. Patte
 Positions that an SAE leaves out (row starts, attention sinks) have no features: what z is there is error as a whole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -82,6 +82,8 @@ class Edge(NamedTuple):
     source: Place
     value: float
     """In units of the reader's value; negative where it held it down."""
+    heads: tuple[float, ...]
+    """By head of the reader's layer, which sum to it; empty where no head carried it: into a logit, and of biases."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Circuit:
 
 
 @dataclass
-class _Layer:
+class LayerRead:
     """An SAE on the row: what fires, and what it writes to the stream."""
 
     sae: SAE
@@ -149,27 +151,34 @@ def trace(
     *,
     share: float = 0.02,
     most: int = 200,
+    depth: int | None = None,
+    widest: int = 60,
+    check: Callable[[], None] = lambda: None,
 ) -> Circuit:
     """What made the root, followed back through the features of `saes` (by layer) on one row of tokens, row start first.
 
     A feature is followed where the size of its effect is at least `share` of the root's value (of a root that is itself less than
-    that share of its parts' sizes: of as much); at most `most` nodes are taken apart. Raises UsageError and NotFound for a root
-    that is not there, and UnsupportedModel where the model's stream cannot be seen part by part.
+    that share of its parts' sizes: of as much). At most `most` nodes are taken apart, with `depth` none that is more than so many
+    edges from the root, and a node has at most `widest` edges from features and as many from other parts. `check` is called between steps, and may raise.
+    Raises UsageError and NotFound for a root that is not there, and UnsupportedModel where the model's stream cannot be seen part
+    by part.
     """
     _check(lens, tokens, saes, root)
-    row = torch.tensor([list(tokens)], device=lens.device)
-    whole = lens.read_whole(row, sorted(saes))
-    excluded = {}
-    starts = row_starts(row.cpu(), lens.row_start)
+    top = lens.info.n_layers if isinstance(root, LogitRoot) else root.layer + 1
+    saes = {layer: sae for layer, sae in saes.items() if layer < top}
+    whole = lens.read_whole(torch.tensor([list(tokens)], device=lens.device), sorted(saes))
+    layers = {}
     for layer, sae in saes.items():
-        excluded[layer] = sae.excluded(whole.attention[layer].z, starts)[0]
-    top = lens.info.n_layers if isinstance(root, LogitRoot) else root.layer
-    layers = {
-        layer: _read(lens, sae, whole, layer, excluded[layer])
-        for layer, sae in saes.items()
-        if layer < top or (isinstance(root, FeatureRoot) and layer == top)
-    }
-    return _Tracing(lens, whole, layers, share, most).from_(root)
+        check()
+        layers[layer] = _read(lens, tokens, sae, whole, layer)
+    return _Tracing(lens, whole, layers, share, most, depth, widest, check).from_(root)
+
+
+def read_layers(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], before: int) -> dict[int, LayerRead]:
+    """What the SAEs of the layers before a layer make of one row of tokens."""
+    saes = {layer: sae for layer, sae in saes.items() if layer < before}
+    whole = lens.read_whole(torch.tensor([list(tokens)], device=lens.device), sorted(saes))
+    return {layer: _read(lens, tokens, sae, whole, layer) for layer, sae in saes.items()}
 
 
 def _check(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], root: FeatureRoot | LogitRoot) -> None:
@@ -187,9 +196,10 @@ def _check(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], root: F
             raise UsageError(f"{lens.info.name} has the tokens 0 to {lens.info.d_vocab - 1} only.", field="token")
 
 
-def _read(lens: "Lens", sae: SAE, whole: "WholeRead", layer: int, excluded: Tensor) -> _Layer:
+def _read(lens: "Lens", tokens: Sequence[int], sae: SAE, whole: "WholeRead", layer: int) -> LayerRead:
     """What the SAE makes of its layer's z, in units of the stream."""
     z, to = whole.attention[layer].z[0], lens.out_map(layer)
+    excluded = sae.excluded(z[None], row_starts(torch.tensor([list(tokens)]), lens.row_start))[0]
     found = sae.encode_sparse(z)
     fires = ~excluded[found.token]
     token, feature, activation = (part[fires] for part in found)
@@ -206,56 +216,92 @@ def _read(lens: "Lens", sae: SAE, whole: "WholeRead", layer: int, excluded: Tens
         biases[f"output bias {layer}"] = to.bias / out_scale
     if to.norm_bias.any():
         biases[f"bias of the norm after attention {layer}"] = to.norm_bias.expand_as(error)
-    return _Layer(sae, lens.value_map(layer), token, feature, activation, written, error, biases)
+    return LayerRead(sae, lens.value_map(layer), token, feature, activation, written, error, biases)
 
 
-class _Parts(NamedTuple):
-    """All parts of one node, side by side."""
+class _Block(NamedTuple):
+    """Some parts of a node, side by side: of one kind, or biases."""
 
-    places: list[Place]
+    kind: Kind
+    layer: int
     values: Tensor
     """[n] fp64"""
+    positions: Tensor
+    """[n]; -1 of biases."""
+    indices: Tensor | None = None
+    """[n] of features."""
+    names: tuple[str, ...] = ()
+    """[n] of biases."""
+    vectors: Tensor | None = None
+    """What is in the stream, of which row `rows` is each part; None of biases."""
+    rows: Tensor | None = None
+    """[n]"""
+
+    def place(self, at: int) -> Place:
+        index = -1 if self.indices is None else int(self.indices[at])
+        return Place(self.kind, self.layer, int(self.positions[at]), index, self.names[at] if self.names else "")
+
+
+def _biases(names: Sequence[str], values: Tensor) -> _Block:
+    return _Block("bias", -1, values, torch.full((len(names),), -1), names=tuple(names))
+
+
+class _Read(NamedTuple):
+    """What a node reads, and how."""
+
+    value: float
+    towards: Tensor
+    """[pos, d_model]: the directions that it reads the stream in."""
+    constants: dict[str, float]
+    heads: Tensor | None = None
+    """[n_heads, d_model]: of a feature, what each head of its layer reads in a source, but for pattern and scale."""
 
 
 @dataclass
 class _Tracing:
     lens: "Lens"
     whole: "WholeRead"
-    layers: dict[int, _Layer]
+    layers: dict[int, LayerRead]
     share: float
     most: int
+    depth: int | None
+    widest: int
+    check: Callable[[], None]
     nodes: dict[Place, Node] = field(default_factory=dict)
     effects: dict[Place, float] = field(default_factory=dict)
+    steps: dict[Place, int] = field(default_factory=dict)
+    """How many edges from the root, at least."""
     waiting: set[Place] = field(default_factory=set)
     """Features that were read and not yet followed."""
     least: float = 0.0
 
     def from_(self, root: FeatureRoot | LogitRoot) -> Circuit:
-        place, value, towards, constants = self._root(root)
-        parts = self._parts(root.layer if isinstance(root, FeatureRoot) else -1, towards, constants)
+        if isinstance(root, FeatureRoot):
+            place, read = Place("feature", root.layer, root.dest, root.index), self._feature(root.layer, root.index, root.dest)
+        else:
+            place, read = self._logit(root)
+        blocks = self._blocks(root.layer if isinstance(root, FeatureRoot) else -1, read)
         # Where parts nearly cancel, the root's value alone would make everything large.
-        self.least = self.share * max(abs(value), self.share * float(parts.values.abs().sum()))
-        self.effects[place] = value
-        self._keep(place, value, value, parts)
+        size = sum(float(block.values.abs().sum()) for block in blocks)
+        self.least = self.share * max(abs(read.value), self.share * size)
+        self.effects[place], self.steps[place] = read.value, 0
+        self._keep(place, read, blocks)
         while self.waiting and len(self.nodes) < self.most:
             # All who read a layer stand above it, so the last layer's effects are whole.
             last = max(one.layer for one in self.waiting)
             here = {one for one in self.waiting if one.layer == last}
             self.waiting -= here
-            followed = sorted(
-                (one for one in here if abs(self.effects[one]) >= self.least), key=lambda one: -abs(self.effects[one])
-            )
+            followed = sorted((one for one in here if self._follows(one)), key=lambda one: -abs(self.effects[one]))
             for one in followed[: self.most - len(self.nodes)]:
-                self._follow(one, self.effects[one])
+                self.check()
+                read = self._feature(one.layer, one.index, one.position)
+                self._keep(one, read, self._blocks(one.layer, read))
         return Circuit(place, self.nodes, self.effects, self._activations())
 
-    def _follow(self, place: Place, effect: float) -> None:
-        value, towards, constants = self._feature(place.layer, place.index, place.position)
-        self._keep(place, value, effect, self._parts(place.layer, towards, constants))
+    def _follows(self, one: Place) -> bool:
+        return abs(self.effects[one]) >= self.least and (self.depth is None or self.steps[one] <= self.depth)
 
-    def _root(self, root: FeatureRoot | LogitRoot) -> tuple[Place, float, Tensor, dict[str, float]]:
-        if isinstance(root, FeatureRoot):
-            return Place("feature", root.layer, root.dest, root.index), *self._feature(root.layer, root.index, root.dest)
+    def _logit(self, root: LogitRoot) -> tuple[Place, _Read]:
         place = Place("logit", self.lens.info.n_layers, root.dest, root.token, "" if root.against is None else str(root.against))
         logits = self.lens.logits_of(self.whole.final[root.dest])
         # The second row is that of the other token, or of the mean over the vocabulary.
@@ -264,10 +310,10 @@ class _Tracing:
         value = logits[root.token] - (logits.mean() if root.against is None else logits[root.against])
         towards = torch.zeros_like(self.whole.final)
         towards[root.dest] = row / self.whole.final_scale[root.dest]
-        return place, float(value), towards, {"final bias": float(constant)}
+        return place, _Read(float(value), towards, {"final bias": float(constant)})
 
-    def _feature(self, layer: int, index: int, dest: int) -> tuple[float, Tensor, dict[str, float]]:
-        """A feature's pre-activation, from z alone; the directions G [pos, d_model] that it reads; and its constants."""
+    def _feature(self, layer: int, index: int, dest: int) -> _Read:
+        """A feature's pre-activation, from z alone, and how it reads the stream before its layer."""
         here, read = self.layers[layer], self.whole.attention[layer]
         sae, values = here.sae, here.values
         w, c = sae.affine(torch.tensor([index], device=read.z.device))
@@ -284,56 +330,73 @@ class _Tracing:
             if bias.any():
                 given = torch.einsum("ke,kge->kg", bias, grouped).flatten()  # [n_heads]
                 constants[name] = float((pattern.sum(1) * given).sum())
-        return preact, towards, constants
+        return _Read(preact, towards, constants, seen)
 
-    def _parts(self, layer: int, towards: Tensor, constants: dict[str, float]) -> _Parts:
-        """Every part of what is read in the directions `towards` [pos, d_model] before the layer (-1: at the end)."""
-        whole = self.whole
-        positions = towards.any(1).nonzero()[:, 0].tolist()
-        places = [Place("bias", -1, -1, -1, name) for name in constants]
-        values = [torch.tensor(list(constants.values()), dtype=torch.float64)]
+    def _blocks(self, layer: int, read: _Read) -> list[_Block]:
+        """Every part of what is read before the layer (-1: at the end)."""
+        whole, towards = self.whole, read.towards
+        positions = towards.any(1).nonzero()[:, 0]
+        blocks = [_biases(list(read.constants), torch.tensor(list(read.constants.values()), dtype=torch.float64))]
+        given = torch.einsum("npd,pd->np", whole.parts[: whole.before(layer), positions], towards[positions]).double().cpu()
+        at_positions = positions.cpu()
         for at in range(whole.before(layer)):
-            name = whole.names[at]
-            kind, _, number = name.partition(" ")
+            kind, _, number = whole.names[at].partition(" ")
             here = self.layers.get(int(number)) if kind == "attention" else None
+            of = int(number) if number else -1
             if here is None:
-                given = (whole.parts[at] * towards).sum(1)
-                places += [Place(KINDS[kind], int(number) if number else -1, s, -1) for s in positions]
-                values.append(given[positions].double().cpu())
+                blocks.append(_Block(KINDS[kind], of, given[at], at_positions, vectors=whole.parts[at], rows=positions))
                 continue
-            read = (here.written * towards[here.token]).sum(1)
-            found = read.nonzero()[:, 0]
-            firings = zip(here.token[found].tolist(), here.feature[found].tolist(), strict=True)
-            places += [Place("feature", int(number), s, index) for s, index in firings]
-            values.append(read[found].double().cpu())
-            places += [Place("error", int(number), s, -1) for s in positions]
-            values.append((here.error * towards).sum(1)[positions].double().cpu())
-            places += [Place("bias", -1, -1, -1, bias) for bias in here.biases]
-            values.append(torch.stack([(added * towards).sum() for added in here.biases.values()]).double().cpu())
-        return _Parts(places, torch.cat(values))
+            fired = (here.written * towards[here.token]).sum(1)
+            found = fired.nonzero()[:, 0]
+            values, tokens = fired[found].double().cpu(), here.token[found].cpu()
+            blocks.append(_Block("feature", of, values, tokens, here.feature[found].cpu(), vectors=here.written, rows=found))
+            values = (here.error * towards).sum(1)[positions].double().cpu()
+            blocks.append(_Block("error", of, values, at_positions, vectors=here.error, rows=positions))
+            added = torch.stack([(one * towards).sum() for one in here.biases.values()]).double().cpu()
+            blocks.append(_biases(list(here.biases), added))
+        return blocks
 
-    def _keep(self, place: Place, value: float, effect: float, parts: _Parts) -> None:
+    def _keep(self, place: Place, read: _Read, blocks: Sequence[_Block]) -> None:
         """The node, with the parts that matter as edges; features among them wait to be followed."""
-        total, size = float(parts.values.sum()), float(parts.values.abs().sum())
-        through = effect / value if value else 0.0
-        effects = parts.values * through
-        listed = effects.abs() >= LISTED * self.least
+        values = torch.cat([block.values for block in blocks])
+        total, size = float(values.sum()), float(values.abs().sum())
+        effect = self.effects[place]
+        through = effect / read.value if read.value else 0.0
+        fires = torch.cat([torch.full((len(block.values),), block.kind == "feature") for block in blocks])
+        listed = (values * through).abs() >= LISTED * self.least
+        order = values.abs().argsort(descending=True)
+        # Features have a limit of their own: what can be followed is not crowded out by what cannot.
+        chosen = [at for kind in (fires, ~fires) for at in order[(listed & kind)[order]][: self.widest].tolist()]
+        chosen.sort(key=lambda at: -abs(float(values[at])))
+        ends = torch.tensor([len(block.values) for block in blocks]).cumsum(0)
         edges = []
-        for at in listed.nonzero()[:, 0].tolist():
-            source, given = parts.places[at], float(parts.values[at])
-            edges.append(Edge(source, given))
-            self.effects[source] = self.effects.get(source, 0.0) + float(effects[at])
+        for at in chosen:
+            which = int(torch.searchsorted(ends, at, right=True))
+            block = blocks[which]
+            row = at - int(ends[which]) + len(block.values)
+            source, given = block.place(row), float(values[at])
+            edges.append(Edge(source, given, self._heads(place, read, block, row)))
+            self.effects[source] = self.effects.get(source, 0.0) + given * through
+            self.steps[source] = min(self.steps.get(source, self.steps[place] + 1), self.steps[place] + 1)
             if source.kind == "feature":
                 self.waiting.add(source)
         self.nodes[place] = Node(
             place=place,
-            value=value,
+            value=read.value,
             effect=effect,
-            edges=tuple(sorted(edges, key=lambda edge: -abs(edge.value))),
-            rest=float(parts.values[~listed].sum()),
-            n_rest=int((~listed).sum()),
-            gap=abs(total - value) / max(size, 1e-30),
+            edges=tuple(edges),
+            rest=total - sum(edge.value for edge in edges),
+            n_rest=len(values) - len(edges),
+            gap=abs(total - read.value) / max(size, 1e-30),
         )
+
+    def _heads(self, place: Place, read: _Read, block: _Block, row: int) -> tuple[float, ...]:
+        """A part by the heads that carried it."""
+        if read.heads is None or block.vectors is None or block.rows is None:
+            return ()
+        source = int(block.positions[row])
+        carried = self.whole.attention[place.layer].pattern[0, :, place.position, source] / self.whole.scale[place.layer][source]
+        return tuple((carried * (read.heads @ block.vectors[block.rows[row]])).tolist())
 
     def _activations(self) -> dict[Place, float]:
         found: dict[Place, float] = {}
