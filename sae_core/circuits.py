@@ -135,12 +135,20 @@ class LayerRead:
     """[n]"""
     activation: Tensor
     """[n]"""
-    written: Tensor
-    """[n, d_model]: what each firing adds to the stream."""
+    direction: Tensor
+    """[n]: the row of `directions` of each firing."""
+    amount: Tensor
+    """[n]: how much of it; the activation over all that divides it."""
+    directions: Tensor
+    """[n features that fire, d_model]: what each adds to the stream."""
     error: Tensor
     """[pos, d_model]: what the SAE's error adds."""
     biases: dict[str, Tensor]
     """[pos, d_model] each: what b_dec, b_O and a norm after it add."""
+
+    def written(self, which: Tensor) -> Tensor:
+        """[m, d_model]: what some firings add to the stream."""
+        return self.directions[self.direction[which]] * self.amount[which, None]
 
 
 def trace(
@@ -159,9 +167,9 @@ def trace(
 
     A feature is followed where the size of its effect is at least `share` of the root's value (of a root that is itself less than
     that share of its parts' sizes: of as much). At most `most` nodes are taken apart, with `depth` none that is more than so many
-    edges from the root, and a node has at most `widest` edges from features and as many from other parts. `check` is called between steps, and may raise.
-    Raises UsageError and NotFound for a root that is not there, and UnsupportedModel where the model's stream cannot be seen part
-    by part.
+    edges from the root; a node has at most `widest` edges from features and as many from other parts. `check` is called between
+    steps, and may raise. Raises UsageError and NotFound for a root that is not there, and UnsupportedModel where the model's
+    stream cannot be seen part by part.
     """
     _check(lens, tokens, saes, root)
     top = lens.info.n_layers if isinstance(root, LogitRoot) else root.layer + 1
@@ -171,7 +179,7 @@ def trace(
     for layer, sae in saes.items():
         check()
         layers[layer] = _read(lens, tokens, sae, whole, layer)
-    return _Tracing(lens, whole, layers, share, most, depth, widest, check).from_(root)
+    return _Tracing(lens, whole, layers, _fixed(whole, layers), share, most, depth, widest, check).from_(root)
 
 
 def read_layers(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], before: int) -> dict[int, LayerRead]:
@@ -207,16 +215,17 @@ def _read(lens: "Lens", tokens: Sequence[int], sae: SAE, whole: "WholeRead", lay
     per_token = (torch.ones_like(out_scale) if token_scale is None else token_scale) * out_scale  # [pos, 1]
     # d_j W_O once for each feature that fires anywhere.
     used, which = torch.unique(feature, return_inverse=True)
-    written = (sae.W_dec[used] @ to.matrix)[which] * (activation / per_token[token, 0])[:, None]
+    directions, amount = sae.W_dec[used] @ to.matrix, activation / per_token[token, 0]
     decoder_bias = torch.where(excluded[:, None], 0.0, sae.b_dec @ to.matrix / per_token)
     error = z @ to.matrix / out_scale - decoder_bias
-    error = error.index_add(0, token, written, alpha=-1.0)
+    codes = torch.zeros(len(z), len(used), device=z.device).index_put((token, which), amount)
+    error = error - codes @ directions
     biases = {f"decoder bias {layer}": decoder_bias}
     if to.bias.any():
         biases[f"output bias {layer}"] = to.bias / out_scale
     if to.norm_bias.any():
         biases[f"bias of the norm after attention {layer}"] = to.norm_bias.expand_as(error)
-    return LayerRead(sae, lens.value_map(layer), token, feature, activation, written, error, biases)
+    return LayerRead(sae, lens.value_map(layer), token, feature, activation, which, amount, directions, error, biases)
 
 
 class _Block(NamedTuple):
@@ -232,14 +241,42 @@ class _Block(NamedTuple):
     """[n] of features."""
     names: tuple[str, ...] = ()
     """[n] of biases."""
-    vectors: Tensor | None = None
-    """What is in the stream, of which row `rows` is each part; None of biases."""
     rows: Tensor | None = None
-    """[n]"""
+    """[n]: of features the firing; of others the row of `_Fixed`, the same for all."""
 
     def place(self, at: int) -> Place:
         index = -1 if self.indices is None else int(self.indices[at])
         return Place(self.kind, self.layer, int(self.positions[at]), index, self.names[at] if self.names else "")
+
+
+class _Fixed(NamedTuple):
+    """Everything in the stream that is no feature, in the order of the stream."""
+
+    what: list[tuple[Kind, int, str]]
+    """Kind, layer, and the name of a bias."""
+    vectors: Tensor
+    """[n, pos, d_model]"""
+    before: dict[int, int]
+    """By layer: how many stand before its attention; -1 at the end."""
+
+
+def _fixed(whole: "WholeRead", layers: Mapping[int, LayerRead]) -> _Fixed:
+    what: list[tuple[Kind, int, str]] = []
+    vectors: list[Tensor] = []
+    before = {}
+    for name, part in zip(whole.names, whole.parts, strict=True):
+        kind, _, number = name.partition(" ")
+        of = int(number) if number else -1
+        if kind == "attention":
+            before[of] = len(what)
+        here = layers.get(of) if kind == "attention" else None
+        if here is None:
+            what.append((KINDS[kind], of, ""))
+            vectors.append(part)
+            continue
+        what += [("error", of, ""), *(("bias", of, bias) for bias in here.biases)]
+        vectors += [here.error, *here.biases.values()]
+    return _Fixed(what, torch.stack(vectors), before | {-1: len(what)})
 
 
 def _biases(names: Sequence[str], values: Tensor) -> _Block:
@@ -262,6 +299,7 @@ class _Tracing:
     lens: "Lens"
     whole: "WholeRead"
     layers: dict[int, LayerRead]
+    fixed: _Fixed
     share: float
     most: int
     depth: int | None
@@ -334,26 +372,28 @@ class _Tracing:
 
     def _blocks(self, layer: int, read: _Read) -> list[_Block]:
         """Every part of what is read before the layer (-1: at the end)."""
-        whole, towards = self.whole, read.towards
-        positions = towards.any(1).nonzero()[:, 0]
+        positions = read.towards.any(1).nonzero()[:, 0]
+        towards, fixed = read.towards[positions], self.fixed
+        at, before = positions.cpu(), fixed.before[layer]
         blocks = [_biases(list(read.constants), torch.tensor(list(read.constants.values()), dtype=torch.float64))]
-        given = torch.einsum("npd,pd->np", whole.parts[: whole.before(layer), positions], towards[positions]).double().cpu()
-        at_positions = positions.cpu()
-        for at in range(whole.before(layer)):
-            kind, _, number = whole.names[at].partition(" ")
-            here = self.layers.get(int(number)) if kind == "attention" else None
-            of = int(number) if number else -1
-            if here is None:
-                blocks.append(_Block(KINDS[kind], of, given[at], at_positions, vectors=whole.parts[at], rows=positions))
+        seen = fixed.vectors[:before] if len(positions) == len(read.towards) else fixed.vectors[:before, positions]
+        given = torch.einsum("npd,pd->np", seen, towards).double().cpu()
+        for row, (kind, of, name) in enumerate(fixed.what[:before]):
+            if kind == "bias":
+                blocks.append(_biases([name], given[row].sum()[None]))
+            else:
+                blocks.append(_Block(kind, of, given[row], at, rows=torch.full_like(at, row)))
+        column = torch.full((len(read.towards),), -1, device=positions.device)
+        column[positions] = torch.arange(len(positions), device=positions.device)
+        for of, here in self.layers.items():
+            if 0 <= layer <= of:
                 continue
-            fired = (here.written * towards[here.token]).sum(1)
-            found = fired.nonzero()[:, 0]
-            values, tokens = fired[found].double().cpu(), here.token[found].cpu()
-            blocks.append(_Block("feature", of, values, tokens, here.feature[found].cpu(), vectors=here.written, rows=found))
-            values = (here.error * towards).sum(1)[positions].double().cpu()
-            blocks.append(_Block("error", of, values, at_positions, vectors=here.error, rows=positions))
-            added = torch.stack([(one * towards).sum() for one in here.biases.values()]).double().cpu()
-            blocks.append(_biases(list(here.biases), added))
+            found = (column[here.token] >= 0).nonzero()[:, 0]
+            by_position = here.directions @ towards.T
+            values = by_position[here.direction[found], column[here.token[found]]] * here.amount[found]
+            blocks.append(
+                _Block("feature", of, values.double().cpu(), here.token[found].cpu(), here.feature[found].cpu(), rows=found.cpu())
+            )
         return blocks
 
     def _keep(self, place: Place, read: _Read, blocks: Sequence[_Block]) -> None:
@@ -363,10 +403,10 @@ class _Tracing:
         effect = self.effects[place]
         through = effect / read.value if read.value else 0.0
         fires = torch.cat([torch.full((len(block.values),), block.kind == "feature") for block in blocks])
-        listed = (values * through).abs() >= LISTED * self.least
-        order = values.abs().argsort(descending=True)
+        listed = ((values * through).abs() >= LISTED * self.least).nonzero()[:, 0]
+        order = listed[values[listed].abs().argsort(descending=True)]
         # Features have a limit of their own: what can be followed is not crowded out by what cannot.
-        chosen = [at for kind in (fires, ~fires) for at in order[(listed & kind)[order]][: self.widest].tolist()]
+        chosen = [at for kind in (fires, ~fires) for at in order[kind[order]][: self.widest].tolist()]
         chosen.sort(key=lambda at: -abs(float(values[at])))
         ends = torch.tensor([len(block.values) for block in blocks]).cumsum(0)
         edges = []
@@ -392,15 +432,22 @@ class _Tracing:
 
     def _heads(self, place: Place, read: _Read, block: _Block, row: int) -> tuple[float, ...]:
         """A part by the heads that carried it."""
-        if read.heads is None or block.vectors is None or block.rows is None:
+        if read.heads is None or block.rows is None:
             return ()
-        source = int(block.positions[row])
+        source, which = int(block.positions[row]), int(block.rows[row])
+        vector = (
+            self.layers[block.layer].written(block.rows[row : row + 1])[0]
+            if block.kind == "feature"
+            else self.fixed.vectors[which, source]
+        )
         carried = self.whole.attention[place.layer].pattern[0, :, place.position, source] / self.whole.scale[place.layer][source]
-        return tuple((carried * (read.heads @ block.vectors[block.rows[row]])).tolist())
+        return tuple((carried * (read.heads @ vector)).tolist())
 
     def _activations(self) -> dict[Place, float]:
-        found: dict[Place, float] = {}
-        for layer, here in self.layers.items():
-            firings = zip(here.token.tolist(), here.feature.tolist(), here.activation.tolist(), strict=True)
-            found |= {Place("feature", layer, s, index): value for s, index, value in firings}
-        return {place: found[place] for place in self.effects if place in found}
+        found = {}
+        for place in self.effects:
+            if place.kind == "feature":
+                here = self.layers[place.layer]
+                fires = (here.token == place.position) & (here.feature == place.index)
+                found[place] = float(here.activation[fires].sum())  # 0 of a root that does not fire
+        return found

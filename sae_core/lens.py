@@ -578,6 +578,7 @@ class Lens:
         names += added
         parts += [found[hook] for hook in added.values()]
         attention, scale, out_scale = {}, {}, {}
+        whole = torch.stack(parts)
         for layer in layers:
             z, v, pattern, out = (found[f"blocks.{layer}.attn.{hook}"] for hook in (*ATTENTION_HOOKS, "hook_out"))
             attention[layer] = AttentionRead(z.flatten(2), v, pattern)
@@ -586,7 +587,7 @@ class Lens:
             out_scale[layer] = norm_scale(out, self._post_norm(layer))[0]
             before = names.index(f"attention {layer}")
             self._check_parts(
-                StreamRead(tuple(names[:before]), torch.stack(parts[:before]), scale[layer][None], attention[layer]),
+                StreamRead(tuple(names[:before]), whole[:before], scale[layer][None], attention[layer]),
                 stream,
                 layer,
             )
@@ -594,7 +595,7 @@ class Lens:
             gap = _gap((attention[layer].z[0] @ to.matrix + to.bias) / out_scale[layer][:, None] + to.norm_bias, parts[before][0])
             if not gap <= 10 * PARTS_GAP:
                 self._refuse_parts(f"z does not give what the attention of layer {layer} adds (off by {gap:.1%})")
-        final, whole = found["ln_final.hook_in"], torch.stack(parts)
+        final = found["ln_final.hook_in"]
         gap = float(((whole.sum(0) - final).norm(dim=-1) / whole.norm(dim=-1).sum(0).clamp_min(1e-12)).max())
         if not gap <= PARTS_GAP:
             self._refuse_parts(f"what its blocks are seen to add misses the stream at the end by {gap:.1%}")

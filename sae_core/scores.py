@@ -170,7 +170,11 @@ def _stream_parts(read: "ScoreRead", layers: Mapping[int, LayerRead], at: int) -
         places += [Place("feature", int(number), at, index) for index in here.feature[fires].tolist()]
         places.append(Place("error", int(number), at, -1))
         places += [Place("bias", -1, -1, -1, bias) for bias in here.biases]
-        vectors += [here.written[fires], here.error[at][None], *(added[at][None] for added in here.biases.values())]
+        vectors += [
+            here.written(fires.nonzero()[:, 0]),
+            here.error[at][None],
+            *(added[at][None] for added in here.biases.values()),
+        ]
     return places, torch.cat(vectors)
 
 
