@@ -82,19 +82,19 @@ def explain(
     saes: Mapping[int, SAE],
     *,
     layer: int,
-    head: int,
+    head: int | None,
     dest: int,
     src: int,
     against_mean: bool = False,
     most: int = 40,
 ) -> Why:
-    """Why head `head` of the layer looked from `dest` to `src`, through the SAEs (by layer) of earlier layers.
+    """Why head `head` of the layer (None: the one that did so most) looked from `dest` to `src`, through the SAEs (by layer) of earlier layers.
 
     Raises UsageError for a place that is not there or that the mask hides, LayerOutOfRange, and UnsupportedModel where the scores
     cannot be made from the stream's parts.
     """
     lens.check_layer(layer)
-    if not 0 <= head < lens.info.n_heads:
+    if head is not None and not 0 <= head < lens.info.n_heads:
         raise UsageError(f"{lens.info.name} has the heads 0 to {lens.info.n_heads - 1}; there is no {head}.", field="head")
     for name, position in (("dest", dest), ("src", src)):
         if not 0 <= position < len(tokens):
@@ -103,6 +103,8 @@ def explain(
     read = lens.read_scores(row, layer)
     if not read.allowed[dest, src]:
         raise UsageError(f"Layer {layer} does not let position {dest} look at {src}.", field="src")
+    patterns = read.attention.pattern[0, :, dest, src]
+    head = int(patterns.argmax()) if head is None else head
     layers = read_layers(lens, tokens, saes, layer)
     allowed = read.allowed[dest].nonzero()[:, 0].tolist()
     kv = head * lens.info.n_kv_heads // lens.info.n_heads
@@ -126,7 +128,7 @@ def explain(
         value=value,
         scores=tuple(scores.tolist()),
         means=tuple(means.tolist()),
-        patterns=tuple(read.attention.pattern[0, :, dest, src].tolist()),
+        patterns=tuple(patterns.tolist()),
         cap=read.cap,
         queries=_by_size(queries, pairs.sum(1)),
         keys=_by_size(keys, pairs.sum(0)),

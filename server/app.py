@@ -23,6 +23,7 @@ from server.oidc import Oidc
 from server.overload import Overload
 from server.pages import (
     compare,
+    circuit,
     components,
     embed,
     feature,
@@ -98,7 +99,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, *AWAY):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
-    about_saes = (sae, manage, head, embed, components, labels, lists, ratings)
+    about_saes = (sae, manage, head, embed, components, circuit, labels, lists, ratings)
     pages = (home, search, prompt, *about_saes, compare, start, jobs, sweep, study, status)
     # The feature's page first: routes are tried one after another, and most of what is asked for is one.
     for page in (feature, health, login, keys, people, writing, *pages):

@@ -261,6 +261,38 @@ document.addEventListener("htmx:after:swap", (event) => {
   if (picked && picked.getBoundingClientRect().bottom < 0) picked.scrollIntoView({ block: "start" });
 });
 
+// --- a circuit: a node of the drawing is picked by the step beside it, so that the page stays where it is; arrows go along edges ---
+
+const nodeOf = (element) => element.closest?.("figure.circuit a.node");
+document.addEventListener("click", (event) => {
+  const node = nodeOf(event.target);
+  if (!node || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  const step = document.querySelector(`#nodes [data-node="${CSS.escape(node.dataset.node)}"]`);
+  if (!step) return;
+  event.preventDefault();
+  step.click();
+});
+document.addEventListener("keydown", (event) => {
+  const node = nodeOf(event.target);
+  const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+  if (!node || !way || event.ctrlKey || event.metaKey || event.altKey) return;
+  const middle = (one) => {
+    const box = one.querySelector(".hit").getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+  };
+  const svg = node.ownerSVGElement;
+  const at = middle(node);
+  // Along the edges of the node that is looked at first; else to what is nearest that way.
+  const others = [...svg.querySelectorAll("a.node")].filter((one) => one !== node);
+  const ahead = others.map((one) => [one, middle(one)]).filter(([, [x, y]]) => way[0] * (x - at[0]) + way[1] * (y - at[1]) > 4);
+  const far = ([one, [x, y]]) => {
+    const [along, aside] = way[0] ? [Math.abs(x - at[0]), Math.abs(y - at[1])] : [Math.abs(y - at[1]), Math.abs(x - at[0])];
+    return along + 2.5 * aside - (one.classList.contains("near") && node.classList.contains("picked") ? 1e4 : 0);
+  };
+  ahead.sort((a, b) => far(a) - far(b))[0]?.[0].focus();
+  event.preventDefault();
+});
+
 document.getElementById("help-open")?.addEventListener("click", () => document.getElementById("help").showModal());
 
 // After a swap the heads table says which head is painted, the ways to other features keep the view that was chosen, and
