@@ -22,8 +22,8 @@ from server.db import Database
 from server.oidc import Oidc
 from server.overload import Overload
 from server.pages import (
-    compare,
     circuit,
+    compare,
     components,
     embed,
     feature,

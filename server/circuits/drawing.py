@@ -14,7 +14,7 @@ from server.markup import made, visible
 from server.rendering import percent
 
 SHAPES = {"feature": 0, "MLP": 1, "embedding": 2, "error": 3, "position": 4, "bias": 5, "logit": 0, "attention": 1, "group": 1}
-LEFT, TOP, ROW, PITCH, LETTER = 58, 10, 44, 38, 5.6
+LEFT, TOP, ROW, PITCH, LETTER = 58, 32, 44, 38, 5.6
 MOST_EDGES = 160
 NAMES = {
     "feature": "feature",
@@ -81,7 +81,7 @@ def _layout(
         step = (right - left) / len(those)
         for at, node in enumerate(sorted(those, key=lambda node: -node.effect)):
             places[node.id] = (left + step * (at + 0.5), rows[row])
-    return columns, rows, places, math.ceil(max(x + 8, 320)), TOP + ROW * len(order) + 32
+    return columns, rows, places, math.ceil(max(x + LEFT, 320)), TOP + ROW * len(order) + 32
 
 
 def _row(node: DrawnNode) -> tuple[int, int]:
@@ -101,13 +101,16 @@ def _frame(
         words = "biases" if position < 0 else visible(answer.texts[position])
         words = words if len(words) <= 12 else words[:11] + "…"
         middle = (left + right) / 2
-        parts.append(f'<text class="now" x="{middle:.1f}" y="{height - 17}" text-anchor="middle">{escape(words)}</text>')
-        if position >= 0:
-            parts.append(f'<text x="{middle:.1f}" y="{height - 4}" text-anchor="middle">{position}</text>')
+        for line in (13, height - 17):
+            parts.append(f'<text class="now" x="{middle:.1f}" y="{line}" text-anchor="middle">{escape(words)}</text>')
+            if position >= 0:
+                parts.append(f'<text x="{middle:.1f}" y="{line + 13}" text-anchor="middle">{position}</text>')
     for (layer, mlp), y in rows.items():
         words = "input" if layer < 0 else "logit" if layer >= answer.n_layers else f"MLP {layer}" if mlp else f"attn. {layer}"
+        # At both ends: one of them is in sight.
         parts.append(f'<text x="{LEFT - 8}" y="{y + 3:.1f}" text-anchor="end">{words}</text>')
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width}" y1="{y + ROW / 2:.1f}" y2="{y + ROW / 2:.1f}"/>')
+        parts.append(f'<text x="{width - LEFT + 8}" y="{y + 3:.1f}">{words}</text>')
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{width - LEFT}" y1="{y + ROW / 2:.1f}" y2="{y + ROW / 2:.1f}"/>')
     return "".join(parts)
 
 

@@ -11,7 +11,8 @@ from server.circuits.asked import CircuitNode, CircuitPlace, LiveCircuit
 
 DRAWN = 70
 """Nodes that are drawn; pinned ones, those taken apart and the picked one are in any case."""
-PATHS = 10
+PATHS = 6
+"""Ways that are told, of all and of those by way of another feature."""
 
 
 class View(BaseModel):
@@ -207,7 +208,8 @@ def _open(answer: LiveCircuit, closed: Iterable[str]) -> set[str]:
 
 
 def strongest_paths(answer: LiveCircuit, most: int = PATHS) -> tuple[Path, ...]:
-    """The ways down with the largest products, exactly: from the first layer up, each node keeps its best ones."""
+    """The ways down with the largest products, exactly: from the first layer up, each node keeps its best ones. First those of
+    any length, then those by way of at least one more feature."""
     edges: dict[str, list[tuple[str, float]]] = {}
     for edge in answer.edges:
         edges.setdefault(edge.target, []).append((edge.source, edge.share))
@@ -218,7 +220,9 @@ def strongest_paths(answer: LiveCircuit, most: int = PATHS) -> tuple[Path, ...]:
             for source, share in edges.get(node.id, ())
             for below in best.get(source, (Path((source,), 1.0),))
         ]
-        best[node.id] = sorted(found, key=lambda path: -abs(path.share))[:most]
+        found.sort(key=lambda path: -abs(path.share))
+        longer = [path for path in found if len(path.ids) > 2] if node.id == answer.root else []
+        best[node.id] = list(dict.fromkeys([*found[:most], *longer[:most]]))
     return tuple(best.get(answer.root, ()))
 
 

@@ -1,7 +1,7 @@
 """Circuits: what made a feature or a logit, as a graph, on a stored example, a shared prompt, or typed text.
 
-Where the text has an address, so has every view of its graph: it is asked by GET, and whatever is picked, pinned, closed or grouped
-is in the address. Typed text goes by POST and is not stored; the view then travels in the form.
+Where the text has an address, so has every view of its graph: it is asked by GET, and whatever is picked, pinned, closed or
+grouped is in the address. Typed text goes by POST and is not stored; the view then travels in the form.
 """
 
 import secrets
@@ -33,7 +33,7 @@ from server.circuits.view import Drawn, Path, View, drawn, said, strongest_paths
 from server.live import InLine
 from server.pages import prompt
 from server.pages.feature import engine
-from server.pages.reply import Read, file_name, link, reply, sae_path, to_json
+from server.pages.reply import Read, file_name, link, reply, sae_path, to_json, wants_part
 from server.pages.writing import Form, see, writing
 from server.store import prompts as store
 from server.store.examples import example_row
@@ -225,7 +225,7 @@ def _shown(
             desc=f"A graph of {len(page.drawn.nodes)} nodes and {len(page.drawn.edges)} edges; positions across, layers up. "
             "The table of nodes below it has the same.",
         )
-    status = 200 if not page.trouble or request.headers.get("hx-request") == "true" else 422
+    status = 200 if not page.trouble or source.address or wants_part(request) else 422
     view: dict[str, Any] = {
         "source": source,
         "shown": shown,
