@@ -281,15 +281,15 @@ document.addEventListener("keydown", (event) => {
     return [box.x + box.width / 2, box.y + box.height / 2];
   };
   const svg = node.ownerSVGElement;
+  // Down and up go along the strongest edge, which is drawn last; where there is none, and to the sides, to what is nearest.
+  const [mine, other] = way[1] > 0 ? ["to", "from"] : ["from", "to"];
+  const edges = way[1] ? [...svg.querySelectorAll(`.way[data-${mine}="${CSS.escape(node.dataset.node)}"]`)] : [];
   const at = middle(node);
-  // Along the edges of the node that is looked at first; else to what is nearest that way.
-  const others = [...svg.querySelectorAll("a.node")].filter((one) => one !== node);
-  const ahead = others.map((one) => [one, middle(one)]).filter(([, [x, y]]) => way[0] * (x - at[0]) + way[1] * (y - at[1]) > 4);
-  const far = ([one, [x, y]]) => {
-    const [along, aside] = way[0] ? [Math.abs(x - at[0]), Math.abs(y - at[1])] : [Math.abs(y - at[1]), Math.abs(x - at[0])];
-    return along + 2.5 * aside - (one.classList.contains("near") && node.classList.contains("picked") ? 1e4 : 0);
-  };
-  ahead.sort((a, b) => far(a) - far(b))[0]?.[0].focus();
+  const others = [...svg.querySelectorAll("a.node")].filter((one) => one !== node).map((one) => [one, middle(one)]);
+  const ahead = others.filter(([, [x, y]]) => way[0] * (x - at[0]) + way[1] * (y - at[1]) > 4);
+  const far = ([, [x, y]]) => Math.abs(x - at[0]) * (way[0] ? 1 : 2.5) + Math.abs(y - at[1]) * (way[1] ? 1 : 2.5);
+  const end = edges.length && svg.querySelector(`a.node[data-node="${CSS.escape(edges.at(-1).dataset[other])}"]`);
+  (end || ahead.sort((a, b) => far(a) - far(b))[0]?.[0])?.focus();
   event.preventDefault();
 });
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from server.circuits.asked import CircuitNode, CircuitPlace, LiveCircuit
 
@@ -44,6 +44,11 @@ class View(BaseModel):
     """The head whose score is taken apart; null for the one that carried most."""
     lead: bool = False
     """Take the score's lead over its mean apart."""
+
+    @field_validator("depth", "head", mode="before")
+    @classmethod
+    def _none(cls, given: object) -> object:
+        return None if given == "" else given  # as an empty choice of a form comes
 
     @property
     def pinned(self) -> tuple[str, ...]:
