@@ -23,7 +23,7 @@ Frozen means: no number here says what would be missing without a feature. Patte
 Positions that an SAE leaves out (row starts, attention sinks) have no features: what z is there is error as a whole.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -82,6 +82,8 @@ class Edge(NamedTuple):
     source: Place
     value: float
     """In units of the reader's value; negative where it held it down."""
+    heads: tuple[float, ...]
+    """By head of the reader's layer, which sum to it; empty where no head carried it: into a logit, and of biases."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Circuit:
 
 
 @dataclass
-class _Layer:
+class LayerRead:
     """An SAE on the row: what fires, and what it writes to the stream."""
 
     sae: SAE
@@ -133,12 +135,20 @@ class _Layer:
     """[n]"""
     activation: Tensor
     """[n]"""
-    written: Tensor
-    """[n, d_model]: what each firing adds to the stream."""
+    direction: Tensor
+    """[n]: the row of `directions` of each firing."""
+    amount: Tensor
+    """[n]: how much of it; the activation over all that divides it."""
+    directions: Tensor
+    """[n features that fire, d_model]: what each adds to the stream."""
     error: Tensor
     """[pos, d_model]: what the SAE's error adds."""
     biases: dict[str, Tensor]
     """[pos, d_model] each: what b_dec, b_O and a norm after it add."""
+
+    def written(self, which: Tensor) -> Tensor:
+        """[m, d_model]: what some firings add to the stream."""
+        return self.directions[self.direction[which]] * self.amount[which, None]
 
 
 def trace(
@@ -149,27 +159,34 @@ def trace(
     *,
     share: float = 0.02,
     most: int = 200,
+    depth: int | None = None,
+    widest: int = 60,
+    check: Callable[[], None] = lambda: None,
 ) -> Circuit:
     """What made the root, followed back through the features of `saes` (by layer) on one row of tokens, row start first.
 
     A feature is followed where the size of its effect is at least `share` of the root's value (of a root that is itself less than
-    that share of its parts' sizes: of as much); at most `most` nodes are taken apart. Raises UsageError and NotFound for a root
-    that is not there, and UnsupportedModel where the model's stream cannot be seen part by part.
+    that share of its parts' sizes: of as much). At most `most` nodes are taken apart, with `depth` none that is more than so many
+    edges from the root; a node has at most `widest` edges from features and as many from other parts. `check` is called between
+    steps, and may raise. Raises UsageError and NotFound for a root that is not there, and UnsupportedModel where the model's
+    stream cannot be seen part by part.
     """
     _check(lens, tokens, saes, root)
-    row = torch.tensor([list(tokens)], device=lens.device)
-    whole = lens.read_whole(row, sorted(saes))
-    excluded = {}
-    starts = row_starts(row.cpu(), lens.row_start)
+    top = lens.info.n_layers if isinstance(root, LogitRoot) else root.layer + 1
+    saes = {layer: sae for layer, sae in saes.items() if layer < top}
+    whole = lens.read_whole(torch.tensor([list(tokens)], device=lens.device), sorted(saes))
+    layers = {}
     for layer, sae in saes.items():
-        excluded[layer] = sae.excluded(whole.attention[layer].z, starts)[0]
-    top = lens.info.n_layers if isinstance(root, LogitRoot) else root.layer
-    layers = {
-        layer: _read(lens, sae, whole, layer, excluded[layer])
-        for layer, sae in saes.items()
-        if layer < top or (isinstance(root, FeatureRoot) and layer == top)
-    }
-    return _Tracing(lens, whole, layers, share, most).from_(root)
+        check()
+        layers[layer] = _read(lens, tokens, sae, whole, layer)
+    return _Tracing(lens, whole, layers, _fixed(whole, layers), share, most, depth, widest, check).from_(root)
+
+
+def read_layers(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], before: int) -> dict[int, LayerRead]:
+    """What the SAEs of the layers before a layer make of one row of tokens."""
+    saes = {layer: sae for layer, sae in saes.items() if layer < before}
+    whole = lens.read_whole(torch.tensor([list(tokens)], device=lens.device), sorted(saes))
+    return {layer: _read(lens, tokens, sae, whole, layer) for layer, sae in saes.items()}
 
 
 def _check(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], root: FeatureRoot | LogitRoot) -> None:
@@ -187,9 +204,10 @@ def _check(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], root: F
             raise UsageError(f"{lens.info.name} has the tokens 0 to {lens.info.d_vocab - 1} only.", field="token")
 
 
-def _read(lens: "Lens", sae: SAE, whole: "WholeRead", layer: int, excluded: Tensor) -> _Layer:
+def _read(lens: "Lens", tokens: Sequence[int], sae: SAE, whole: "WholeRead", layer: int) -> LayerRead:
     """What the SAE makes of its layer's z, in units of the stream."""
     z, to = whole.attention[layer].z[0], lens.out_map(layer)
+    excluded = sae.excluded(z[None], row_starts(torch.tensor([list(tokens)]), lens.row_start))[0]
     found = sae.encode_sparse(z)
     fires = ~excluded[found.token]
     token, feature, activation = (part[fires] for part in found)
@@ -197,65 +215,131 @@ def _read(lens: "Lens", sae: SAE, whole: "WholeRead", layer: int, excluded: Tens
     per_token = (torch.ones_like(out_scale) if token_scale is None else token_scale) * out_scale  # [pos, 1]
     # d_j W_O once for each feature that fires anywhere.
     used, which = torch.unique(feature, return_inverse=True)
-    written = (sae.W_dec[used] @ to.matrix)[which] * (activation / per_token[token, 0])[:, None]
+    directions, amount = sae.W_dec[used] @ to.matrix, activation / per_token[token, 0]
     decoder_bias = torch.where(excluded[:, None], 0.0, sae.b_dec @ to.matrix / per_token)
     error = z @ to.matrix / out_scale - decoder_bias
-    error = error.index_add(0, token, written, alpha=-1.0)
+    codes = torch.zeros(len(z), len(used), device=z.device).index_put((token, which), amount)
+    error = error - codes @ directions
     biases = {f"decoder bias {layer}": decoder_bias}
     if to.bias.any():
         biases[f"output bias {layer}"] = to.bias / out_scale
     if to.norm_bias.any():
         biases[f"bias of the norm after attention {layer}"] = to.norm_bias.expand_as(error)
-    return _Layer(sae, lens.value_map(layer), token, feature, activation, written, error, biases)
+    return LayerRead(sae, lens.value_map(layer), token, feature, activation, which, amount, directions, error, biases)
 
 
-class _Parts(NamedTuple):
-    """All parts of one node, side by side."""
+class _Block(NamedTuple):
+    """Some parts of a node, side by side: of one kind, or biases."""
 
-    places: list[Place]
+    kind: Kind
+    layer: int
     values: Tensor
     """[n] fp64"""
+    positions: Tensor
+    """[n]; -1 of biases."""
+    indices: Tensor | None = None
+    """[n] of features."""
+    names: tuple[str, ...] = ()
+    """[n] of biases."""
+    rows: Tensor | None = None
+    """[n]: of features the firing; of others the row of `_Fixed`, the same for all."""
+
+    def place(self, at: int) -> Place:
+        index = -1 if self.indices is None else int(self.indices[at])
+        return Place(self.kind, self.layer, int(self.positions[at]), index, self.names[at] if self.names else "")
+
+
+class _Fixed(NamedTuple):
+    """Everything in the stream that is no feature, in the order of the stream."""
+
+    what: list[tuple[Kind, int, str]]
+    """Kind, layer, and the name of a bias."""
+    vectors: Tensor
+    """[n, pos, d_model]"""
+    before: dict[int, int]
+    """By layer: how many stand before its attention; -1 at the end."""
+
+
+def _fixed(whole: "WholeRead", layers: Mapping[int, LayerRead]) -> _Fixed:
+    what: list[tuple[Kind, int, str]] = []
+    vectors: list[Tensor] = []
+    before = {}
+    for name, part in zip(whole.names, whole.parts, strict=True):
+        kind, _, number = name.partition(" ")
+        of = int(number) if number else -1
+        if kind == "attention":
+            before[of] = len(what)
+        here = layers.get(of) if kind == "attention" else None
+        if here is None:
+            what.append((KINDS[kind], of, ""))
+            vectors.append(part)
+            continue
+        what += [("error", of, ""), *(("bias", of, bias) for bias in here.biases)]
+        vectors += [here.error, *here.biases.values()]
+    return _Fixed(what, torch.stack(vectors), before | {-1: len(what)})
+
+
+def _biases(names: Sequence[str], values: Tensor) -> _Block:
+    return _Block("bias", -1, values, torch.full((len(names),), -1), names=tuple(names))
+
+
+class _Read(NamedTuple):
+    """What a node reads, and how."""
+
+    value: float
+    towards: Tensor
+    """[pos, d_model]: the directions that it reads the stream in."""
+    constants: dict[str, float]
+    heads: Tensor | None = None
+    """[n_heads, d_model]: of a feature, what each head of its layer reads in a source, but for pattern and scale."""
 
 
 @dataclass
 class _Tracing:
     lens: "Lens"
     whole: "WholeRead"
-    layers: dict[int, _Layer]
+    layers: dict[int, LayerRead]
+    fixed: _Fixed
     share: float
     most: int
+    depth: int | None
+    widest: int
+    check: Callable[[], None]
     nodes: dict[Place, Node] = field(default_factory=dict)
     effects: dict[Place, float] = field(default_factory=dict)
+    steps: dict[Place, int] = field(default_factory=dict)
+    """How many edges from the root, at least."""
     waiting: set[Place] = field(default_factory=set)
     """Features that were read and not yet followed."""
     least: float = 0.0
 
     def from_(self, root: FeatureRoot | LogitRoot) -> Circuit:
-        place, value, towards, constants = self._root(root)
-        parts = self._parts(root.layer if isinstance(root, FeatureRoot) else -1, towards, constants)
+        if isinstance(root, FeatureRoot):
+            place, read = Place("feature", root.layer, root.dest, root.index), self._feature(root.layer, root.index, root.dest)
+        else:
+            place, read = self._logit(root)
+        blocks = self._blocks(root.layer if isinstance(root, FeatureRoot) else -1, read)
         # Where parts nearly cancel, the root's value alone would make everything large.
-        self.least = self.share * max(abs(value), self.share * float(parts.values.abs().sum()))
-        self.effects[place] = value
-        self._keep(place, value, value, parts)
+        size = sum(float(block.values.abs().sum()) for block in blocks)
+        self.least = self.share * max(abs(read.value), self.share * size)
+        self.effects[place], self.steps[place] = read.value, 0
+        self._keep(place, read, blocks)
         while self.waiting and len(self.nodes) < self.most:
             # All who read a layer stand above it, so the last layer's effects are whole.
             last = max(one.layer for one in self.waiting)
             here = {one for one in self.waiting if one.layer == last}
             self.waiting -= here
-            followed = sorted(
-                (one for one in here if abs(self.effects[one]) >= self.least), key=lambda one: -abs(self.effects[one])
-            )
+            followed = sorted((one for one in here if self._follows(one)), key=lambda one: -abs(self.effects[one]))
             for one in followed[: self.most - len(self.nodes)]:
-                self._follow(one, self.effects[one])
+                self.check()
+                read = self._feature(one.layer, one.index, one.position)
+                self._keep(one, read, self._blocks(one.layer, read))
         return Circuit(place, self.nodes, self.effects, self._activations())
 
-    def _follow(self, place: Place, effect: float) -> None:
-        value, towards, constants = self._feature(place.layer, place.index, place.position)
-        self._keep(place, value, effect, self._parts(place.layer, towards, constants))
+    def _follows(self, one: Place) -> bool:
+        return abs(self.effects[one]) >= self.least and (self.depth is None or self.steps[one] <= self.depth)
 
-    def _root(self, root: FeatureRoot | LogitRoot) -> tuple[Place, float, Tensor, dict[str, float]]:
-        if isinstance(root, FeatureRoot):
-            return Place("feature", root.layer, root.dest, root.index), *self._feature(root.layer, root.index, root.dest)
+    def _logit(self, root: LogitRoot) -> tuple[Place, _Read]:
         place = Place("logit", self.lens.info.n_layers, root.dest, root.token, "" if root.against is None else str(root.against))
         logits = self.lens.logits_of(self.whole.final[root.dest])
         # The second row is that of the other token, or of the mean over the vocabulary.
@@ -264,10 +348,10 @@ class _Tracing:
         value = logits[root.token] - (logits.mean() if root.against is None else logits[root.against])
         towards = torch.zeros_like(self.whole.final)
         towards[root.dest] = row / self.whole.final_scale[root.dest]
-        return place, float(value), towards, {"final bias": float(constant)}
+        return place, _Read(float(value), towards, {"final bias": float(constant)})
 
-    def _feature(self, layer: int, index: int, dest: int) -> tuple[float, Tensor, dict[str, float]]:
-        """A feature's pre-activation, from z alone; the directions G [pos, d_model] that it reads; and its constants."""
+    def _feature(self, layer: int, index: int, dest: int) -> _Read:
+        """A feature's pre-activation, from z alone, and how it reads the stream before its layer."""
         here, read = self.layers[layer], self.whole.attention[layer]
         sae, values = here.sae, here.values
         w, c = sae.affine(torch.tensor([index], device=read.z.device))
@@ -284,60 +368,86 @@ class _Tracing:
             if bias.any():
                 given = torch.einsum("ke,kge->kg", bias, grouped).flatten()  # [n_heads]
                 constants[name] = float((pattern.sum(1) * given).sum())
-        return preact, towards, constants
+        return _Read(preact, towards, constants, seen)
 
-    def _parts(self, layer: int, towards: Tensor, constants: dict[str, float]) -> _Parts:
-        """Every part of what is read in the directions `towards` [pos, d_model] before the layer (-1: at the end)."""
-        whole = self.whole
-        positions = towards.any(1).nonzero()[:, 0].tolist()
-        places = [Place("bias", -1, -1, -1, name) for name in constants]
-        values = [torch.tensor(list(constants.values()), dtype=torch.float64)]
-        for at in range(whole.before(layer)):
-            name = whole.names[at]
-            kind, _, number = name.partition(" ")
-            here = self.layers.get(int(number)) if kind == "attention" else None
-            if here is None:
-                given = (whole.parts[at] * towards).sum(1)
-                places += [Place(KINDS[kind], int(number) if number else -1, s, -1) for s in positions]
-                values.append(given[positions].double().cpu())
+    def _blocks(self, layer: int, read: _Read) -> list[_Block]:
+        """Every part of what is read before the layer (-1: at the end)."""
+        positions = read.towards.any(1).nonzero()[:, 0]
+        towards, fixed = read.towards[positions], self.fixed
+        at, before = positions.cpu(), fixed.before[layer]
+        blocks = [_biases(list(read.constants), torch.tensor(list(read.constants.values()), dtype=torch.float64))]
+        seen = fixed.vectors[:before] if len(positions) == len(read.towards) else fixed.vectors[:before, positions]
+        given = torch.einsum("npd,pd->np", seen, towards).double().cpu()
+        for row, (kind, of, name) in enumerate(fixed.what[:before]):
+            if kind == "bias":
+                blocks.append(_biases([name], given[row].sum()[None]))
+            else:
+                blocks.append(_Block(kind, of, given[row], at, rows=torch.full_like(at, row)))
+        column = torch.full((len(read.towards),), -1, device=positions.device)
+        column[positions] = torch.arange(len(positions), device=positions.device)
+        for of, here in self.layers.items():
+            if 0 <= layer <= of:
                 continue
-            read = (here.written * towards[here.token]).sum(1)
-            found = read.nonzero()[:, 0]
-            firings = zip(here.token[found].tolist(), here.feature[found].tolist(), strict=True)
-            places += [Place("feature", int(number), s, index) for s, index in firings]
-            values.append(read[found].double().cpu())
-            places += [Place("error", int(number), s, -1) for s in positions]
-            values.append((here.error * towards).sum(1)[positions].double().cpu())
-            places += [Place("bias", -1, -1, -1, bias) for bias in here.biases]
-            values.append(torch.stack([(added * towards).sum() for added in here.biases.values()]).double().cpu())
-        return _Parts(places, torch.cat(values))
+            found = (column[here.token] >= 0).nonzero()[:, 0]
+            by_position = here.directions @ towards.T
+            values = by_position[here.direction[found], column[here.token[found]]] * here.amount[found]
+            blocks.append(
+                _Block("feature", of, values.double().cpu(), here.token[found].cpu(), here.feature[found].cpu(), rows=found.cpu())
+            )
+        return blocks
 
-    def _keep(self, place: Place, value: float, effect: float, parts: _Parts) -> None:
+    def _keep(self, place: Place, read: _Read, blocks: Sequence[_Block]) -> None:
         """The node, with the parts that matter as edges; features among them wait to be followed."""
-        total, size = float(parts.values.sum()), float(parts.values.abs().sum())
-        through = effect / value if value else 0.0
-        effects = parts.values * through
-        listed = effects.abs() >= LISTED * self.least
+        values = torch.cat([block.values for block in blocks])
+        total, size = float(values.sum()), float(values.abs().sum())
+        effect = self.effects[place]
+        through = effect / read.value if read.value else 0.0
+        fires = torch.cat([torch.full((len(block.values),), block.kind == "feature") for block in blocks])
+        listed = ((values * through).abs() >= LISTED * self.least).nonzero()[:, 0]
+        order = listed[values[listed].abs().argsort(descending=True)]
+        # Features have a limit of their own: what can be followed is not crowded out by what cannot.
+        chosen = [at for kind in (fires, ~fires) for at in order[kind[order]][: self.widest].tolist()]
+        chosen.sort(key=lambda at: -abs(float(values[at])))
+        ends = torch.tensor([len(block.values) for block in blocks]).cumsum(0)
         edges = []
-        for at in listed.nonzero()[:, 0].tolist():
-            source, given = parts.places[at], float(parts.values[at])
-            edges.append(Edge(source, given))
-            self.effects[source] = self.effects.get(source, 0.0) + float(effects[at])
+        for at in chosen:
+            which = int(torch.searchsorted(ends, at, right=True))
+            block = blocks[which]
+            row = at - int(ends[which]) + len(block.values)
+            source, given = block.place(row), float(values[at])
+            edges.append(Edge(source, given, self._heads(place, read, block, row)))
+            self.effects[source] = self.effects.get(source, 0.0) + given * through
+            self.steps[source] = min(self.steps.get(source, self.steps[place] + 1), self.steps[place] + 1)
             if source.kind == "feature":
                 self.waiting.add(source)
         self.nodes[place] = Node(
             place=place,
-            value=value,
+            value=read.value,
             effect=effect,
-            edges=tuple(sorted(edges, key=lambda edge: -abs(edge.value))),
-            rest=float(parts.values[~listed].sum()),
-            n_rest=int((~listed).sum()),
-            gap=abs(total - value) / max(size, 1e-30),
+            edges=tuple(edges),
+            rest=total - sum(edge.value for edge in edges),
+            n_rest=len(values) - len(edges),
+            gap=abs(total - read.value) / max(size, 1e-30),
         )
 
+    def _heads(self, place: Place, read: _Read, block: _Block, row: int) -> tuple[float, ...]:
+        """A part by the heads that carried it."""
+        if read.heads is None or block.rows is None:
+            return ()
+        source, which = int(block.positions[row]), int(block.rows[row])
+        vector = (
+            self.layers[block.layer].written(block.rows[row : row + 1])[0]
+            if block.kind == "feature"
+            else self.fixed.vectors[which, source]
+        )
+        carried = self.whole.attention[place.layer].pattern[0, :, place.position, source] / self.whole.scale[place.layer][source]
+        return tuple((carried * (read.heads @ vector)).tolist())
+
     def _activations(self) -> dict[Place, float]:
-        found: dict[Place, float] = {}
-        for layer, here in self.layers.items():
-            firings = zip(here.token.tolist(), here.feature.tolist(), here.activation.tolist(), strict=True)
-            found |= {Place("feature", layer, s, index): value for s, index, value in firings}
-        return {place: found[place] for place in self.effects if place in found}
+        found = {}
+        for place in self.effects:
+            if place.kind == "feature":
+                here = self.layers[place.layer]
+                fires = (here.token == place.position) & (here.feature == place.index)
+                found[place] = float(here.activation[fires].sum())  # 0 of a root that does not fire
+        return found

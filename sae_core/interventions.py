@@ -264,9 +264,10 @@ def try_edges(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], circ
         return _preact(saes[watched.layer], found, watched) if watched else _logit(found.logits[0, root.position], root)
 
     plain, tried = value([]), []
-    for source, given in [edge for edge in circuit.nodes[root].edges if edge.source.kind == "feature"][:most]:
+    for edge in [edge for edge in circuit.nodes[root].edges if edge.source.kind == "feature"][:most]:
+        source = edge.source
         real = value([FeatureEdit(source.layer, source.index, "ablate", at=(source.position,))]) - plain
-        tried.append(Tried(source, -given, -circuit.effects[source], real))
+        tried.append(Tried(source, -edge.value, -circuit.effects[source], real))
     return tried
 
 

@@ -42,6 +42,7 @@ ATTENTION_HOOKS: tuple[str, ...] = ("hook_z", "hook_v", "hook_pattern")
 CHECK_HOOKS: tuple[str, ...] = (*ATTENTION_HOOKS, "hook_out")
 ALONE_AT_ONCE = 4096  # rows of one token in a pass
 LOGITS_AT_ONCE = 2**26  # elements of one logits tensor (256 MiB in fp32)
+TURNED_AT_ONCE = 64  # positions whose rotations are asked for in a pass
 PARTS_GAP = 1e-4  # how far the parts of a residual stream may miss it, as a share of their sizes
 
 
@@ -187,6 +188,50 @@ class ValueMap(NamedTuple):
     """[n_kv_heads, d_head]: the norm's own bias through W_V; 0 where it has none."""
     v_bias: Tensor
     """[n_kv_heads, d_head]: 0 where the model has none."""
+
+
+class Side(NamedTuple):
+    """How the stream becomes the queries, or the keys, that a layer's scores are products of, once all norms' scales are frozen.
+
+    side[pos, n] = (((stream[pos] / scale[pos]) . matrix[n] + sum of biases[n]) / own_scale[pos, n] + own_bias[n]) . turn[pos]
+    """
+
+    matrix: Tensor
+    """[n, d_model, d_head], n query or key/value heads: the projection with the centring and gain of the norm before attention,
+    and with the gain of a norm on queries or keys, where a model has one, as Qwen 3 does."""
+    biases: dict[str, Tensor]
+    """[n, d_head] each, those that are not 0: `norm bias` through the projection, and the projection's own."""
+    own_scale: Tensor
+    """[pos, n]: what the norm on queries or keys divides by; 1 without one."""
+    own_bias: Tensor
+    """[n, d_head]: that norm's own bias; 0 without one."""
+
+
+class ScoreRead(NamedTuple):
+    """One layer's attention scores on a row, with what they are made of; fp32.
+
+    scores[h, dest, src] = queries[dest, h] . keys[src, kv(h)] * scaling, before a soft cap and the mask.
+    """
+
+    names: tuple[str, ...]
+    """Of the stream's parts before the layer, as `StreamRead` names them."""
+    parts: Tensor
+    """[n_parts, pos, d_model]"""
+    scale: Tensor
+    """[pos]: what the norm before attention divides by."""
+    queries: Side
+    keys: Side
+    turn: Tensor
+    """[pos, d_head, d_head]: the rotation by a token's position, of queries and keys; identity where positions are added."""
+    scaling: float
+    scores: Tensor
+    """[n_heads, dest, src]: of the model's own rotated queries and keys where these are seen, else the scores seen."""
+    cap: float | None
+    """The soft cap, as Gemma 2 has it: cap tanh(score / cap) goes into the softmax."""
+    allowed: Tensor
+    """bool [dest, src]: what the mask lets through, a sliding window's included."""
+    attention: AttentionRead
+    """What the same pass gave in the layer, with a batch of one."""
 
 
 Replace = Callable[[Tensor], Tensor]
@@ -464,6 +509,10 @@ class Lens:
         Raises LayerOutOfRange, UsageError for tokens that the model cannot take, and UnsupportedModel where the parts that
         can be seen do not add up to the stream, or the stream does not give v through the layer's norm and W_V.
         """
+        return self._read_stream(tokens, layer, [])[0]
+
+    def _read_stream(self, tokens: Tensor, layer: int, more: Sequence[str]) -> tuple[StreamRead, dict[str, Tensor]]:
+        """`read_stream`, with what more hooks of the layer's attention saw, by name; those that did not fire are left out."""
         self.check_layer(layer)
         tokens = self._checked_tokens(tokens)
         position = ["pos_embed.hook_out"] if "pos_embed" in self._bridge._modules else []
@@ -474,7 +523,8 @@ class Lens:
         }
         ends = {"blocks.0.hook_in", f"blocks.{layer}.hook_in"}
         own = [f"blocks.{layer}.attn.{hook}" for hook in ("hook_v", "hook_pattern", "hook_z")]
-        with self._taps([*ends, *position, *added.values(), *own], stop=True) as found:
+        beside = {hook: f"blocks.{layer}.attn.{hook}" for hook in more}
+        with self._taps([*ends, *position, *added.values(), *own, *beside.values()], stop=True) as found:
             _run(self._model, tokens)
         if missing := [hook for hook in (*ends, *position, *added.values()) if hook not in found]:
             self._refuse_parts(f"{missing[0]} cannot be seen")
@@ -494,7 +544,7 @@ class Lens:
             AttentionRead(z.flatten(2), v, pattern),
         )
         self._check_parts(read, stream, layer)
-        return read
+        return read, {hook: found[name] for hook, name in beside.items() if name in found}
 
     def read_ending(self, tokens: Tensor, layer: int) -> Ending:
         """z of one layer, what enters the final norm, and the logits, from one pass of the bridge.
@@ -537,6 +587,7 @@ class Lens:
         names += added
         parts += [found[hook] for hook in added.values()]
         attention, scale, out_scale = {}, {}, {}
+        whole = torch.stack(parts)
         for layer in layers:
             z, v, pattern, out = (found[f"blocks.{layer}.attn.{hook}"] for hook in (*ATTENTION_HOOKS, "hook_out"))
             attention[layer] = AttentionRead(z.flatten(2), v, pattern)
@@ -545,7 +596,7 @@ class Lens:
             out_scale[layer] = norm_scale(out, self._post_norm(layer))[0]
             before = names.index(f"attention {layer}")
             self._check_parts(
-                StreamRead(tuple(names[:before]), torch.stack(parts[:before]), scale[layer][None], attention[layer]),
+                StreamRead(tuple(names[:before]), whole[:before], scale[layer][None], attention[layer]),
                 stream,
                 layer,
             )
@@ -553,12 +604,46 @@ class Lens:
             gap = _gap((attention[layer].z[0] @ to.matrix + to.bias) / out_scale[layer][:, None] + to.norm_bias, parts[before][0])
             if not gap <= 10 * PARTS_GAP:
                 self._refuse_parts(f"z does not give what the attention of layer {layer} adds (off by {gap:.1%})")
-        final, whole = found["ln_final.hook_in"], torch.stack(parts)
+        final = found["ln_final.hook_in"]
         gap = float(((whole.sum(0) - final).norm(dim=-1) / whole.norm(dim=-1).sum(0).clamp_min(1e-12)).max())
         if not gap <= PARTS_GAP:
             self._refuse_parts(f"what its blocks are seen to add misses the stream at the end by {gap:.1%}")
         last = norm_scale(final, self._bridge.ln_final.original_component)
         return WholeRead(tuple(names), whole[:, 0], scale, out_scale, attention, final[0], last[0])
+
+    def read_scores(self, tokens: Tensor, layer: int) -> ScoreRead:
+        """The scores of one layer's attention on one row [1, pos], and how the stream's parts make them; one pass.
+
+        Raises as `read_stream` does, and UnsupportedModel where queries and keys made from the stream do not give the scores that
+        the model's softmax gets: where they come by another way than a projection, a norm and a rotation, as with ALiBi.
+        """
+        self.check_layer(layer)
+        attn = self._bridge.blocks[layer].attn
+        # Not every model has all of these. They come before z, at which the pass stops once all have fired.
+        more = ["q.hook_out", "k.hook_out", "hook_attn_scores"]
+        more += [name for name in ("hook_rot_q", "hook_rot_k", "hook_cos", "hook_sin") if name in attn._modules]
+        read, seen = self._read_stream(tokens, layer, more)
+        if missing := [hook for hook in ("q.hook_out", "k.hook_out", "hook_attn_scores") if hook not in seen]:
+            self._refuse_scores(layer, f"{missing[0]} cannot be seen")
+        heads, d_head = self.info.n_heads, self.info.d_head
+        turn = self._turn(layer, tokens.shape[1], seen)
+        queries = self._side(layer, "q", "query", seen["q.hook_out"][0].view(-1, heads, d_head))
+        keys = self._side(layer, "k", "key", seen["k.hook_out"][0].view(-1, self.info.n_kv_heads, d_head))
+        inner = attn.original_component
+        scaling = float(getattr(inner, "scaling", None) or d_head**-0.5)
+        if getattr(self._text_config, "scale_attn_by_inverse_layer_idx", False):
+            scaling /= layer + 1
+        cap, hooked = getattr(inner, "attn_logit_softcapping", None), seen["hook_attn_scores"][0]
+        allowed = (hooked > -1e4).all(0).tril()
+        scores = hooked
+        if "hook_rot_q" in seen and "hook_rot_k" in seen:
+            q, k = (seen[name][0] for name in ("hook_rot_q", "hook_rot_k"))
+            scores = torch.einsum("dhe,she->hds", q, k.repeat_interleave(heads // self.info.n_kv_heads, dim=1)) * scaling
+        given = ScoreRead(
+            read.names, read.parts[:, 0], read.scale[0], queries, keys, turn, scaling, scores, cap, allowed, read.attention
+        )
+        self._check_scores(given, hooked, layer)
+        return given
 
     def alone(self, ids: Sequence[int]) -> Alone:
         """The streams of tokens that each stand alone: what later layers know a token by.
@@ -822,17 +907,87 @@ class Lens:
     # Within
 
     def _value_projection(self, layer: int) -> tuple[Tensor, Tensor]:
-        """W_V [d_model, n_kv_heads * d_head] and its bias, asked of the projection itself, since models store them in many
-        ways. hook_v is the projection's output, or this is not the v that attention used."""
+        """W_V [d_model, n_kv_heads * d_head] and its bias. hook_v is the projection's output, or this is not the v that attention
+        used."""
+        return self._projection(layer, "v", "values")
+
+    def _projection(self, layer: int, name: str, words: str) -> tuple[Tensor, Tensor]:
+        """The matrix and the bias of `q`, `k` or `v`, asked of the projection itself, since models store them in many ways."""
         self.check_layer(layer)
         attn = self._bridge.blocks[layer].attn
-        projection = getattr(attn._modules.get("v"), "original_component", None)
-        if projection is None or attn.hook_v is not attn.v.hook_out:
-            raise UnsupportedModel(f"The values of {self.info.name} cannot be taken apart: they come from no one projection.")
+        projection = getattr(attn._modules.get(name), "original_component", None)
+        if projection is None or getattr(attn, f"hook_{name}") is not attn._modules[name].hook_out:
+            raise UnsupportedModel(f"The {words} of {self.info.name} cannot be taken apart: they come from no one projection.")
         with torch.no_grad():
             bias: Tensor = projection(torch.zeros(1, 1, self.info.d_model, device=self.device))[0, 0]
             matrix: Tensor = projection(torch.eye(self.info.d_model, device=self.device)[None])[0] - bias
         return matrix, bias
+
+    def _side(self, layer: int, name: str, word: str, projected: Tensor) -> Side:
+        """`Side` of the queries or keys, of which `projected` [pos, n, d_head] is what the projection gave."""
+        matrix, bias = self._projection(layer, name, "queries" if name == "q" else "keys")
+        pos, n, d_head = projected.shape
+        if matrix.shape[1] != n * d_head:
+            self._refuse_scores(layer, f"its {word} projection gives more than {n} heads")
+        gain, norm_bias, centres = norm_parts(self._first_norm(layer), matrix.shape[0], self.device)
+        folded = gain[:, None] * matrix
+        folded = folded - folded.mean(0) if centres else folded
+        own_gain, own_bias, own_scale = torch.ones(n, d_head), torch.zeros(n, d_head), torch.ones(pos, n)
+        attn = self._bridge.blocks[layer].attn
+        norm = getattr(attn._modules.get(f"{name}_norm"), "original_component", None)
+        if norm is not None:
+            whole = getattr(attn, "_qk_norm_phase", None) == "pre_reshape"  # OLMo 2 norms all heads as one
+            width = n * d_head if whole else d_head
+            own = norm_parts(norm, width, self.device)
+            if own.centres:
+                self._refuse_scores(layer, f"a norm on its {word} vectors centres them")
+            own_gain, own_bias = (one.expand(n, d_head) if not whole else one.view(n, d_head) for one in (own.gain, own.bias))
+            scale = norm_scale(projected.flatten(1) if whole else projected, norm)
+            own_scale = scale[:, None].expand(pos, n) if whole else scale
+        own_gain, own_bias, own_scale = (one.to(self.device) for one in (own_gain, own_bias, own_scale))
+        biases = {"norm bias": (norm_bias @ matrix).view(n, d_head) * own_gain, f"{word} bias": bias.view(n, d_head) * own_gain}
+        by_head = folded.view(-1, n, d_head).transpose(0, 1) * own_gain[:, None]
+        return Side(by_head, {key: value for key, value in biases.items() if value.any()}, own_scale, own_bias)
+
+    def _turn(self, layer: int, pos: int, seen: Mapping[str, Tensor]) -> Tensor:
+        """[pos, d_head, d_head]: what the layer's rotary embedding makes of a query or key at each position, whatever its
+        convention: the attention's own code is given the basis vectors."""
+        basis, attn = torch.eye(self.info.d_head, device=self.device), self._bridge.blocks[layer].attn
+        if "hook_cos" not in seen:
+            return basis.expand(pos, -1, -1)
+        cos, sin = (seen[name].expand(1, pos, -1) for name in ("hook_cos", "hook_sin"))
+        with torch.no_grad():
+            if "hook_rot_q" not in seen:
+                if not hasattr(attn, "_apply_rotary_pos_emb"):
+                    self._refuse_scores(layer, "its rotary embedding cannot be asked")
+                every = basis[None, :, None].expand(1, -1, pos, -1)
+                turned: Tensor = attn._apply_rotary_pos_emb(every, every, cos, sin)[0][0].transpose(0, 1)
+                return turned
+            some = [self._turned(layer, basis, cos[:, at], sin[:, at]) for at in torch.arange(pos).split(TURNED_AT_ONCE)]
+            return torch.cat(some)
+
+    def _turned(self, layer: int, basis: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        attn = self._bridge.blocks[layer].attn
+        normed = "q_norm" in attn._modules
+        got: list[Tensor] = []
+
+        def put(value: Tensor, *, hook: Any) -> Tensor:  # noqa: ARG001 - TransformerLens passes it
+            if value.shape[-1] != len(basis):  # all heads as one
+                return basis.repeat(1, value.shape[-1] // len(basis))[:, None].expand_as(value)
+            return basis.view(len(basis), 1, 1, -1).expand_as(value)
+
+        def take(value: Tensor, *, hook: Any) -> None:  # noqa: ARG001 - as above
+            got.append(value[:, :, 0].transpose(0, 1))
+            raise _Stop
+
+        nothing = torch.zeros(len(basis), cos.shape[1], self.info.d_model, device=self.device)
+        hooks = [
+            (f"blocks.{layer}.attn.{'hook_q_normed' if normed else 'q.hook_out'}", put),
+            (f"blocks.{layer}.attn.hook_rot_q", take),
+        ]
+        with self._lock, contextlib.suppress(_Stop), self._bridge.hooks(fwd_hooks=hooks):
+            attn(hidden_states=nothing, position_embeddings=(cos, sin), attention_mask=None)
+        return got[0]
 
     def _first_norm(self, layer: int) -> nn.Module | None:
         """The norm between the stream and the layer's attention; None where there is none, as in OLMo 2."""
@@ -855,6 +1010,24 @@ class Lens:
         gap = _gap(by_map, read.attention.v)
         if not gap <= 10 * PARTS_GAP:
             self._refuse_parts(f"its norm and W_V do not give the values of layer {layer} (off by {gap:.1%})")
+
+    def _check_scores(self, read: ScoreRead, hooked: Tensor, layer: int) -> None:
+        """From the stream, through the sides, to what was seen before the softmax."""
+        stream = read.parts.sum(0) / read.scale[:, None]
+        q, k = (side_of(side, read.turn, stream) + constant_of(side, read.turn).sum(0) for side in (read.queries, read.keys))
+        k = k.repeat_interleave(self.info.n_heads // self.info.n_kv_heads, dim=1)
+        made = torch.einsum("dhe,she->hds", q, k) * read.scaling
+        for scores, seen in ((made, read.scores), (read.scores, hooked)):
+            capped = scores if seen is read.scores or read.cap is None else read.cap * (scores / read.cap).tanh()
+            gap = float((capped - seen)[:, read.allowed].abs().max() / seen[:, read.allowed].abs().max().clamp_min(1e-6))
+            if not gap <= 10 * PARTS_GAP:
+                self._refuse_scores(layer, f"its queries and keys do not give its scores (off by {gap:.1%})")
+
+    def _refuse_scores(self, layer: int, why: str) -> NoReturn:
+        raise UnsupportedModel(
+            f"Why {self.info.name} attended where it did cannot be split in layer {layer}: {why}. Its DFA is not affected.",
+            field="layer",
+        )
 
     def _refuse_parts(self, why: str) -> NoReturn:
         raise UnsupportedModel(
@@ -1157,6 +1330,17 @@ def _fast_handle(model: Any, text_config: Any) -> Any:
     except ValueError:
         return None
     return handle
+
+
+def side_of(side: Side, turn: Tensor, streams: Tensor) -> Tensor:
+    """What streams [pos, d_model], already divided by the norm's scale, give to a side: [pos, n, d_head]. Linear."""
+    return torch.einsum("phe,pef->phf", torch.einsum("pd,hde->phe", streams, side.matrix) / side.own_scale[..., None], turn)
+
+
+def constant_of(side: Side, turn: Tensor) -> Tensor:
+    """What is in a side whatever the stream is: [n_biases, pos, n, d_head], by the names of `biases`, then the own norm's."""
+    given = [bias / side.own_scale[..., None] for bias in side.biases.values()] + [side.own_bias.expand(len(turn), -1, -1)]
+    return torch.einsum("bphe,pef->bphf", torch.stack(given), turn)
 
 
 def _run(model: Any, tokens: Tensor) -> Tensor:

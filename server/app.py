@@ -22,6 +22,7 @@ from server.db import Database
 from server.oidc import Oidc
 from server.overload import Overload
 from server.pages import (
+    circuit,
     compare,
     components,
     embed,
@@ -99,7 +100,7 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, *AWAY):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
-    about_saes = (sae, manage, head, embed, components, labels, lists, ratings)
+    about_saes = (sae, manage, head, embed, components, circuit, labels, lists, ratings)
     pages = (home, search, prompt, interventions, *about_saes, compare, start, jobs, sweep, study, status)
     # Routes are tried one after another. The feature's page first, since most of what is asked for is one; then the API, which
     # costs others next to nothing.

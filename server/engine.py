@@ -4,7 +4,8 @@
 identity gap of that very answer; `POST /components` with the same DFA by component: what embedding and earlier blocks put
 into each source; `POST /firings` with the features that fire most on a text, `POST /codes` with all that fire, `POST /sources`
 with what source tokens gave to many features; `POST /prompt` with what fires in many SAEs, and what one feature writes to the
-next token's logits; `POST /steer` with what becomes of a text when features are changed.
+next token's logits; `POST /steer` with what becomes of a text when features are changed; `POST /circuit` with what made a
+feature or a logit (`engine_circuits.py`).
 The web asks it with a shared secret; nobody else can. One question at a time, in the order in which they came (`line.py`): with
 `/line/{ticket}` a question's place can be asked for, and it can be cancelled.
 """
@@ -31,7 +32,9 @@ from sae_core.errors import HeadscopeError, NotFound, UsageError
 from sae_core.interventions import Ablation, Edit, FeatureEdit, mean_z, measure, write
 from sae_core.lens import AttentionRead, Lens, load_lens
 from sae_core.saes import SAE, SparseActs, row_starts
+from server.circuits.asked import CircuitQuestion, LiveCircuit
 from server.db import Database
+from server.engine_circuits import Kept, answer_circuit
 from server.line import Line
 from server.live import (
     SECRET_HEADER,
@@ -101,6 +104,7 @@ class Engine:
         self.line = Line()
         self._warm: OrderedDict[str, Warm] = OrderedDict()  # the model last asked last
         self._sizes: dict[str, int] = {}
+        self._circuits = Kept()
         self._asked = time.monotonic()
 
     @property
@@ -156,6 +160,10 @@ class Engine:
         """Answer a question for what becomes of a text when features are changed."""
         return self.line.ask(lambda: self._steer(question))
 
+    def circuit(self, question: CircuitQuestion) -> LiveCircuit:
+        """Answer a question for a circuit."""
+        return self.line.ask(lambda: self._circuit(question))
+
     def leave(self, ticket: str, question: PromptQuestion, wait: float) -> InLine:
         """Put a prompt in the line, and wait so long for its answer."""
         self.line.leave(ticket, lambda: self._prompt(question))
@@ -166,11 +174,18 @@ class Engine:
         self.line.leave(ticket, lambda: self._steer(question))
         return self.look(ticket, wait)
 
+    def leave_circuit(self, ticket: str, question: CircuitQuestion, wait: float) -> InLine:
+        """The same of a circuit."""
+        self.line.leave(ticket, lambda: self._circuit(question))
+        return self.look(ticket, wait)
+
     def look(self, ticket: str, wait: float = 0.0) -> InLine:
         """Where a question is, or its answer."""
         place, found = self.line.look(ticket, wait)
         if isinstance(found, LiveSteered):
             return InLine(ticket=ticket, place=place, answer=None, steered=found)
+        if isinstance(found, LiveCircuit):
+            return InLine(ticket=ticket, place=place, answer=None, circuit=found)
         return InLine(ticket=ticket, place=place, answer=found)
 
     def warm(self, sae: str) -> None:
@@ -192,6 +207,7 @@ class Engine:
                 return False  # somebody asked meanwhile
             log.info("Nobody has asked for a while; %s unloaded", ", ".join(self._names()))
             self._let_go(0)
+            self._circuits.clear()
             return True
 
         return self.line.ask(let_go)
@@ -222,17 +238,9 @@ class Engine:
     def _steer(self, question: SteerQuestion) -> LiveSteered:
         self._asked = time.monotonic()
         names = list(dict.fromkeys([*(one.sae for one in question.features), *question.watch]))
-        model, by_layer = self._model_of(names), dict[int, tuple[str, SAE]]()
-        for name in names:
-            self.line.check()
-            lens, sae = self._open(name, beside=len(by_layer))
-            other, _ = by_layer.setdefault(sae.cfg.site.layer, (name, sae))
-            if other != name:
-                raise UsageError(
-                    f"{other} and {name} both read layer {sae.cfg.site.layer}; name one SAE of each layer.", field="features"
-                )
+        model = self._model_of(names)
+        lens, saes = self._one_of_each_layer(names, "features")
         tokens = self._tokens(lens, question.text, question.tokens, "text")
-        saes = dict(by_layer.values())
         for one in question.features:
             _check_feature(saes[one.sae], one.sae, one.index, "features")
         for position in (at for one in question.changes for at in one.at or ()):
@@ -299,6 +307,26 @@ class Engine:
             warm.means |= {(harvest, layer): mean for layer, mean in mean_z(lens, tokens, missing).items()}
         return {layer: warm.means[harvest, layer] for layer in layers}
 
+    def _circuit(self, question: CircuitQuestion) -> LiveCircuit:
+        self._asked = time.monotonic()
+        model = self._model_of(question.saes)
+        lens, saes = self._one_of_each_layer(question.saes, "saes")
+        tokens = self._tokens(lens, question.text, question.tokens, "text")
+        return answer_circuit(lens, saes, tokens, question, model, self._circuits, self.line.check)
+
+    def _one_of_each_layer(self, names: Sequence[str], field: str) -> tuple[Lens, dict[str, SAE]]:
+        """The SAEs, and their model; UsageError where two read one layer."""
+        by_layer = dict[int, tuple[str, SAE]]()
+        for name in names:
+            self.line.check()
+            lens, sae = self._open(name, beside=len(by_layer))
+            other, _ = by_layer.setdefault(sae.cfg.site.layer, (name, sae))
+            if other != name:
+                raise UsageError(
+                    f"{other} and {name} both read layer {sae.cfg.site.layer}; name one SAE of each layer.", field=field
+                )
+        return lens, dict(by_layer.values())
+
     def _model_of(self, names: Sequence[str]) -> str:
         """The model that all these SAEs are of; UsageError where there are two."""
         with self.db.read() as session:
@@ -350,6 +378,7 @@ class Engine:
         warm = self._warm[source]
         key = f"{name}@{record.sha256}"
         if key not in warm.saes:
+            self._circuits.clear()  # it may be another one of that name
             warm.saes[key] = open_sae(self.settings.data, record, warm.lens)
         warm.saes.move_to_end(key)
         self._let_go(budget, beside=beside + 1)
@@ -829,6 +858,7 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
         engine.sources,
         engine.prompt,
         engine.steer,
+        engine.circuit,
     ):
         app.post(f"/{question.__name__}")(question)
 
@@ -839,6 +869,10 @@ def create_engine(settings: Settings, db: Database) -> FastAPI:
     @app.post("/line/{ticket}/steer")
     def leave_steer(ticket: Ticket, question: SteerQuestion, wait: Wait = 0.0) -> InLine:
         return engine.leave_steer(ticket, question, wait)
+
+    @app.post("/line/{ticket}/circuit")
+    def leave_circuit(ticket: Ticket, question: CircuitQuestion, wait: Wait = 0.0) -> InLine:
+        return engine.leave_circuit(ticket, question, wait)
 
     @app.get("/line/{ticket}")
     def look(ticket: Ticket, wait: Wait = 0.0) -> InLine:

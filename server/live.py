@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from sae_core import errors
 from sae_core.errors import EngineAway, HeadscopeError, Unfitting
 from server import logs, telemetry
+from server.circuits.asked import CircuitQuestion, LiveCircuit
 from server.settings import Settings
 
 SECRET_HEADER = "X-Headscope-Secret"  # pragma: allowlist secret  # noqa: S105 - the name of a header
@@ -515,6 +516,8 @@ class InLine(BaseModel):
     """Of a prompt; null until then."""
     steered: LiveSteered | None = None
     """Of a question for what becomes of a text; null until then."""
+    circuit: LiveCircuit | None = None
+    """Of a circuit; null until then."""
 
 
 class LiveComponents(BaseModel):
@@ -588,6 +591,14 @@ class Live:
     def steer(self, question: SteerQuestion) -> LiveSteered:
         """Ask what becomes of a text when features are changed; raises as `attribute`."""
         return LiveSteered.model_validate(self._ask("POST", "/steer", question.model_dump()))
+
+    def circuit(self, question: CircuitQuestion) -> LiveCircuit:
+        """Ask what made a feature or a logit, and wait for it; raises as `attribute`."""
+        return LiveCircuit.model_validate(self._ask("POST", "/circuit", question.model_dump()))
+
+    def leave_circuit(self, ticket: str, question: CircuitQuestion, wait: float) -> InLine:
+        """The same, put in the line as `leave` does."""
+        return InLine.model_validate(self._ask("POST", f"/line/{ticket}/circuit", question.model_dump(), {"wait": wait}))
 
     def leave(self, ticket: str, question: PromptQuestion, wait: float) -> InLine:
         """Put the question in the line, and wait so many seconds for the answer; raises as `attribute`."""

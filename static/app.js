@@ -261,6 +261,38 @@ document.addEventListener("htmx:after:swap", (event) => {
   if (picked && picked.getBoundingClientRect().bottom < 0) picked.scrollIntoView({ block: "start" });
 });
 
+// --- a circuit: a node of the drawing is picked by the step beside it, so that the page stays where it is; arrows go along edges ---
+
+const nodeOf = (element) => element.closest?.("figure.circuit a.node");
+document.addEventListener("click", (event) => {
+  const node = nodeOf(event.target);
+  if (!node || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  const step = document.querySelector(`#nodes [data-node="${CSS.escape(node.dataset.node)}"]`);
+  if (!step) return;
+  event.preventDefault();
+  step.click();
+});
+document.addEventListener("keydown", (event) => {
+  const node = nodeOf(event.target);
+  const way = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
+  if (!node || !way || event.ctrlKey || event.metaKey || event.altKey) return;
+  const middle = (one) => {
+    const box = one.querySelector(".hit").getBoundingClientRect();
+    return [box.x + box.width / 2, box.y + box.height / 2];
+  };
+  const svg = node.ownerSVGElement;
+  // Down and up go along the strongest edge, which is drawn last; where there is none, and to the sides, to what is nearest.
+  const [mine, other] = way[1] > 0 ? ["to", "from"] : ["from", "to"];
+  const edges = way[1] ? [...svg.querySelectorAll(`.way[data-${mine}="${CSS.escape(node.dataset.node)}"]`)] : [];
+  const at = middle(node);
+  const others = [...svg.querySelectorAll("a.node")].filter((one) => one !== node).map((one) => [one, middle(one)]);
+  const ahead = others.filter(([, [x, y]]) => way[0] * (x - at[0]) + way[1] * (y - at[1]) > 4);
+  const far = ([, [x, y]]) => Math.abs(x - at[0]) * (way[0] ? 1 : 2.5) + Math.abs(y - at[1]) * (way[1] ? 1 : 2.5);
+  const end = edges.length && svg.querySelector(`a.node[data-node="${CSS.escape(edges.at(-1).dataset[other])}"]`);
+  (end || ahead.sort((a, b) => far(a) - far(b))[0]?.[0])?.focus();
+  event.preventDefault();
+});
+
 document.getElementById("help-open")?.addEventListener("click", () => document.getElementById("help").showModal());
 
 // After a swap the heads table says which head is painted, the ways to other features keep the view that was chosen, and

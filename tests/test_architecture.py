@@ -18,7 +18,7 @@ SHARED = ("config", "errors", "progress", "corpus", "presets", "records", "agree
 LIGHT = {"sae_core", *(f"sae_core.{name}" for name in SHARED)}
 # What never names torch at its top: the web, and what `sae_core` shares with it.
 WITHOUT_TORCH = tuple(f"sae_core/{name.replace('.', '/')}.py" for name in ("__init__", *SHARED))
-BOTH_HALVES = {"server.worker", "server.engine"}
+BOTH_HALVES = {"server.worker", "server.engine", "server.engine_circuits"}
 # The command line runs in many processes, so it reaches for the other half inside the commands that need it, never at its top.
 INSIDE_FUNCTIONS = {"server.cli", "server.doctor"}
 
@@ -128,6 +128,7 @@ def test_pages_and_api_import_only_what_they_may(folder: str) -> None:
             "store",
             "jobs",
             "live",
+            "circuits",
             "security",
             "access",
             "rendering",

@@ -8,6 +8,7 @@ from fastapi import Request
 from sae_core.errors import UsageError
 from server.access import needs
 from server.api.common import Read, api_router, replies
+from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit
 from server.live import (
     ComponentsQuestion,
     FiringQuestion,
@@ -78,6 +79,16 @@ def steer(request: Request, question: SteerQuestion, read: Read) -> LiveSteered:
     return engine(request).steer(question)
 
 
+@router.post("/live/circuit", responses=ASKS, summary="What made a feature or a logit, from feature to feature")
+@needs("reader", live=True)
+def circuit(request: Request, question: CircuitQuestion, read: Read) -> LiveCircuit:
+    """Recursive direct feature attribution, patterns and norms frozen: from a feature at a token, a logit or a logit difference
+    back through the features of earlier attention layers, with errors, MLPs, embeddings and biases. Each node's edges and `rest`
+    sum to its value. With `score`, why one head looked from one token to another, in pairs of features. Nothing is stored."""
+    _checked_circuit(read, question)
+    return engine(request).circuit(question)
+
+
 InTheLine = Annotated[Ticket, InPath(description="A random word of yours.", examples=["k3J_0aQ9zXw2Lr7T"])]
 
 
@@ -96,6 +107,14 @@ def leave_steer(request: Request, ticket: InTheLine, question: SteerQuestion, re
     """The question of `/live/steer`, put in the engine's line under a ticket, as a prompt is; looked for and cancelled alike."""
     _checked_steer(read, question)
     return engine(request).leave_steer(ticket, question, 0.0)
+
+
+@router.put("/live/line/{ticket}/circuit", responses=ASKS, summary="Ask for a circuit without waiting for it")
+@needs("reader", live=True)
+def leave_circuit(request: Request, ticket: InTheLine, question: CircuitQuestion, read: Read) -> InLine:
+    """As a prompt is asked without waiting; the answer then comes as `circuit`."""
+    _checked_circuit(read, question)
+    return engine(request).leave_circuit(ticket, question, 0.0)
 
 
 @router.get("/live/line/{ticket}", responses=replies(403, 404), summary="A question's place in the line, or its answer")
@@ -131,6 +150,15 @@ def _checked_steer(read: Read, question: SteerQuestion) -> None:
     for text in (question.text or "", question.other or ""):
         if len(text) > LONGEST:
             raise UsageError(f"That is {len(text)} characters; at most {LONGEST} can be tried at once.", field="text")
+
+
+def _checked_circuit(read: Read, question: CircuitQuestion) -> None:
+    for name in question.saes:
+        door = find_sae(read, name)
+        if isinstance(question.root, FeatureRoot) and question.root.sae == name:
+            check_index(door, question.root.index)
+    if len(question.text or "") > LONGEST:
+        raise UsageError(f"That is {len(question.text or '')} characters; at most {LONGEST} can be tried at once.", field="text")
 
 
 def _checked(read: Read, question: TextQuestion, *features: int) -> None:

@@ -97,7 +97,7 @@ def look_for_answer(request: Request, read: Read, form: Form) -> Response:
     """Where a question is that was asked before, or its answer; or take it out of the line."""
     if form.get("do") == "cancel":
         return _answered(request, read, form, lambda asked, _: _cancel(request, asked))
-    return _answered(request, read, form, lambda asked, _: engine(request).look(_ticket(asked), WAIT))
+    return _answered(request, read, form, lambda asked, _: engine(request).look(ticket_of(asked.ticket), WAIT))
 
 
 def _answered(request: Request, read: Session, form: Form, ask: Callable[[Asked, Sequence[Door]], InLine]) -> Response:
@@ -122,11 +122,9 @@ def share_prompt(request: Request, read: Read, form: Form) -> Response:
     try:
         asked = read_form(form)
         doors = asked_doors(read, store.choices(read), asked.saes)
-        days = form.get("days", "")
-        if days and not (days.isascii() and days.isdigit() and len(days) < 6):
-            raise UsageError(f"'{days[:20]}' is no number of days; give 1 to {store.LONGEST_DAYS}, or nothing.", field="days")
+        days = days_of(form.get("days", ""))
         with writing(request) as session:
-            made_ = share(session, asked, doors, form.get("visibility", "shared"), int(days) if days else None)
+            made_ = share(session, asked, doors, form.get("visibility", "shared"), days)
     except UsageError as error:
         typed = Asked(text=form.get("text", ""), against=form.get("against", ""), saes=form.get("saes", ""))
         return _shown(request, _page(request, read), typed, trouble=str(error))
@@ -200,15 +198,16 @@ def _leave(request: Request, asked: Asked, doors: Sequence[Door]) -> InLine:
     return engine(request).leave(secrets.token_urlsafe(18), question(asked, doors), WAIT)
 
 
-def _ticket(asked: Asked) -> str:
-    if not re.fullmatch("[A-Za-z0-9_-]{16,64}", asked.ticket):
+def ticket_of(typed: str) -> str:
+    """The ticket that a form holds."""
+    if not re.fullmatch("[A-Za-z0-9_-]{16,64}", typed):
         raise NotFound("That is no ticket of a question; ask again.", field="ticket")
-    return asked.ticket
+    return typed
 
 
 def _cancel(request: Request, asked: Asked) -> InLine:
     with suppress(NotFound):  # it is gone either way
-        engine(request).cancel(_ticket(asked))
+        engine(request).cancel(ticket_of(asked.ticket))
     raise Cancelled("Cancelled. The text is still here.")
 
 
@@ -325,6 +324,13 @@ def question(asked: Asked, doors: Sequence[Door]) -> PromptQuestion:
 
 
 # ---- sharing ----
+
+
+def days_of(typed: str) -> int | None:
+    """For how many days a text is kept, as typed; None for good."""
+    if typed and not (typed.isascii() and typed.isdigit() and len(typed) < 6):
+        raise UsageError(f"'{typed[:20]}' is no number of days; give 1 to {store.LONGEST_DAYS}, or nothing.", field="days")
+    return int(typed) if typed else None
 
 
 def share(session: Session, asked: Asked, doors: Sequence[Door], visibility: str, days: int | None) -> str:

@@ -8,7 +8,7 @@ import torch
 from sae_core import circuits
 from sae_core.circuits import Circuit, FeatureRoot, LogitRoot, trace
 from sae_core.config import SAEConfig, Site
-from sae_core.errors import NotFound, UsageError
+from sae_core.errors import Cancelled, NotFound, UsageError
 from sae_core.lens import Lens
 from sae_core.saes import ARCHITECTURES, SAE
 
@@ -56,6 +56,10 @@ def adds_up(circuit: Circuit, within: float) -> None:
         size = sum(abs(edge.value) for edge in node.edges) + abs(node.rest)
         assert sum(edge.value for edge in node.edges) + node.rest == pytest.approx(node.value, abs=10 * within * size)
         for edge in node.edges:
+            if edge.heads:
+                assert sum(edge.heads) == pytest.approx(edge.value, abs=10 * within * size)
+            else:
+                assert edge.source.kind == "bias" or node.place.kind == "logit"
             readers[edge.source] = readers.get(edge.source, 0.0) + edge.value * node.effect / node.value
     root = circuit.nodes[circuit.root]
     size = sum(map(abs, circuit.effects.values()))
@@ -139,6 +143,41 @@ def test_thresholds_move_parts_into_the_remainder_and_lose_nothing(tiny_lens: Ca
     assert len(trace(lens, TOKENS, saes, LogitRoot(17, 8), share=0.005, most=4).nodes) == 4
 
 
+def test_depth_and_width_bound_the_graph_and_lose_nothing(tiny_lens: Callable[[str], Lens]) -> None:
+    lens = tiny_lens("llama")
+    saes = every_sae(lens, [0, 1, 2])
+    root = LogitRoot(17, 8)
+    whole = trace(lens, TOKENS, saes, root, share=0.005)
+    alone, one = (trace(lens, TOKENS, saes, root, share=0.005, depth=depth) for depth in (0, 1))
+    assert list(alone.nodes) == [alone.root]
+    followed = {edge.source for edge in alone.nodes[alone.root].edges}
+    assert set(one.nodes) - {one.root} <= followed
+    assert len(alone.nodes) < len(one.nodes) <= len(whole.nodes)
+    narrow = trace(lens, TOKENS, saes, root, share=0.005, widest=5)
+    for fires in (True, False):
+        kept, every = (
+            [edge.source for edge in one.nodes[one.root].edges if (edge.source.kind == "feature") == fires]
+            for one in (narrow, whole)
+        )
+        assert kept == every[:5]
+        assert len(kept) == 5
+    for circuit in (alone, one, narrow):
+        adds_up(circuit, 1e-5)
+
+
+def test_it_ends_where_the_check_raises(tiny_lens: Callable[[str], Lens]) -> None:
+    lens, calls = tiny_lens("llama"), 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise Cancelled("The question was cancelled.")
+
+    with pytest.raises(Cancelled):
+        trace(lens, TOKENS, every_sae(lens, [0, 1, 2]), LogitRoot(17, 8), share=0.001, check=check)
+
+
 def test_row_starts_have_no_features_and_their_z_is_error(tiny_lens: Callable[[str], Lens]) -> None:
     lens = tiny_lens("llama")
     found = trace(lens, TOKENS, every_sae(lens, [0, 1, 2]), LogitRoot(17, 8), share=0.001)
@@ -169,7 +208,7 @@ def test_broken_variants_miss_the_value(tiny_lens: Callable[[str], Lens], monkey
         attention = {layer: one._replace(pattern=turn(one.pattern)) for layer, one in whole.attention.items()}
         return whole._replace(attention=attention)
 
-    def layer_of(*given: object) -> circuits._Layer:
+    def layer_of(*given: object) -> circuits.LayerRead:
         found = real_layer(*given)  # type: ignore[arg-type]
         if broken == "error left out":
             found.error = torch.zeros_like(found.error)

@@ -10,6 +10,7 @@ from fastapi.testclient import TestClient
 
 from server.api.common import EXAMPLES
 from server.app import create_app
+from server.circuits.asked import CircuitQuestion, LiveCircuit
 from server.live import (
     ActivationChange,
     ChangedFeature,
@@ -33,6 +34,7 @@ from server.live import (
     WrittenText,
 )
 from server.store import search
+from tests.web.circuit_answers import circuit_of
 from tests.web.conftest import at, database_of, put, queued
 from tests.web.factory import Shape
 
@@ -41,6 +43,10 @@ OF = f"{SAE}/features/3"
 KEY = {"sae": "smollm2-l17", "index": 3}
 JOB = {"kind": "train", "name": "tides", "config": {"model": "smollm2-135m", "corpus": "demo", "site": {"layer": 17}}}
 ASKED = {"saes": ["smollm2-l17"], "text": "The tide", "feature": {**KEY, "dest": 2}}
+TRACED = {
+    "saes": ["smollm2-l17"], "text": "The tide came back", "root": {"kind": "feature", **KEY, "dest": 3},
+    "score": {"layer": 17, "dest": 3, "src": 1},
+}  # fmt: skip
 CALLS: tuple[tuple[str, str, str, Any], ...] = (
     ("list_models", "GET", "/models", None),
     ("read_model_heads", "GET", "/models/smollm2-135m/heads", None),
@@ -88,6 +94,8 @@ CALLS: tuple[tuple[str, str, str, Any], ...] = (
     ("components", "POST", "/live/components", {**KEY, "text": "The tide"}),
     ("prompt", "POST", "/live/prompt", ASKED),
     ("steer", "POST", "/live/steer", {"features": [{**KEY, "value": 8.0}], "text": "The tide", "new_tokens": 1}),
+    ("circuit", "POST", "/live/circuit", TRACED),
+    ("leave_circuit", "PUT", "/live/line/Xw2Lr7Tk3J_0aQ9z/circuit", TRACED),
     ("leave_prompt", "PUT", "/live/line/k3J_0aQ9zXw2Lr7T", ASKED),
     ("leave_steer", "PUT", "/live/line/k3J_0aQ9zXw2Lr7T/steer", {"features": [{**KEY, "value": 8.0}], "text": "The tide"}),
     ("look_for_prompt", "GET", "/live/line/k3J_0aQ9zXw2Lr7T", None),
@@ -150,6 +158,12 @@ class Answers:
             reached=[ActivationChange(sae="smollm2-l20", index=12, position=2, activation=0.0, changed=1.25)], n_reached=1,
             plain=WrittenText(tokens=[314], text=" is"), changed=WrittenText(tokens=[1354], text=" came"),
         )  # fmt: skip
+
+    def circuit(self, question: CircuitQuestion) -> LiveCircuit:
+        return circuit_of(question)
+
+    def leave_circuit(self, ticket: str, question: CircuitQuestion, wait: float) -> InLine:
+        return InLine(ticket=ticket, place=2, answer=None, circuit=None if wait == 0 else self.circuit(question))
 
     def leave(self, ticket: str, _: PromptQuestion, wait: float) -> InLine:
         return InLine(ticket=ticket, place=2, answer=None if wait == 0 else self.prompt(_))

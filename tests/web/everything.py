@@ -43,6 +43,7 @@ PAGES = {
     "/saes/{sae}/features/{index}/related": (f"{HERE}/features/3/related",),
     "/saes/{sae}/features/{index}/examples/{band}/{rank}": (f"{HERE}/features/3/examples/0/0",),
     "/saes/{sae}/features/{index}/components": (f"{HERE}/features/3/components?band=0&rank=0",),
+    "/saes/{sae}/features/{index}/circuit": (f"{HERE}/features/3/circuit?band=0&rank=0",),
     "/saes/{sae}/features/{index}/labels": (f"{HERE}/features/3/labels",),
     "/embed/saes/{sae}/features/{index}": (f"/embed{HERE}/features/3?panels=family,heads,tokens,activation,distance,examples",),
     "/labels": ("/labels", "/labels?author=Nobody"),
@@ -65,6 +66,7 @@ PAGES = {
     "/prompt": ("/prompt", f"/prompt?sae={A}"),
     "/interventions": ("/interventions", f"/interventions?sae={A}&feature=3&how=steer&value=8"),
     "/prompts/{prompt_id}": (f"/prompts/{SHARED}",),
+    "/prompts/{prompt_id}/circuit": (f"/prompts/{SHARED}/circuit",),
     "/jobs/{job_id}": (
         "/jobs/train-running-1", f"/jobs/train-{A}-1", "/jobs/train-failed-1", "/jobs/train-waiting-1", "/jobs/train-cancelled-1",
     ),
