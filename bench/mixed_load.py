@@ -126,11 +126,11 @@ def _with_cpu(
 
 def _backends(url: sa.URL) -> list[int]:
     """PostgreSQL's processes: the server's children, and itself."""
-    engine = sa.create_engine(url)
-    with engine.connect() as connection:
-        mine = connection.scalar(sa.text("select pg_backend_pid()"))
-    server = int(Path(f"/proc/{mine}/stat").read_text().rpartition(")")[2].split()[1])
-    engine.dispose()
+    database = Database(url)
+    with database.read() as session:
+        mine = session.scalar(sa.text("select pg_backend_pid()"))
+        server = int(Path(f"/proc/{mine}/stat").read_text().rpartition(")")[2].split()[1])
+    database.close()
     return [server, *(pid for pid in _children(server) if pid != mine)]
 
 
