@@ -860,7 +860,8 @@ def export_dashboards(
             wrote = written.delphi(features, door.sae, folder, exports.token_rows(db, door), source.location)
         else:
             wrote = {"saedashboard": written.saedashboard, "neuronpedia": written.neuronpedia}[form](features, door.sae, folder)
-    _say(f"{wrote.features:,} features with {wrote.examples:,} examples are in {folder} ({room.gigabytes(wrote.size)}).")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    _say(f"{wrote.features:,} features with {wrote.examples:,} examples are in {folder} ({room.gigabytes(size)}).")
 
 
 @export_app.command("html", epilog="Example: [bold]headscope export html 3 ./for-the-appendix[/bold]")

@@ -2,7 +2,10 @@
 
 import itertools
 import random
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -11,7 +14,9 @@ from sqlalchemy.orm import Session
 from bench import browse
 from server.db import Database
 from server.store import search, walk
-from server.store.features import SORT_KEYS, FeatureQuery, feature_table, place_of, walk_of
+from server.store.examples import example_page
+from server.store.features import SORT_KEYS, FeatureQuery, feature_pages, feature_rows, feature_table, place_of, walk_of
+from server.store.labels import feature_labels
 from server.store.saes import Door, find_sae
 from server.store.stored_harvests import delete
 from server.tables import FeatureToken
@@ -80,6 +85,73 @@ def test_every_sort_and_filter_is_read_by_indexes(database: Database, key: str, 
                     assert all("INDEX" in plan or "PRIMARY KEY" in plan or "Index" in plan for plan in plans), plans
                     if not query.model_dump(exclude_defaults=True, exclude={"sort"}):
                         assert "TEMP B-TREE" not in plans[0], "an order that an index has needs no sorting"
+
+
+READS: dict[str, Callable[[Session, Door], object]] = {
+    "an SAE": lambda session, door: find_sae(session, door.sae.name),
+    "a feature": lambda session, door: feature_pages(session, door, [40]),
+    "its numbers": lambda session, door: feature_pages(session, door, [40], others=False, examples=False, parts=()),
+    "a hundred features": lambda session, door: feature_pages(session, door, range(100)),
+    "all examples of ten": lambda session, door: feature_pages(session, door, range(10), every=True, others=False),
+    "lines of the table": lambda session, door: feature_rows(session, door, None, range(50)),
+    "lines at a head": lambda session, door: feature_rows(session, door, 3, range(50)),
+    "an example": lambda session, door: example_page(session, door, 40, 0, 0),
+    "labels of a feature": lambda session, door: feature_labels(session, door.sae, door.id, 40),
+    # A word that is nowhere: of one that is everywhere PostgreSQL rightly takes the first rows that there are.
+    **{
+        f"a search by {kind} for {q}": partial(lambda q, kind, session, door: search.search(session, door, q, kind), q, kind)
+        for kind in search.KINDS
+        for q in (("nowhere",) if kind == "text" else ("the",))
+    },
+}
+"""What scripts ask by the API, beside the table's filters."""
+LARGE = ("feature", "feature_detail", "feature_head", "example", "context", "context_text", "feature_token")
+
+
+@pytest.mark.parametrize("read", READS.values(), ids=READS)
+def test_what_scripts_read_is_read_by_indexes(database: Database, read: Callable[[Session, Door], object]) -> None:
+    asked: list[tuple[str, Any]] = []
+
+    def note(_connection: object, _cursor: object, statement: str, given: Any, *_: object) -> None:
+        asked.append((statement, given))
+
+    with database.read() as session:
+        door, explain = find_sae(session, "l1"), "explain"
+        sa.event.listen(database.engine, "before_cursor_execute", note)
+        try:
+            read(session, door)
+        finally:
+            sa.event.remove(database.engine, "before_cursor_execute", note)
+        if database.engine.dialect.name == "sqlite":
+            explain = "explain query plan"
+        else:
+            # Of tables this small all is read, and joined by hashes, whatever indexes there are, unless that is made dear.
+            for way in ("seqscan", "hashjoin", "mergejoin"):
+                session.execute(sa.text(f"set local enable_{way} = off"))
+            session.execute(sa.text("select gin_clean_pending_list('ix_context_text_words')"))  # as a server does after a while
+        assert asked
+        for statement, given in asked:
+            found = session.connection().exec_driver_sql(f"{explain} {statement}", given).all()
+            plan = "\n".join(str(row[-1]) for row in found)
+            assert not walked_whole(plan), f"{statement}\n{plan}"
+
+
+def walked_whole(plan: str) -> set[str]:
+    """Large tables that a plan reads from end to end, be it by an index: SQLite says SCAN, PostgreSQL names no condition."""
+    found = re.findall(
+        r"\bSCAN (\w+)(?! VIRTUAL TABLE)|Seq Scan on (\w+)|Index(?: Only)? Scan .* on (\w+).*\n(?!\s*Index Cond)", plan
+    )
+    return {name for names in found for name in names} & set(LARGE)
+
+
+def test_a_walk_from_end_to_end_is_seen(database: Database) -> None:
+    with database.read() as session:
+        if database.engine.dialect.name == "sqlite":
+            found = session.execute(sa.text("explain query plan select count(*) from feature where n_fired + 0 > 9")).all()
+        else:
+            session.execute(sa.text("set local enable_seqscan = off"))
+            found = session.execute(sa.text("explain select count(*) from feature where n_fired + 0 > 9")).all()
+    assert walked_whole("\n".join(str(row[-1]) for row in found)) == {"feature"}
 
 
 def test_what_lies_beyond_the_reach_is_found_as_well(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

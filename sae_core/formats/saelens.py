@@ -15,6 +15,7 @@ Versions before 6 have all of it at the top level of the config, some of it unde
 
 import json
 from pathlib import Path
+from shutil import copymode
 from typing import Any
 
 import torch
@@ -201,4 +202,5 @@ def write(sae: SAE, folder: Path) -> None:
     aside = folder / f"{WEIGHTS}.aside"
     save_file({name: getattr(sae, name).detach().cpu().contiguous() for name in names}, aside)
     (folder / CONFIG).write_text(json.dumps(config, indent=1))
+    copymode(folder / CONFIG, aside)  # safetensors lets nobody else read what it writes
     aside.rename(folder / WEIGHTS)

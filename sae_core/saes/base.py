@@ -19,6 +19,7 @@ attribution multiplies w_f by the destination's s[t] and is as exact as without.
 import hashlib
 import json
 from pathlib import Path
+from shutil import copymode
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
@@ -169,12 +170,12 @@ def shapes(cfg: SAEConfig) -> dict[str, tuple[int, ...]]:
 def save_sae(sae: SAE, folder: Path) -> str:
     """Write `sae` to `folder` (`sae.safetensors` and `cfg.json`, each aside and renamed); return the weights' sha256."""
     folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f"{WEIGHTS}.aside"
-    save_file({name: getattr(sae, name).cpu().contiguous() for name in shapes(sae.cfg)}, aside)
-    aside.rename(folder / WEIGHTS)
-    aside = folder / f"{CONFIG}.aside"
-    aside.write_text(json.dumps(sae.cfg.model_dump(mode="json"), indent=1))
-    aside.rename(folder / CONFIG)
+    weights, config = folder / f"{WEIGHTS}.aside", folder / f"{CONFIG}.aside"
+    save_file({name: getattr(sae, name).cpu().contiguous() for name in shapes(sae.cfg)}, weights)
+    config.write_text(json.dumps(sae.cfg.model_dump(mode="json"), indent=1))
+    copymode(config, weights)  # safetensors lets nobody else read what it writes
+    weights.rename(folder / WEIGHTS)
+    config.rename(folder / CONFIG)
     with (folder / WEIGHTS).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -144,6 +144,8 @@ def test_kissanes_are_folded_unless_a_person_says_otherwise() -> None:
 def test_a_saelens_folder_of_ours_comes_back_the_same(case: str, tmp_path: Path) -> None:
     sae = converted(case)
     write_saelens(sae, tmp_path)
+    # Whoever may read the settings may read the weights.
+    assert (tmp_path / "sae_weights.safetensors").stat().st_mode == (tmp_path / "cfg.json").stat().st_mode
     again = convert(open_peer(tmp_path, "saelens"), lens(), "x")
     for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold"):
         assert torch.equal(getattr(again, name), getattr(sae, name)), name
@@ -155,6 +157,7 @@ def test_a_saelens_folder_of_ours_comes_back_the_same(case: str, tmp_path: Path)
 def test_a_folder_of_ours_is_taken_as_it_is(tmp_path: Path) -> None:
     sae = converted("saelens-jumprelu")
     save_sae(sae, tmp_path)
+    assert (tmp_path / "sae.safetensors").stat().st_mode == (tmp_path / "cfg.json").stat().st_mode
     again = convert(open_peer(tmp_path), lens(), "x")
     assert again.cfg.imported is not None
     assert again.cfg.imported.format == "headscope"

@@ -154,6 +154,7 @@ def test_what_saedashboard_wrote_can_be_browsed(home: Home, sae: str, theirs: Pa
         "/embed/saes/mine/features/0",
     ):
         assert web.get(path).status_code == 200, path
+    assert "Families are not known of imported features" in web.get("/saes/mine").text
     text = web.get("/saes/mine/features/0").text
     assert "Imported from SAEDashboard files, which have no DFA by head" in text
     assert "DFA of all heads together" in text

@@ -43,7 +43,7 @@ ASKED = (
 
 
 NOTHING = (f"{PREFIX}/live/", f"{PREFIX}/prompts/")
-"""Questions that an engine answers, and texts that nobody has shared here."""
+"""Questions that an engine answers, and texts under ids drawn at random, which have a test of their own."""
 
 
 @pytest.fixture(scope="module")
@@ -117,3 +117,18 @@ def test_a_question_with_a_body_is_answered_the_same_from_both(
     one, other = (client.post(address, json=body) for client in both)
     assert one.status_code == other.status_code == 200, (one.text, other.text)
     assert said(one) == said(other)
+
+
+def test_a_shared_text_is_read_the_same_from_both(both: tuple[TestClient, TestClient]) -> None:
+    shared = {"text": "The tide came back.", "saes": ["smollm2-l17"], "feature": {"sae": "smollm2-l17", "index": 3, "dest": 2}}
+    read = []
+    for client in both:
+        made = client.post(f"{PREFIX}/prompts", json=shared)
+        assert made.status_code == 201, made.text
+        found = client.get(made.headers["Location"]).json()
+        assert found == made.json()
+        assert found["line"].pop("id") == made.headers["Location"].rpartition("/")[2]
+        assert found["line"]["expires_at"] > found["line"]["created_at"]
+        read.append(timeless(found))
+    assert read[0] == read[1]
+    assert read[0]["text"] == shared["text"]
