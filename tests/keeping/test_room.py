@@ -14,7 +14,7 @@ from server.settings import Settings
 from server.store import jobs as store
 from server.worker import Worker
 from tests.core.tiny_models import save_tiny
-from tests.jobs.conftest import Home, make_home, start, tiny_config, wait_for, write_text
+from tests.jobs.conftest import Home, make_home, start, tiny_config, write_text
 
 MB = 1_000_000
 
@@ -71,19 +71,27 @@ def test_a_run_that_will_not_fit_is_refused_at_its_start_with_figures(disk: Path
         made.db.close()
 
 
-def test_a_run_that_meets_the_reserve_stops_keeps_its_checkpoint_and_goes_on(disk: Path, tmp_path: Path) -> None:
+def test_a_run_that_meets_the_reserve_stops_keeps_its_checkpoint_and_goes_on(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = on(disk, tmp_path)
+    job = made.jobs.enqueue_train(tiny_config(tokens=8_192, passes=4, harvests=()))
+    real, ballasts = room.watch, list[Path]()
+
+    def meanwhile(settings: Settings) -> None:
+        if not ballasts and list(made.folder(job).glob("runs/*/checkpoints/step-*")):
+            ballasts.append(fill(disk, 3 * MB))
+        real(settings)
+
+    monkeypatch.setattr(room, "watch", meanwhile)  # the moment is what is chosen here, not what happens then
+    monkeypatch.setattr("server.worker.WATCH_SECONDS", 0.0)
     worker = working(made)
-    ballast = None
     try:
-        job = made.jobs.enqueue_train(tiny_config(tokens=8_192, passes=80, harvests=()))
-        wait_for(lambda: bool(list(made.folder(job).glob("runs/*/checkpoints/step-*"))))
-        ballast = fill(disk, 3 * MB)
         assert made.wait(job, "failed", "done") == "failed"
         assert "less than the 4.0 MB that stay free" in (made.error(job) or "")
         steps = sorted(path.name for path in made.folder(job).glob("runs/*/checkpoints/step-*"))
         assert steps
-        ballast.unlink()
+        ballasts[0].unlink()
         made.jobs.retry(job)
         assert made.wait(job) == "done", made.error(job)
         with made.db.read() as session:
