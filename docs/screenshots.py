@@ -10,18 +10,21 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 import httpx
 import uvicorn
+from fastapi import FastAPI
 from PIL import Image
-from playwright.sync_api import Browser, TimeoutError, sync_playwright
+from playwright.sync_api import Browser, Page, TimeoutError, sync_playwright
 
 from server.app import create_app
+from server.db import Database
+from server.engine import create_engine
 from server.pages.writing import COOKIE
 from server.settings import Settings
 
@@ -31,7 +34,7 @@ HERE = Path(__file__).parent / "screenshots"
 TOUR = (
     "home-wide-light", "sae-wide-light", "table-wide-light", "feature-wide-light", "feature-wide-dark", "head-wide-light",
     "search-wide-light", "list-wide-light", "compare-wide-light", "sweep-wide-light", "new-train-wide-light",
-    "feature-narrow-light", "home-wide-dark",
+    "feature-narrow-light", "home-wide-dark", "prompt-wide-light", "interventions-wide-light", "study-ioi-wide-light",
 )  # fmt: skip
 """What docs/tour.md and README.md show."""
 
@@ -53,7 +56,7 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
         "api": "/api",
     }.items()
     yield from {"compare-nothing": "/compare", "archive": "/archive", "author": "/author", "unknown": "/nothing"}.items()
-    for kind in ("train", "sweep", "harvest", "evaluate", "compare", "specificity", "induction", "heads"):
+    for kind in ("train", "sweep", "harvest", "evaluate", "compare", "specificity", "induction", "heads", "ioi", "prefix"):
         yield f"new-{kind}", f"/jobs/new/{kind}"
     yield "search-everything", f"/search?q={quote(query)}"
     for card in [card for card in home["saes"] if card["sae"]["harvest"]][:1]:
@@ -63,6 +66,7 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
         index = feature if feature is not None else rows[0]["index"]
         page = known(f"{sae}/features/{index}.json")
         head = max(page["heads"], key=lambda one: one["norm_share"])["head"]
+        yield from {"prompt": "/prompt", "interventions": f"/interventions?sae={name}&feature={index}&how=ablate"}.items()
         yield from {
             "sae": sae, "table": f"{sae}?family=induction&sort=-head_share#features",
             "nothing-like-that": f"{sae}?min_density=1#features",
@@ -88,6 +92,33 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
     yield from first.items()
 
 
+TEXT = "Then, when Mary and John went to the store, John gave a bottle of milk to Mary, and the sons of Gershon to the sons"
+
+
+def ask_prompt(tab: Page) -> None:
+    """The prompt page with a feature of the last token taken apart."""
+    tab.get_by_label("Text", exact=True).fill(TEXT)
+    tab.get_by_role("button", name="See what fires").click()
+    tab.locator(".grid button.tok").last.click(timeout=PATIENCE)
+    tab.locator(".fires button").first.click(timeout=PATIENCE)
+    tab.locator(".dfa tfoot").wait_for(timeout=PATIENCE)
+    tab.evaluate("scrollTo(0, 0)")
+
+
+def ask_interventions(tab: Page) -> None:
+    """The interventions page with its answer."""
+    tab.get_by_label("Text", exact=True).fill(TEXT)
+    tab.locator("[name=new]").fill("16")
+    tab.locator("button.main").click()
+    tab.locator("#outcome").wait_for(timeout=PATIENCE)
+
+
+PATIENCE = 180_000
+"""Milliseconds: the first question loads the model."""
+ASKED: Mapping[str, Callable[[Page], None]] = {"prompt": ask_prompt, "interventions": ask_interventions}
+"""Pages that show something once a text was typed."""
+
+
 def take(browser: Browser, site: str, pages: Mapping[str, str], into: Path, only: str, *, whole: bool) -> None:
     """A picture of every page in each scheme and size; what the browser complains of, and what does not fit, is said."""
     for scheme in SCHEMES:
@@ -106,6 +137,8 @@ def take(browser: Browser, site: str, pages: Mapping[str, str], into: Path, only
                 tab.goto(site + address)
                 with suppress(TimeoutError):  # blocks that the page asks for when it is there; a page with events is never idle
                     tab.wait_for_load_state("networkidle", timeout=5000)
+                if name in ASKED:
+                    ASKED[name](tab)
                 tab.screenshot(path=into / f"{name}-{size}-{scheme}.png", full_page=whole)
                 if tab.evaluate("document.documentElement.scrollWidth") > width:
                     complaints.append("is wider than the window")
@@ -119,10 +152,21 @@ def take(browser: Browser, site: str, pages: Mapping[str, str], into: Path, only
 
 @contextmanager
 def listening(settings: Settings) -> Iterator[str]:
-    """The web process in a thread; gives its address."""
+    """The web process in a thread, with an engine in another one; gives its address."""
+    database = Database(settings.url)
+    with ExitStack() as stack:
+        engine = stack.enter_context(serving(create_engine(settings, database)))
+        settings = settings.model_copy(update={"engine_port": int(engine.rpartition(":")[2])})
+        yield stack.enter_context(serving(create_app(settings)))
+    database.close()
+
+
+@contextmanager
+def serving(app: FastAPI) -> Iterator[str]:
+    """An app in a thread; gives its address."""
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(create_app(settings), log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     while not server.started:
