@@ -44,7 +44,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[CircuitQuestion]:
         seen.append(question)
         return InLine(ticket=ticket, place=None, answer=None, circuit=circuit_of(question))
 
+    def answer(_: Live, question: CircuitQuestion) -> LiveCircuit:
+        seen.append(question)
+        return circuit_of(question)
+
     monkeypatch.setattr(Live, "leave_circuit", leave)
+    monkeypatch.setattr(Live, "circuit", answer)
     return seen
 
 
