@@ -51,7 +51,7 @@ def run(requests: int = 20) -> dict[str, Figure]:
         load = time.perf_counter() - begun
         cold = _answered(client, {"saes": f"sae:{name}"})
         warm = [_answered(client, {"saes": f"sae:{name}"}) for _ in range(requests)]
-        page = client.post("/prompt", data={"text": TEXT, "saes": f"sae:{name}", "pick": "token:40:"}).text
+        page = _page(client, {"saes": f"sae:{name}", "pick": "token:40:"})
         picked = page.split('value="feature:')[1].split('"')[0]
         apart = [_answered(client, {"saes": f"sae:{name}", "at": "40", "feature": picked}) for _ in range(requests)]
         with _busy():
@@ -142,13 +142,18 @@ class _Health:
 def _answered(client: httpx.Client, form: dict[str, str]) -> float:
     """Seconds from the press of the button to the page with the grid, looking again as the page does."""
     begun = time.perf_counter()
+    _page(client, form)
+    return time.perf_counter() - begun
+
+
+def _page(client: httpx.Client, form: dict[str, str]) -> str:
     page = client.post("/prompt", data={"text": TEXT, **form}).raise_for_status().text
     while 'name="ticket"' in page:
         ticket = page.split('name="ticket" value="')[1].split('"')[0]
         page = client.post("/prompt/look", data={"text": TEXT, **form, "ticket": ticket}).raise_for_status().text
     if 'class="grid' not in page:
         sys.exit(f"There was no answer: {page[page.find('role=') :][:300]}")
-    return time.perf_counter() - begun
+    return page
 
 
 @contextlib.contextmanager

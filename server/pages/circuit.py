@@ -391,6 +391,10 @@ def through(models: Sequence[ModelChoice], saes: str, chosen: str | None) -> lis
     """The SAEs that a circuit goes through: one of each layer of the model, the one that is asked about before others, then those
     that are harvested."""
     kind, _, name = saes.partition(":")
+    if not name:
+        raise NotFound(
+            "The SAEs that this text was put to are gone, or not shared with you, so it has no circuit here.", field="saes"
+        )
     first = {chosen, name if kind == "sae" else None}
     for model in models:
         if (kind == "model" and model.name == name) or any(sae.name in first for sae in model.saes):
