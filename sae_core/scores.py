@@ -88,7 +88,7 @@ def explain(
     against_mean: bool = False,
     most: int = 40,
 ) -> Why:
-    """Why head `head` of the layer (None: the one that did so most) looked from `dest` to `src`, through the SAEs (by layer) of earlier layers.
+    """Why head `head` of the layer (None: the one that did so most) looked from `dest` to `src`; `saes` by layer.
 
     Raises UsageError for a place that is not there or that the mask hides, LayerOutOfRange, and UnsupportedModel where the scores
     cannot be made from the stream's parts.

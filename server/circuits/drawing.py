@@ -41,7 +41,8 @@ def circuit(title: str, answer: LiveCircuit, shown: Drawn, picked: str, link: Ca
         bend = (y0 + y1) / 2
         parts.append(
             f'<path class="way {"up" if edge.effect >= 0 else "down"}{" near" if touches else ""}" stroke-width="{wide:.1f}" '
-            f'data-from="{escape(edge.source)}" data-to="{escape(edge.target)}" d="M{x0:.1f},{y0 - 6:.1f}C{x0:.1f},{bend:.1f} {x1:.1f},{bend:.1f} {x1:.1f},{y1 + 7:.1f}"/>'
+            f'data-from="{escape(edge.source)}" data-to="{escape(edge.target)}" '
+            f'd="M{x0:.1f},{y0 - 6:.1f}C{x0:.1f},{bend:.1f} {x1:.1f},{bend:.1f} {x1:.1f},{y1 + 7:.1f}"/>'
         )
     parts += [_node(node, answer, places[node.id], picked, node.id in near, link) for node in _reading_order(shown, places)]
     body = "".join(parts)

@@ -33,7 +33,7 @@ from server.circuits.view import Drawn, Path, View, drawn, said, strongest_paths
 from server.live import InLine
 from server.pages import prompt
 from server.pages.feature import engine
-from server.pages.reply import Read, file_name, link, reply, sae_path, to_json, wants_part
+from server.pages.reply import Read, file_name, link, reply, sae_path, to_json, wants_json, wants_part
 from server.pages.writing import Form, see, writing
 from server.store import prompts as store
 from server.store.examples import example_row
@@ -161,10 +161,11 @@ def ask_circuit(request: Request, read: Read, form: Form) -> Response:
             with suppress(NotFound):  # it is gone either way
                 engine(request).cancel(prompt.ticket_of(form.get("ticket", "")))
             raise Cancelled("Cancelled. The text is still here.")
-        found = _ask(request, read, source, view, form.get("ticket", ""))
+        export = form.get("do") == "export"
+        found = _ask(request, read, source, view, form.get("ticket", ""), to_the_end=export)
     except HeadscopeError as error:
         return _trouble(request, source, view, error)
-    return _answered(request, read, source, view, found, export=form.get("do") == "export")
+    return _answered(request, read, source, view, found, export=export)
 
 
 def _by_address(request: Request, read: Session, source: Source, view: View) -> Response:
@@ -172,11 +173,12 @@ def _by_address(request: Request, read: Session, source: Source, view: View) -> 
     if "do" in params or "go" in params:
         # A step leads to the address of what it made, which is the permalink.
         return see(link(source.address, **_with(source, _view(params).asked())))
+    export = params.get("as") == "circuit-tracer"
     try:
-        found = _ask(request, read, source, view, "")
-    except (UsageError, NotFound, HeadscopeError) as error:
+        found = _ask(request, read, source, view, "", to_the_end=export or wants_json(request))
+    except HeadscopeError as error:
         return _trouble(request, source, view, error)
-    return _answered(request, read, source, view, found, export=params.get("as") == "circuit-tracer")
+    return _answered(request, read, source, view, found, export=export)
 
 
 def _answered(request: Request, read: Session, source: Source, view: View, found: InLine, *, export: bool) -> Response:
@@ -324,7 +326,10 @@ def _view(form: Mapping[str, str]) -> View:
 # ---- the question ----
 
 
-def _ask(request: Request, read: Session, source: Source, view: View, ticket: str) -> InLine:
+def _ask(request: Request, read: Session, source: Source, view: View, ticket: str, *, to_the_end: bool) -> InLine:
+    """The answer, or the question's place in the line; a file cannot say that it is not there yet, so it is waited for."""
+    if to_the_end:
+        return InLine(ticket="", place=None, answer=None, circuit=engine(request).circuit(question(read, source, view)))
     if ticket:
         return engine(request).look(prompt.ticket_of(ticket), WAIT)
     return engine(request).leave_circuit(secrets.token_urlsafe(18), question(read, source, view), WAIT)
@@ -386,6 +391,10 @@ def through(models: Sequence[ModelChoice], saes: str, chosen: str | None) -> lis
     """The SAEs that a circuit goes through: one of each layer of the model, the one that is asked about before others, then those
     that are harvested."""
     kind, _, name = saes.partition(":")
+    if not name:
+        raise NotFound(
+            "The SAEs that this text was put to are gone, or not shared with you, so it has no circuit here.", field="saes"
+        )
     first = {chosen, name if kind == "sae" else None}
     for model in models:
         if (kind == "model" and model.name == name) or any(sae.name in first for sae in model.saes):

@@ -44,7 +44,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[CircuitQuestion]:
         seen.append(question)
         return InLine(ticket=ticket, place=None, answer=None, circuit=circuit_of(question))
 
+    def answer(_: Live, question: CircuitQuestion) -> LiveCircuit:
+        seen.append(question)
+        return circuit_of(question)
+
     monkeypatch.setattr(Live, "leave_circuit", leave)
+    monkeypatch.setattr(Live, "circuit", answer)
     return seen
 
 
@@ -128,6 +133,8 @@ def test_one_sae_of_each_layer_is_gone_through_and_first_the_one_asked_about() -
     assert through([model], "model:m", "a") == ["a", "d"]
     with pytest.raises(NotFound, match="called 'x'"):
         through([model], "model:x", None)
+    with pytest.raises(NotFound, match="not shared with you"):
+        through([model], "sae:", None)
 
 
 # ---- the page ----

@@ -119,6 +119,11 @@ def test_a_picked_token_lists_its_features_and_a_picked_feature_is_taken_apart(
     assert (feature.sae, feature.index, feature.dest, feature.next, feature.next_text) == (SAE, 3, 3, None, None)
     rows = table_rows(page.text, "dfa")
     assert rows[0][:3] == ["The", "2", "+0.750"]
+    for root in (f"root=3%403%40{SAE}", "root=next%403&amp;token=%237"):
+        assert (
+            f'form="to-circuit" name="go" value="{root}"' in page.text
+            or f'class="no-print" name="go" value="{root}"' in page.text
+        )
     foot = {row[0]: row[1] for row in rows if row[0] in ("all sources", "bias", "pre-activation")}
     assert foot == {"all sources": "+1.75", "bias": "−0.250", "pre-activation": "1.50"}
     assert '<a href="/saes/smollm2-l17/features/3">3</a> at' in page.text
