@@ -102,6 +102,7 @@ from server.keeping import room
 from server.settings import Settings
 from server.store import harvests, imports, registry, removals, search, studies
 from server.store import jobs as store
+from server.store.chunks import Chunk
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
 from server.tracking import Tracker
@@ -588,7 +589,7 @@ def _read_dashboards(
     """The features of one file, stored."""
     covered: list[int] = []
 
-    def seen() -> Iterator[imports.Chunk]:
+    def seen() -> Iterator[Chunk]:
         for chunk in readers.chunks(number):
             covered.extend(feature.idx for feature in chunk.records)
             yield chunk
