@@ -10,6 +10,7 @@ from pydantic_core import CoreSchema
 from server.api.common import listed
 from server.store.features import (
     Band,
+    DfaColumns,
     DfaJson,
     FamilyVerdict,
     FeatureExample,
@@ -236,7 +237,8 @@ def _example(one: FeatureExample, dfa: bool) -> ExampleParts:
 
 
 def _entries(one: FeatureExample) -> tuple[Entry, ...]:
-    return tuple(map(Entry, *zip(*one.dfa, strict=True))) if one.dfa else ()
+    of = one.dfa if isinstance(one.dfa, DfaColumns) else DfaColumns.of(one.dfa)
+    return tuple(map(Entry, of.src.tolist(), of.head.tolist(), of.value.tolist()))
 
 
 to_json = msgspec.json.Encoder().encode
