@@ -60,7 +60,7 @@ def read(path: Path) -> PeerSAE:
     if not isinstance(trainer, dict):
         raise UnreadableSAE(f"{config_path} lacks the part `trainer`, which names the SAE's class; copy the whole folder.")
     kind = trainer.get("dict_class")
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise UnsupportedSAE(f"{config_path} says dict_class {kind}; read are {', '.join(KINDS)}.", field="location")
     tensors = _tensors(kind, read_pt(file), file)
     layer = trainer.get("layer")

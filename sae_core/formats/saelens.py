@@ -92,16 +92,17 @@ def read(path: Path, scale: float | None = None) -> PeerSAE:
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """Fields of all versions by the names that version 6 gives them, those of its metadata among the others."""
     found = {OLD_NAMES.get(key, key): value for key, value in config.items() if key != "metadata"}
-    found = (config.get("metadata") or {}) | found
-    kwargs = found.get("activation_fn_kwargs") or {}
-    if found.get("activation_fn") == "topk" and kwargs.get("k") is not None:
+    if isinstance(metadata := config.get("metadata"), dict):
+        found = metadata | found
+    kwargs = found.get("activation_fn_kwargs")
+    if found.get("activation_fn") == "topk" and isinstance(kwargs, dict) and kwargs.get("k") is not None:
         found |= {"architecture": "topk", "k": kwargs["k"]}
     return found
 
 
 def _kind(config: dict[str, Any], path: Path) -> str:
     kind = config.get("architecture", "standard")
-    if kind not in ARCHS:
+    if not isinstance(kind, str) or kind not in ARCHS:
         raise UnsupportedSAE(
             f"{path} says the architecture {kind}, which is none that Headscope can carry; it reads {', '.join(ARCHS)}.",
             field="location",
@@ -111,7 +112,7 @@ def _kind(config: dict[str, Any], path: Path) -> str:
             f"{path} says the activation function {config['activation_fn']}; Headscope's form knows relu and topk.",
             field="location",
         )
-    return str(kind)
+    return kind
 
 
 def _finetuned(tensors: dict[str, Tensor], stored: dict[str, Tensor], config: dict[str, Any], path: Path) -> None:
@@ -131,7 +132,8 @@ def _finetuned(tensors: dict[str, Tensor], stored: dict[str, Tensor], config: di
 def _norm(config: dict[str, Any], folder: Path, given: float | None) -> tuple[float, bool]:
     """The constant factor, and whether each token is normed."""
     said = config.get("normalize_activations")
-    said = {None: "none", False: "none", True: "expected_average_only_in"}.get(said, said)
+    if said is None or isinstance(said, bool):
+        said = "expected_average_only_in" if said else "none"
     if said == "none":
         return 1.0, False
     if said == "constant_norm_rescale":

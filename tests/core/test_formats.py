@@ -286,6 +286,11 @@ def test_damaged_configs_are_named(tmp_path: Path) -> None:
         for text in ("{", "[1]", '{"trainer": 3}'):
             (path / name).write_text(text)
             assert name in refusal(path, layer=LAYER)
+    path = edited("saelens-standard", tmp_path / "odd", metadata=[1], activation_fn_kwargs=3, architecture=["relu"])
+    assert "the architecture ['relu']" in refusal(path, UnsupportedSAE)
+    path = copied("dictionary_learning-AutoEncoder", tmp_path / "odd")
+    (path / "config.json").write_text('{"trainer": {"dict_class": ["AutoEncoder"]}}')
+    assert "dict_class ['AutoEncoder']" in refusal(path, UnsupportedSAE, layer=LAYER)
     archive = tmp_path / "params.npz"
     with zipfile.ZipFile(archive, "w") as made:
         made.writestr("W_enc.npy", b"nothing")

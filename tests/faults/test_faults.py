@@ -77,9 +77,7 @@ def restartable() -> Iterator[tuple[sa.URL, Any]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.filterwarnings(
-    "ignore::pytest.PytestUnraisableExceptionWarning"
-)  # such a connection may be collected before the end
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # it may be collected before the end
 def test_postgresql_restarts_in_a_harvest_and_under_readers(
     restartable: tuple[sa.URL, Any], tmp_path: Path, tiny_folder: Path, tiny_text: Path, crew: Crew
 ) -> None:
@@ -121,10 +119,8 @@ def test_postgresql_restarts_in_a_harvest_and_under_readers(
     home.jobs.close()
     home.db.close()
     gc.collect()
-    for (
-        one
-    ) in gc.get_objects():  # a connection that was cut off while it was made is nobody's, and complains when it is collected
-        if isinstance(one, psycopg.Connection):
+    for one in gc.get_objects():  # one that was cut off while it was made is nobody's, and complains when collected
+        if issubclass(type(one), psycopg.Connection):
             one.close()
 
 
