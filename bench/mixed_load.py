@@ -6,18 +6,24 @@ the SAE, home and jobs. First nobody writes (`idle_*`), then a process writes `r
 the store's own functions. `errors` are answers that are not 2xx, and connections that failed; `web_memory_mb` is the largest
 proportional set size (PSS) of a web process afterwards, in which what processes share is divided among them, `web_rss_mb` the
 largest resident set; `start_s` is from the command to the first answer. Clients, web, database and writer share the machine.
+
+What bounds it is measured with it: the processor time that a request took of each (`web_cpu_ms`, `database_cpu_ms`,
+`client_cpu_ms`) and the share of the machine that the writer took (`writer_share`). `bound_per_s` is how many requests a second
+that processor time leaves room for on all cores, were none of them ever idle. `web_cpu_ms_*` is each kind of address by itself.
 """
 
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +31,7 @@ import httpx
 import sqlalchemy as sa
 
 from bench import _postgres
-from bench._served import Figure, free_port
+from bench._served import Figure, free_port, processor_seconds
 from bench.pages import published
 from server.db import Database
 from server.settings import Settings
@@ -71,9 +77,18 @@ def run(seconds: int = 20, clients: int = 50, workers: int = 2, rate: int = 2000
             ask = ["wrk", "-t1", f"-c{clients}", "--timeout", "10s", "-s", str(script), served]
             _loaded(ask, paths, 5)  # what a process keeps of templates and tokens
             idle = _loaded(ask, paths, seconds)
-            with writing(address, name, rate) as wrote:
-                busy = _loaded(ask, paths, seconds)
+            with writing(address, name, rate) as (wrote, writer):
+                parts: dict[str, Callable[[], list[int]]] = {
+                    "web": partial(_children, pid),
+                    "database": partial(_backends, url),
+                    "writer": lambda: [writer],
+                }
+                busy, used = _with_cpu(parts, lambda: _loaded(ask, paths, seconds))
             memory = [_memory(child) for child in _children(pid)]
+            each = dict(_each_kind(ask, paths, pid, list(mix(name, d_sae, full))))
+    per = {part: 1e3 * spent / busy["requests"] for part, spent in used.items() if part != "writer"}
+    cores, share = os.cpu_count() or 1, used["writer"] / busy["seconds"]
+    bound = 1e3 * (cores - share) / sum(per.values())
     return {
         "requests_per_s": _figure(busy["requests"] / busy["seconds"], "requests/s", ">= 300"),
         "p50_ms": _figure(busy["p50"], "ms"),
@@ -86,7 +101,55 @@ def run(seconds: int = 20, clients: int = 50, workers: int = 2, rate: int = 2000
         "idle_requests_per_s": _figure(idle["requests"] / idle["seconds"], "requests/s"),
         "idle_p99_ms": _figure(idle["p99"], "ms"),
         "examples_written_per_s": _figure(wrote[-1] if wrote else 0, "examples/s", f"about {rate}"),
+        "bound_per_s": _figure(bound, "requests/s"),
+        **{f"{part}_cpu_ms": _figure(spent, "ms") for part, spent in per.items()},
+        "writer_share": _figure(share / cores, ""),
+        **{f"web_cpu_ms_{kind}": _figure(spent, "ms") for kind, spent in each.items()},
     }
+
+
+def _with_cpu(
+    parts: dict[str, Callable[[], list[int]]], act: Callable[[], dict[str, Any]]
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """What `act` found, and the seconds of processor time that the processes of each part used meanwhile, and wrk (`client`)."""
+
+    def spent() -> dict[str, float]:
+        client = resource.getrusage(resource.RUSAGE_CHILDREN)  # those that have ended: wrk is the only one that does
+        found = {part: sum(processor_seconds(pid) for pid in pids()) for part, pids in parts.items()}
+        return found | {"client": client.ru_utime + client.ru_stime}
+
+    before = spent()
+    found = act()
+    after = spent()
+    return found, {part: after[part] - before[part] for part in after}
+
+
+def _backends(url: sa.URL) -> list[int]:
+    """PostgreSQL's processes: the server's children, and itself."""
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        mine = connection.scalar(sa.text("select pg_backend_pid()"))
+    server = int(Path(f"/proc/{mine}/stat").read_text().rpartition(")")[2].split()[1])
+    engine.dispose()
+    return [server, *(pid for pid in _children(server) if pid != mine)]
+
+
+def _each_kind(ask: list[str], paths: Path, pid: int, lines: list[str], seconds: int = 3) -> Iterator[tuple[str, float]]:
+    """Milliseconds of the web's processor time by kind of address."""
+    kinds: dict[str, list[str]] = {}
+    for line in lines:
+        kinds.setdefault(_kind(line), []).append(line)
+    for kind, those in kinds.items():
+        paths.write_text("".join(f"{line}\n" for line in those))
+        found, used = _with_cpu({"web": partial(_children, pid)}, lambda: _loaded(ask, paths, seconds))
+        yield kind, 1e3 * used["web"] / found["requests"]
+
+
+def _kind(line: str) -> str:
+    how, _, path = line.partition(" ")
+    known = {"/search": "search", "/heads": "head", "/api/": "api", ".json": "feature_json", "/features": "feature", "?": "table"}
+    name = next((name for mark, name in known.items() if mark in path), {"/": "home", "/jobs": "jobs"}.get(path, "sae"))
+    return f"{name}_part" if how == "part" else name
 
 
 def mix(name: str, d_sae: int, full: list[int]) -> Iterator[str]:
@@ -157,14 +220,15 @@ def web(workers: int, environment: dict[str, str]) -> Iterator[tuple[str, int, f
 
 
 @contextmanager
-def writing(address: str, name: str, rate: int) -> Iterator[list[int]]:
-    """Examples a second that are written, as they were told so far; the writer has begun, and is ended afterwards."""
+def writing(address: str, name: str, rate: int) -> Iterator[tuple[list[int], int]]:
+    """Examples a second that are written, as they were told so far, and the writer's process, which has begun and is ended
+    afterwards."""
     command = [sys.executable, "-m", "bench._writing", address, name, str(rate)]
     process, told = subprocess.Popen(command, stdout=subprocess.PIPE, text=True), list[int]()
     assert process.stdout is not None
     try:
         told.append(int(process.stdout.readline()))
-        yield told
+        yield told, process.pid
         process.terminate()
         told += [int(line) for line in process.stdout.read().split()]
     finally:

@@ -5,6 +5,7 @@ Colours come from classes: `c1`..`c15` how much there is, `s0`..`s5` series, `po
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from markupsafe import Markup, escape
@@ -94,9 +95,10 @@ def bar_chart(
     height: int = 96,
 ) -> Markup:
     """Vertical bars. `ticks` are (edge between bars, label); without them the bars' own labels are written, as many as fit."""
-    top = max((bar.value for bar in bars), default=0.0)
+    names, values = [bar.label for bar in bars], [bar.value for bar in bars]
+    top = max(values, default=0.0)
     full = (height - 28) / (math.log1p(top) if log else top) if top > 0 else 0.0
-    scaled = [full * (math.log1p(bar.value) if log else bar.value) if bar.value > 0 else 0.0 for bar in bars]
+    scaled = [full * (math.log1p(value) if log else value) if value > 0 else 0.0 for value in values]
     step = width / max(1, len(bars))
     base = height - 16
     parts = [f'<line class="axis" x1="0" x2="{width}" y1="{base}" y2="{base}"/>']
@@ -114,12 +116,12 @@ def bar_chart(
         # One path: the numbers stand once, in the table, from which a script says the bar that is pointed at.
         across = f"h{max(0.5, step - 1.5):.1f}v"
         drawn: dict[str, list[str]] = {}
-        for i, (bar, size) in enumerate(zip(bars, scaled, strict=True)):
+        for left, bar, size in zip(_lefts(len(bars), width), bars, scaled, strict=True):
             if size > 0:
                 high = f"{size:.1f}"
-                drawn.setdefault(bar.kind, []).append(f"M{i * step + 0.75:.1f} {base}v-{high}{across}{high}")
+                drawn.setdefault(bar.kind, []).append(f"M{left} {base}v-{high}{across}{high}")
         parts += [f'<path class="{kind}" d="{"".join(path)}"/>' for kind, path in drawn.items()]
-    every = math.ceil((LETTER * max((len(bar.label) for bar in bars), default=0) + 3) / step)
+    every = math.ceil((LETTER * max(map(len, names), default=0) + 3) / step)
     labels = ticks or ([(i + 0.5, bar.label) for i, bar in enumerate(bars)][::every] if len(bars) <= width / 18 else [])
     for at, label in labels:
         x = at * step
@@ -130,12 +132,18 @@ def bar_chart(
         parts.append(f'<text class="top" x="{width}" y="9" text-anchor="end">{largest}{escape(unit)}</text>')
     said = escape(unit)
     rows = "".join(
-        f"<tr><th scope=row>{label}<td>{num(bar.value, 4) if bar.value % 1 else count(bar.value)}{said}"
-        for label, bar in zip(escaped([bar.label for bar in bars]), bars, strict=True)
+        f"<tr><th scope=row>{label}<td>{num(value, 4) if value % 1 else count(value)}{said}"
+        for label, value in zip(escaped(names), values, strict=True)
     )
-    data = Data(("what", f"value{unit}"), [bar[:2] for bar in bars])
+    data = Data(("what", f"value{unit}"), list(zip(names, values, strict=True)))
     kind = "chart" if linked else "chart bars"
     return figure(title, desc, "".join(parts), width, height, f"<table><tbody>{rows}</table>", kind, data=data)
+
+
+@lru_cache(maxsize=64)
+def _lefts(n: int, width: int) -> tuple[str, ...]:
+    """Where each of `n` bars begins."""
+    return tuple(f"{i * width / n + 0.75:.1f}" for i in range(n))
 
 
 # --- a line over steps ---

@@ -111,6 +111,7 @@ class Database:
 
     def __init__(self, url: sa.URL, *, connections: int = 5) -> None:
         self.url = url
+        self.is_file = sqlite_path(url) is not None
         self.engine = make_engine(url, connections)
         self._writer = self.engine.execution_options(write=True)
         self._session: type[Session] = Session

@@ -7,10 +7,10 @@ import json
 import math
 import re
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache, lru_cache, partial
-from itertools import chain, groupby
+from functools import cache, lru_cache
+from itertools import groupby
 from operator import attrgetter, sub
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from server.markup import made, token_text, visible
-from server.store.features import FeatureExample
+from server.store.features import FeatureExample, columns
 
 NARROW = "\N{NARROW NO-BREAK SPACE}"
 LEVELS = 15
@@ -39,8 +39,8 @@ def num(value: float | None, digits: int = 3) -> str:
         return "–"
     if value == 0:
         return "0"
-    if digits > 1 and 1e-4 <= value < 9.9:  # most numbers of a page: what follows says the same, more slowly
-        return f"{value:#.{digits}g}"
+    if digits > 1 and 1e-4 <= abs(value) < 9.9:  # most numbers of a page: what follows says the same, more slowly
+        return f"{value:#.{digits}g}" if value > 0 else f"−{-value:#.{digits}g}"
     size = math.floor(math.log10(abs(value)))
     if size < -4 or size >= 6:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
@@ -187,14 +187,15 @@ def _given(examples: Sequence[FeatureExample], head: int | None) -> list[_Given]
     if not examples:
         return []
     n, counts = len(examples), [len(example.dfa) for example in examples]
-    entries = chain.from_iterable(chain.from_iterable(example.dfa for example in examples))
-    src, of_head, value = np.fromiter(entries, np.float64, 3 * sum(counts)).reshape(-1, 3).T
+    src, of_head, value = columns([example.dfa for example in examples])
     example = np.repeat(np.arange(n), counts)
 
     heads = max(len(one.dropped) for one in examples) or 1
-    listed = np.bincount(example * heads + of_head.astype(np.intp), value, n * heads).reshape(n, heads).tolist()
+    listed = np.bincount(example * heads + of_head, value, n * heads).reshape(n, heads).tolist()
     far = int(src.max(initial=0)) + 1
-    keys, place = np.unique(example * far + src.astype(np.intp), return_inverse=True)
+    of_source = example * far + src  # which of the sources of all examples it is: they are few, so counting finds those there are
+    keys = np.flatnonzero(np.bincount(of_source, minlength=1))
+    place = np.searchsorted(keys, of_source)
     whole = np.bincount(place, value, len(keys))
     shown = whole if head is None else np.bincount(place, np.where(of_head == head, value, 0.0), len(keys))
 
@@ -253,24 +254,23 @@ def _painted(example: FeatureExample, paint: Paint, given: _Given) -> tuple[str,
     marked: list[int] = []
     parts: list[str] = []
     warm = LEVELS / paint.scale if paint.scale > 0 else 0.0
-    plain: Callable[[Sequence[str]], Iterable[str]] = _joined if "<0x" in "".join(texts) else partial(map, _plain)
+    in_bytes = "<0x" in "".join(texts)
     last = start
     for low, high in _in_view(example, levels, paint.context):
         if low > last:
             parts.append(f'<i class="gap" title="{low - last} more">⋯</i>')
-        at = low
-        for position in order[bisect_left(order, low) : bisect_left(order, high)]:
-            if at < position:
-                parts += plain(texts[at - start : position - start])
+        here = order[bisect_left(order, low) : bisect_left(order, high)]
+        shown = texts[low - start : high - start]
+        pieces = _joined(shown, {position - low for position in here}) if in_bytes else list(map(_plain, shown))
+        for position in here:
             raw = texts[position - start]
             space, word, tail = _split(raw)
             warmth = min(LEVELS, math.ceil(acts[position] * warm - 1e-9)) if position in acts else 0
             opened = _opened(warmth, levels.get(position, 0), bool(found) and _bare(raw) == found)
             tag = "b" if position == dest else "u"
-            parts.append(f"{space}<{tag}{opened}>{word}</{tag}>{tail}")
-            marked.append(position)
-            at = position + 1
-        parts += plain(texts[at - start : high - start])
+            pieces[position - low] = f"{space}<{tag}{opened}>{word}</{tag}>{tail}"
+        parts += pieces
+        marked += here
         last = high
     if start + len(texts) > last:
         parts.append(f'<i class="gap" title="{start + len(texts) - last} more">⋯</i>')
@@ -320,22 +320,25 @@ def _plain(raw: str) -> str:
 _BYTES = re.compile("(?:<0x([0-9A-F]{2})>)+")
 
 
-def _joined(texts: Sequence[str]) -> Iterator[str]:
-    """Plain tokens, those joined that hold a character only together; the bytes of a part of one are shown as bytes."""
+def _joined(texts: Sequence[str], apart: Collection[int]) -> list[str]:
+    """A piece of HTML for each token as if it were plain. Those that hold a character only together are joined in the first one's
+    piece, and the others' are empty; not with the tokens at `apart`. The bytes of a part of one are shown as bytes."""
+    pieces = [""] * len(texts)
     at = 0
     while at < len(texts):
         data, end, character = b"", at, ""
-        while not character and end < len(texts) and len(data) < 4 and _BYTES.fullmatch(texts[end]):
+        while not character and end < len(texts) and end not in apart and len(data) < 4 and _BYTES.fullmatch(texts[end]):
             data += bytes.fromhex(re.sub("<0x|>", "", texts[end]))
             end += 1
             character = data.decode(errors="ignore") if _is_whole(data) else ""
         if character and end - at > 1:
             told, shown = escape("".join(texts[at:end])), escape(visible(character))
-            yield f'<i class="joined" title="{end - at} tokens: {told}">{shown}</i>'
+            pieces[at] = f'<i class="joined" title="{end - at} tokens: {told}">{shown}</i>'
             at = end
         else:
-            yield _plain(texts[at])
+            pieces[at] = _plain(texts[at])
             at += 1
+    return pieces
 
 
 def _is_whole(data: bytes) -> bool:

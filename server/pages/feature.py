@@ -5,12 +5,11 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.concurrency import run_in_threadpool
 
 from sae_core.errors import HeadscopeError, UsageError
 from server.access import needs
 from server.live import Live, LiveAttribution, LiveQuestion
-from server.pages.reply import Read, etag, known_schema, link, reply, unchanged, wants_json
+from server.pages.reply import Read, etag, known_schema, link, made_quickly, reply, unchanged, wants_json
 from server.pages.writing import Form
 from server.rendering import Paint
 from server.store.examples import ExamplePage, example_page
@@ -62,11 +61,11 @@ class View(BaseModel):
 @router.get("/saes/{sae}/features/{index:int}.json", response_model=FeaturePage)
 async def show_feature(request: Request, sae: str, index: int, view: Annotated[View, Query()]) -> Response:
     """The feature's page. A published harvest never changes, so its id names the answer, with what people wrote."""
-    return await run_in_threadpool(_feature, request, sae, index, view)
+    return await made_quickly(_feature, request, sae, index, view)
 
 
 def _feature(request: Request, sae: str, index: int, view: View) -> Response:
-    # One step into a thread, with a session of its own: each of FastAPI's dependencies that reads would be another two.
+    # With a session of its own: each of FastAPI's dependencies that reads would be two steps into a thread.
     with known_schema(request).read() as read:
         door = find_sae(read, sae)
         check_head(door, view.head)

@@ -2,12 +2,12 @@
 
 import math
 import secrets
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import groupby, islice
 from operator import attrgetter
-from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, overload
 from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
@@ -18,7 +18,7 @@ from typing_extensions import TypedDict  # before Python 3.12 pydantic needs thi
 
 from sae_core.errors import NotFound, Unfitting, UsageError
 from sae_core.records import head_agreement
-from server.packing import F4, Packed, read_examples, unfold, unpack
+from server.packing import F4, Floats, Ints, Packed, read_examples, unfold, unpack
 from server.store.labels import shown_label
 from server.store.saes import Door, SaeRef
 from server.store.walk import NAMES, Place, Walk
@@ -457,11 +457,62 @@ class DfaJson(TypedDict):
     """Signed DFA: what it gave to the pre-activation."""
 
 
-def _as_json(entries: tuple[DfaEntry, ...]) -> list[DfaJson]:
+class DfaColumns(Sequence[DfaEntry]):
+    """The entries of an example as they were stored: three arrays. A page looks at hundreds only through their sums, and making
+    each of them an object took longer than reading them."""
+
+    __slots__ = ("head", "src", "value")
+
+    def __init__(self, src: Ints, head: Ints, value: Floats) -> None:
+        self.src, self.head, self.value = src, head, value
+
+    @classmethod
+    def of(cls, entries: Sequence[DfaEntry]) -> Self:
+        """The same from entries one by one."""
+        src, head, value = zip(*entries, strict=True) if entries else ((), (), ())
+        return cls(np.array(src, np.int64), np.array(head, np.int64), np.array(value, np.float64))
+
+    def __len__(self) -> int:
+        return len(self.src)
+
+    def __iter__(self) -> Iterator[DfaEntry]:
+        columns = zip(self.src.tolist(), self.head.tolist(), self.value.tolist(), strict=True)
+        return map(partial(tuple.__new__, DfaEntry), columns)  # without a call of Python for each
+
+    @overload
+    def __getitem__(self, at: int) -> DfaEntry: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[DfaEntry, ...]: ...
+    def __getitem__(self, at: int | slice) -> DfaEntry | tuple[DfaEntry, ...]:
+        if isinstance(at, slice):
+            return tuple(DfaColumns(self.src[at], self.head[at], self.value[at]))
+        return DfaEntry(int(self.src[at]), int(self.head[at]), float(self.value[at]))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+
+def columns(entries: Sequence[Sequence[DfaEntry]]) -> tuple[Ints, Ints, Floats]:
+    """Source, head and value of all entries, one example after the other."""
+    stored = [each if isinstance(each, DfaColumns) else DfaColumns.of(each) for each in entries]
+    return (
+        np.concatenate([each.src for each in stored]),
+        np.concatenate([each.head for each in stored]),
+        np.concatenate([each.value for each in stored]),
+    )
+
+
+def _as_json(entries: Sequence[DfaEntry]) -> list[DfaJson]:
     return [{"src": src, "head": head, "value": value} for src, head, value in entries]
 
 
-DfaEntries = Annotated[tuple[DfaEntry, ...], PlainSerializer(_as_json)]
+DfaEntries = Annotated[Sequence[DfaEntry], PlainSerializer(_as_json)]
 """Objects in JSON, and quick to make here."""
 
 
@@ -788,8 +839,7 @@ def taken_apart(rows: Sequence[Stored], window: int) -> tuple[FeatureExample, ..
     """Rows of examples as pages show them, at most `window` tokens of each: read together, since that is much quicker."""
     found = read_examples(rows)
     acts = list(zip(found.acts_pos.tolist(), found.acts_value.tolist(), strict=True))
-    columns = zip(found.src.tolist(), found.head.tolist(), found.value.tolist(), strict=True)
-    entries: list[DfaEntry] = list(map(partial(tuple.__new__, DfaEntry), columns))  # without a call of Python for each
+    src, head, value = found.src, found.head, found.value
     dropped, before = found.dropped.tolist(), found.before.tolist()
     ends = zip(found.acts_end.tolist(), found.end.tolist(), found.heads_end.tolist(), strict=True)
     sums = zip(*(part.tolist() for part in (found.abs_dfa, found.total, found.bias, found.preact, found.gap)), strict=True)
@@ -805,7 +855,7 @@ def taken_apart(rows: Sequence[Stored], window: int) -> tuple[FeatureExample, ..
                 dest=dest,
                 texts=tuple(row.texts[start : start + window]),
                 acts=dict(sorted([*acts[a:a_end], (dest, row.act)])) if a_end > a else {dest: row.act},
-                dfa=tuple(entries[e:e_end]),
+                dfa=DfaColumns(src[e:e_end], head[e:e_end], value[e:e_end]),
                 dropped=tuple(dropped[h:h_end]),
                 before=tuple(before[h:h_end]),
                 abs_dfa=abs_dfa,

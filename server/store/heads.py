@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound, UsageError
-from server.packing import read_dfa
+from server.packing import read_examples
 from server.store.features import FeatureQuery, FeatureRow, feature_table
 from server.store.kept import kept
 from server.store.saes import Count, Door, SaeRef, newest_of_each_layer
@@ -217,20 +217,22 @@ def _line(row: HeadSummary) -> HeadLine:
 def _sources(session: Session, harvest_id: int, head: int, indices: Iterable[int]) -> tuple[tuple[Span, ...], int]:
     """Where the head's |DFA| comes from by distance: of the kept entries alone, since what was left out has no place. Each
     example counts alike, however strong it is."""
-    examples = session.scalars(
-        sa.select(Example)
+    examples = session.execute(
+        sa.select(Example.dest, Example.start, Example.dfa, sa.literal(b"", sa.LargeBinary).label("acts"))
         .join(Feature, Feature.id == Example.feature_id)
         .where(Feature.harvest_id == harvest_id, Feature.idx.in_(sorted(indices)), Example.band == 0)
     ).all()
-    total, counted = np.zeros(len(DISTANCES) - 1), 0
-    for example in examples:
-        entries = read_dfa(example)
-        mine = entries.head == head
-        size = np.abs(entries.value[mine])
-        if size.sum() > 0:
-            total += np.histogram(example.dest - entries.src[mine], bins=DISTANCES, weights=size / size.sum())[0]
-            counted += 1
-    return _bins([100 * share / counted for share in total] if counted else []), counted
+    if not examples:
+        return (), 0
+    found = read_examples(examples)  # all at once: one by one they took most of the page's time
+    whose = np.repeat(np.arange(len(examples)), np.diff(found.end, prepend=0))
+    mine = found.head == head
+    whose, size = whose[mine], np.abs(found.value[mine])
+    back = np.array([example.dest for example in examples])[whose] - found.src[mine]
+    given = np.bincount(whose, size, len(examples))
+    counted = int((given > 0).sum())
+    total = np.histogram(back, bins=DISTANCES, weights=size / np.where(given > 0, given, 1)[whose])[0]
+    return _bins([100 * share / counted for share in total.tolist()] if counted else []), counted
 
 
 def _looks_back(session: Session, harvest_id: int, head: int) -> tuple[Span, ...]:

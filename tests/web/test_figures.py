@@ -4,12 +4,14 @@ import csv
 import io
 import re
 import xml.etree.ElementTree as ET
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 
-from server.figures import SCHEMES, mixed, palette, style
+from server.figures import SCHEMES, marks, mixed, palette, style
 from tests.web.conftest import SAE
 from tests.web.reading import Reader
 
@@ -82,3 +84,35 @@ def test_a_figure_that_is_not_there_gets_a_sentence(client: TestClient) -> None:
     assert "no figure called" in answer.text
     assert "loss.svg" in answer.text
     assert client.get(f"{SAE}?figure=loss.svg&scheme=red").status_code == 422
+
+
+SEEN = {
+    "trichromat": [[1, 0, 0], [0, 1, 0], [0, 0, 1]],
+    "protanopia": [[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    "deuteranopia": [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]],
+    "tritanopia": [[1.255528, -0.076749, -0.178779], [-0.078411, 0.930809, 0.147602], [0.004733, 0.691367, 0.303900]],
+}
+"""What people see of linear RGB: Machado, Oliveira and Fernandes 2009, severity 1."""
+XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+"""Of linear sRGB, IEC 61966-2-1."""
+
+
+def lab(colour: str, eye: str) -> np.ndarray:
+    """CIELAB of a colour as an eye sees it, in which a distance of about 2 is just seen."""
+    code = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    linear = np.where(code <= 0.04045, code / 12.92, ((code + 0.055) / 1.055) ** 2.4)
+    share = XYZ @ np.clip(np.array(SEEN[eye]) @ linear, 0, 1) / [0.95047, 1, 1.08883]
+    x, y, z = np.where(share > 0.008856, np.cbrt(share), 7.787 * share + 16 / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("eye", SEEN)
+def test_colours_that_mean_something_differ_whoever_looks(eye: str, scheme: str) -> None:
+    series = [lab(colour, eye) for colour in marks(scheme)]
+    assert len(series) == 6
+    assert min(np.linalg.norm(a - b) for a, b in combinations(series, 2)) > 25  # each has a shape besides
+    warm, pos, neg, card = (lab(palette(scheme)[name], eye) for name in ("warm", "pos", "neg", "card"))
+    # Of text, signs are drawn as an even and as a dotted bar, so they need less than the ground under them.
+    assert min(np.linalg.norm(a - b) for a, b in combinations((warm, pos, neg), 2)) > 18
+    assert min(np.linalg.norm(a - card) for a in (warm, pos, neg)) > 50
