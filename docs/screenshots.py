@@ -66,7 +66,7 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
         index = feature if feature is not None else rows[0]["index"]
         page = known(f"{sae}/features/{index}.json")
         head = max(page["heads"], key=lambda one: one["norm_share"])["head"]
-        yield from {"prompt": "/prompt", "interventions": f"/interventions?sae={name}&feature={index}&how=ablate"}.items()
+        yield from {"prompt": "/prompt", "interventions": f"/interventions?sae={name}&feature={index}&how=steer&value=8"}.items()
         yield from {
             "sae": sae, "table": f"{sae}?family=induction&sort=-head_share#features",
             "nothing-like-that": f"{sae}?min_density=1#features",

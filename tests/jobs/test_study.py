@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sae_core.config import HeadsStudy, InductionStudy, RegexProxy, SpecificityStudy, TokensProxy
+from sae_core.config import HeadsStudy, InductionStudy, IoiStudy, PrefixStudy, RegexProxy, SpecificityStudy, TokensProxy
 from sae_core.corpus import Rows
 from sae_core.errors import LayerOutOfRange, NotFound, UnknownCorpus, UnknownModel
 from sae_core.lens import load_lens
@@ -114,6 +114,23 @@ def test_an_induction_study_is_made_in_steps_and_kept_with_its_model(trained: Ho
     with trained.db.read() as session:
         newest = studies.studies(session)[0]
     assert (newest.id, newest.kind) == (record.id, "induction")
+
+
+def test_a_study_of_prefixes_is_kept_with_its_sae(trained: Home) -> None:
+    cfg = PrefixStudy(sae="x", samples=8, prefixes=2, length=24, random=1)
+    job_id = trained.jobs.enqueue_study(cfg)
+    assert job_id == f"study-x-{cfg.hash()}"
+    with working(trained):
+        assert trained.wait(job_id) == "done", trained.error(job_id)
+    record = of_job(trained, job_id)
+    assert (record.kind, record.sae, record.feature, record.model) == ("prefix", "x", None, "tiny")
+    assert record.title == "Induction features and their prefixes: x"
+    assert len(record.result["losses"][0]["values"]) == 2
+    # The tiny tokenizer has no names, which is a sentence, not a fault.
+    failed = trained.jobs.enqueue_study(IoiStudy(sae="x", samples=8))
+    with working(trained):
+        assert trained.wait(failed) == "failed"
+    assert "names only 0 are single tokens of tiny" in str(trained.error(failed))
 
 
 def test_a_study_of_every_head_is_made_in_steps_and_kept_with_its_model(trained: Home) -> None:
