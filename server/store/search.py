@@ -244,7 +244,7 @@ def _destinations(db: Database, harvest_id: int, of_id: dict[int, int], numbers:
             contexts = _contexts_after(session, harvest_id, last)
             if not contexts:
                 return np.concatenate(parts)
-            # Of plain columns: hundreds of thousands of rows by the ORM took as long as all the rest of it.
+            # Of plain columns: there are hundreds of thousands of rows, and the ORM takes its time by the row.
             wanted = sa.select(*(example[name] for name in ("feature_id", "context_id", "dest", "act")))
             here = example.context_id.in_([row.id for row in contexts])
             examples = session.connection().execute(wanted.where(here)).all()
