@@ -98,7 +98,10 @@ def word(token: str) -> str:
 def write(db: Database, harvest_id: int, fence: Fence) -> None:
     """Store what is searched of a harvest whose parts are written. Broken off, it is to be called again."""
     write_chunks(db, harvest_id, TEXTS_WRITTEN, cut(_texts(db, harvest_id), lambda _: 1, CONTEXTS_AT_ONCE), _insert_texts, fence)
-    with db.read() as session:
+    with db.write() as session:
+        if not _is_sqlite(session):
+            # PostgreSQL first puts new words into a list that every search walks through, and so thinks little of the index.
+            session.execute(sa.text("select gin_clean_pending_list('ix_context_text_words')"))
         done = is_searched(session, harvest_id)
     if not done:
         rows = _with_token_ids(db, _token_rows(db, harvest_id), fence)

@@ -102,6 +102,14 @@ def routes() -> list[str]:
     return found
 
 
+def test_no_word_of_a_written_harvest_waits_to_be_put_into_the_index(both: tuple[TestClient, TestClient]) -> None:
+    database: Database = both[1].app.state.db  # type: ignore[attr-defined]
+    with database.write() as session:
+        session.execute(sa.text("create extension if not exists pgstattuple"))
+        assert session.scalar(sa.text("select count(*) from context_text")) > 0  # type: ignore[operator]
+        assert session.scalar(sa.text("select pending_tuples from pgstatginindex('ix_context_text_words')")) == 0
+
+
 @pytest.mark.parametrize("address", [*routes(), *WAYS])
 def test_a_route_reads_the_same_from_both(both: tuple[TestClient, TestClient], address: str) -> None:
     one, other = (client.get(address) for client in both)
