@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,19 @@ import sqlalchemy as sa
 from bench import _postgres
 from server.demo import fetch_model, fetch_text
 from server.settings import Settings
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that xdist cannot tell apart would be left out without a word, and schemathesis gives one id to those of all
+    operations."""
+    for item in items:
+        operation = getattr(item, "operation_label", None)
+        if operation and not item.nodeid.endswith("]"):
+            item._id = item._id.with_params(operation)  # no public way, and xdist knows tests by nothing else
+    again = [node for node, times in Counter(item.nodeid for item in items).items() if times > 1]
+    if again:
+        raise pytest.UsageError(f"Several tests have one id, so xdist would run one of them alone: {', '.join(again)}")
 
 
 @pytest.fixture

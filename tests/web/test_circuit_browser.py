@@ -10,7 +10,7 @@ from server.live import InLine, Live
 from tests.web.circuit_answers import ROOT, UPPER, circuit_of
 from tests.web.conftest import at, listened, put
 from tests.web.factory import Shape
-from tests.web.test_accessibility import violations
+from tests.web.test_accessibility import Scheme, violations
 from tests.web.walk import listening
 
 pytestmark = pytest.mark.browser
@@ -127,7 +127,7 @@ def test_it_works_without_a_script_and_waits_for_a_busy_engine(browser: Browser,
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 1440), ("light", 390), ("dark", 390)])
 def test_axe_finds_no_violation_and_nothing_is_wider_than_the_window(
-    browser: Browser, site: str, scheme: str, width: int
+    browser: Browser, site: str, scheme: Scheme, width: int
 ) -> None:
     context = browser.new_context(
         color_scheme="dark" if scheme == "dark" else "light", viewport={"width": width, "height": 844}, bypass_csp=True,
@@ -138,6 +138,6 @@ def test_axe_finds_no_violation_and_nothing_is_wider_than_the_window(
     expect(page.get_by_role("heading", name="Why head 17.0 looked from")).to_be_visible()
     for details in page.locator("#circuit details").all():
         details.locator("summary").first.click()
-    assert "\n".join(violations(page)) == ""
+    assert "\n".join(violations(page, scheme)) == ""
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     context.close()

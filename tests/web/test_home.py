@@ -134,4 +134,7 @@ def test_the_openapi_description_names_every_twin(client: TestClient) -> None:
         "/status.json",
         "/prompt.json",
         "/prompts/{prompt_id}.json",
+        "/interventions.json",
+        "/saes/{sae}/features/{index}/circuit.json",
+        "/prompts/{prompt_id}/circuit.json",
     }

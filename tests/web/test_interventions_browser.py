@@ -8,7 +8,7 @@ from playwright.sync_api import Browser, Page, expect
 from server.live import InLine, Live, SteerQuestion
 from tests.web.conftest import at, listened, put
 from tests.web.factory import Shape
-from tests.web.test_accessibility import violations
+from tests.web.test_accessibility import Scheme, violations
 from tests.web.test_interventions import SAE, steered
 
 pytestmark = pytest.mark.browser
@@ -46,7 +46,7 @@ def ask(page: Page, site: str) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 390)])
-def test_a_busy_engine_is_waited_for_and_axe_finds_no_violation(browser: Browser, site: str, scheme: str, width: int) -> None:
+def test_a_busy_engine_is_waited_for_and_axe_finds_no_violation(browser: Browser, site: str, scheme: Scheme, width: int) -> None:
     context = browser.new_context(
         color_scheme="dark" if scheme == "dark" else "light", viewport={"width": width, "height": 844}, bypass_csp=True,
         reduced_motion="reduce",
@@ -57,7 +57,7 @@ def test_a_busy_engine_is_waited_for_and_axe_finds_no_violation(browser: Browser
     expect(page.locator(".edit")).to_have_count(2)
     assert page.url.startswith(f"{site}/interventions")
     assert "tide" not in page.url, "a text is in no address"
-    assert "\n".join(violations(page)) == ""
+    assert "\n".join(violations(page, scheme)) == ""
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.locator("button.loss").nth(2).click()
     expect(page.locator("button.loss[aria-current]")).to_contain_text("tide")

@@ -38,6 +38,7 @@ NO_PAGES = {
     "/saes/{sae}/features/{index:int}/next": "leads on to a feature, from one that was opened in a filtered table",
     "/saes/{sae}/features/{index:int}/previous": "the same",
     "/jobs/{job_id}/events": "a stream that the job's page follows",
+    "/prompts/{prompt_id}/circuit": "where a shared text's circuit is kept, once an engine has found what fires in it",
     "/start": "where the printed address leads, with its token",
     **dict.fromkeys(("/login", "/keys", "/people", "/audit"), "only where there are accounts"),
 }
