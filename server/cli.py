@@ -1,5 +1,6 @@
 """`headscope`: the command line. Errors are one sentence on stderr and exit code 2. No torch until a command needs it."""
 
+import ctypes
 import gc
 import json
 import logging
@@ -8,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Generic, NoReturn, TypeVar, get_args
@@ -1474,6 +1475,7 @@ def _watched(settings: Settings, process: str) -> None:
 
 
 _at_the_end: list[Callable[[], None]] = []
+M_ARENA_MAX = -8  # of glibc's malloc.h
 """What sends the rest of the traces."""
 
 
@@ -1499,6 +1501,10 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
     signal.signal(signal.SIGTERM, _leave)
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
+    with suppress(
+        AttributeError, OSError
+    ):  # glibc's alone: else each thread keeps a heap of its own, as large as its largest page
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
     gc.enable()
     gc.set_threshold(20_000, 20, 20)  # a page makes thousands of objects and leaves no cycles: looking for them took a twentieth
