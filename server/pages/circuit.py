@@ -32,6 +32,7 @@ from server.circuits.asked import (
 from server.circuits.view import Drawn, Path, View, drawn, said, strongest_paths
 from server.live import InLine
 from server.pages import prompt
+from server.pages.errors import SOON
 from server.pages.feature import engine
 from server.pages.reply import Read, file_name, link, reply, sae_path, to_json, wants_json, wants_part
 from server.pages.writing import Form, see, writing
@@ -173,11 +174,15 @@ def _by_address(request: Request, read: Session, source: Source, view: View) -> 
     if "do" in params or "go" in params:
         # A step leads to the address of what it made, which is the permalink.
         return see(link(source.address, **_with(source, _view(params).asked())))
-    export = params.get("as") == "circuit-tracer"
+    export, ticket = params.get("as") == "circuit-tracer", params.get("ticket", "")
     try:
-        found = _ask(request, read, source, view, "", to_the_end=export or wants_json(request))
+        found = _ask(request, read, source, view, ticket, to_the_end=export or wants_json(request))
     except HeadscopeError as error:
+        if export or wants_json(request):
+            raise  # a script must not take a sentence for an answer
         return _trouble(request, source, view, error)
+    if ticket and not wants_part(request) and found.circuit is not None:
+        return see(link(source.address, **_with(source, view.asked())))  # without the ticket; the engine has kept the answer
     return _answered(request, read, source, view, found, export=export)
 
 
@@ -206,11 +211,19 @@ def _answered(request: Request, read: Session, source: Source, view: View, found
 def _trouble(request: Request, source: Source, view: View, error: HeadscopeError) -> Response:
     if isinstance(error, NotFound) and source.address:
         raise error
-    return _shown(request, CircuitPage(source.words, view, str(error), None, None, ()), source)
+    page, status = CircuitPage(source.words, view, str(error), None, None, ()), 503 if error.status == 503 else 422
+    return _shown(request, page, source, status=status)
 
 
 def _shown(
-    request: Request, page: CircuitPage, source: Source, *, shown: Shown | None = None, ticket: str = "", place: int | None = None
+    request: Request,
+    page: CircuitPage,
+    source: Source,
+    *,
+    shown: Shown | None = None,
+    ticket: str = "",
+    place: int | None = None,
+    status: int = 200,
 ) -> Response:
     def go(**changes: Any) -> str:
         return link(source.address, **_with(source, changes)) if source.address else urlencode(changes)
@@ -227,7 +240,7 @@ def _shown(
             desc=f"A graph of {len(page.drawn.nodes)} nodes and {len(page.drawn.edges)} edges; positions across, layers up. "
             "The table of nodes below it has the same.",
         )
-    status = 200 if not page.trouble or source.address or wants_part(request) else 422
+    status = 200 if wants_part(request) else status
     view: dict[str, Any] = {
         "source": source,
         "shown": shown,
@@ -238,7 +251,8 @@ def _shown(
         "shares": SHARES,
     }
     view |= {"depths": DEPTHS, "said": partial(_said, page), "key": drawing.key, "told": drawing.told, "back": source.back}
-    return reply(request, page, "circuit.html", block="_circuit.html", status=status, **view)
+    headers = {"Retry-After": str(SOON)} if status == 503 else None
+    return reply(request, page, "circuit.html", block="_circuit.html", status=status, headers=headers, **view)
 
 
 def _said(page: CircuitPage, node: CircuitPlace) -> str:

@@ -229,14 +229,17 @@ def test_while_it_waits_the_page_says_its_place_and_offers_to_cancel(client: Tes
         Live, "look", lambda _, ticket, __: InLine(ticket=ticket, place=None, answer=None, circuit=circuit_of(QUESTION))
     )
     monkeypatch.setattr(Live, "cancel", lambda _, ticket: cancelled.append(ticket))
-    for page, source in (
-        (client.post("/circuit", data=TYPED), TYPED), (client.get(HERE), {"sae": SAE, "index": "3", "band": "0", "rank": "0"}),
-    ):  # fmt: skip
+    waiting = [client.post("/circuit", data=TYPED), client.get(f"{HERE}?share=0.01")]
+    for page, ticket in zip(waiting, tickets, strict=True):
         assert "<b>2</b> questions before yours" in page.text
-        ticket = page.text.split('name="ticket" value="')[1].split('"')[0]
-        assert ticket in tickets
-        found = client.post("/circuit", data={**source, "ticket": ticket, "do": "look"})
-        assert 'id="nodes"' in found.text
+        assert page.text.split('name="ticket" value="')[1].split('"')[0] == ticket
+    assert 'id="nodes"' in client.post("/circuit", data={**TYPED, "ticket": tickets[0]}).text
+    # Where there is an address one waits at it, and what comes has it, without the ticket.
+    looked = f"{HERE}?share=0.01&ticket={tickets[1]}"
+    found = client.get(looked)
+    assert (found.status_code, found.headers["location"]) == (303, f"{HERE}?band=0&rank=0&share=0.01")
+    part = client.get(looked, headers={"HX-Request": "true", "HX-Request-Type": "partial"})
+    assert (part.status_code, 'id="nodes"' in part.text) == (200, True)
     page = client.post("/circuit", data={**TYPED, "ticket": tickets[-1], "do": "cancel"})
     assert cancelled == tickets[-1:]
     assert "Cancelled. The text is still here." in page.text
@@ -268,7 +271,11 @@ def test_an_engine_that_is_away_says_so(client: TestClient, monkeypatch: pytest.
         raise EngineAway("The engine does not answer; start it with `headscope engine`, or `headscope up`.")
 
     monkeypatch.setattr(Live, "leave_circuit", away)
-    assert "The engine does not answer; start it with <code>headscope engine</code>" in client.get(HERE).text
+    monkeypatch.setattr(Live, "circuit", away)
+    page, twin = client.get(HERE), client.get(f"/saes/{SAE}/features/3/circuit.json")
+    assert "The engine does not answer; start it with <code>headscope engine</code>" in page.text
+    assert (page.status_code, twin.status_code, twin.json()["error"]["code"]) == (503, 503, "engine_away")
+    assert int(page.headers["Retry-After"]) > 0 < int(twin.headers["Retry-After"])
     assert client.get(f"/saes/{SAE}/features/3/circuit?rank=999").status_code == 404
 
 
