@@ -293,6 +293,11 @@ def until(work: Generator[Progress, None, Any], reached: Callable[[Progress], bo
         pass
 
 
+def beyond(phase: str, step: int, report: Progress) -> bool:
+    """Whether a report is of that phase, and of tokens that come after so many steps."""
+    return report.phase == phase and report.done > step * 127
+
+
 linux = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the processes in /proc")
 LONG = small(n=288, passes=8, checkpoint_steps=9)
 
@@ -355,7 +360,7 @@ def test_closed_it_ends_its_ranks_with_a_checkpoint(undisturbed: tuple[list[Prog
     for phase in ("collect", "train"):
         begun = max(23, checkpoint.newest_step(checkpoints) or 0)  # the first thing said of a phase is where it begins
         work = started([LONG], tmp_path, partial(known, seconds=0.02), n=288)
-        until(work, lambda report, phase=phase, begun=begun: report.phase == phase and report.done > begun * 127)  # type: ignore[misc]
+        until(work, partial(beyond, phase, begun))
         ranks = ranks_of(os.getpid())
         assert len(ranks) == 2
         kept = checkpoint.newest_step(checkpoints)

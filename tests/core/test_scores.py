@@ -18,7 +18,7 @@ KINDS = ["llama", "gpt2", "gemma2", "gemma3", "qwen2", "qwen3", "pythia", "mistr
 def hooked(lens: Lens, layer: int, tokens: list[int] = TOKENS) -> torch.Tensor:
     """[n_heads, dest, src]: what the bridge hands to the softmax, by its own hook."""
     found: list[torch.Tensor] = []
-    hooks = [(f"blocks.{layer}.attn.hook_attn_scores", lambda value, hook: found.append(value.detach()[0]))]  # noqa: ARG005
+    hooks = [(f"blocks.{layer}.attn.hook_attn_scores", lambda value, **_: found.append(value.detach()[0]))]
     with torch.no_grad(), lens._bridge.hooks(fwd_hooks=hooks):
         lens._model(torch.tensor([tokens]))
     return found[0]
@@ -127,7 +127,7 @@ def test_broken_variants_are_refused(tiny_lens: Callable[[str], Lens], monkeypat
 
     monkeypatch.setattr(Lens, "_side", side)
     if broken == "no rotation":
-        monkeypatch.setattr(Lens, "_turn", lambda self, layer, pos, seen: torch.eye(16).expand(pos, -1, -1))  # noqa: ARG005
+        monkeypatch.setattr(Lens, "_turn", lambda _self, _layer, pos, _seen: torch.eye(16).expand(pos, -1, -1))
     with pytest.raises(UnsupportedModel, match="do not give its scores"):
         explain(lens, TOKENS, {}, layer=1, head=0, dest=8, src=3)
 

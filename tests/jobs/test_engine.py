@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,25 @@ def add_sae(home: Home, lens: Lens, name: str, cfg: SAEConfig) -> None:
         )
 
 
+@contextmanager
+def on_a_port(engine: Engine) -> Iterator[Settings]:
+    """The engine on a real port; its settings."""
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    settings = engine.settings.model_copy(update={"engine_port": listening.getsockname()[1]})
+    server = uvicorn.Server(uvicorn.Config(create_engine(settings, engine.db), log_level="error"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield settings
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()
+
+
 @pytest.fixture
 def engine(home: Home) -> Engine:
     """An engine on the tiny model with an SAE drawn at random."""
@@ -79,6 +99,13 @@ def engine(home: Home) -> Engine:
     )  # fmt: skip
     add_sae(home, lens, "hand", cfg)
     return Engine(home.settings.model_copy(update={"device": "cpu"}), home.db)
+
+
+@pytest.fixture
+def served(engine: Engine) -> Iterator[Settings]:
+    """The engine on a real port."""
+    with on_a_port(engine) as settings:
+        yield settings
 
 
 def test_an_answer_accounts_for_its_own_pre_activation(engine: Engine) -> None:
@@ -190,23 +217,6 @@ def test_only_who_knows_the_secret_is_answered(engine: Engine) -> None:
         assert client.get("/health").status_code == 403
         assert client.get("/health", headers={SECRET_HEADER: "guess"}).status_code == 403  # pragma: allowlist secret
         assert client.get("/health", headers={SECRET_HEADER: engine.settings.secret}).json()["model"] is None
-
-
-@pytest.fixture
-def served(engine: Engine) -> Iterator[Settings]:
-    """The engine on a real port."""
-    listening = socket.socket()
-    listening.bind(("127.0.0.1", 0))
-    settings = engine.settings.model_copy(update={"engine_port": listening.getsockname()[1]})
-    server = uvicorn.Server(uvicorn.Config(create_engine(settings, engine.db), log_level="error"))
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield settings
-    server.should_exit = True
-    thread.join()
-    listening.close()
 
 
 def test_the_web_gets_typed_answers_and_the_very_errors(engine: Engine, served: Settings) -> None:

@@ -1,5 +1,8 @@
 """Circuits asked of the engine: its answers against `sae_core`'s own, the line, the bounds, and the sentences."""
 
+from contextlib import closing
+from typing import Any
+
 import pytest
 
 from sae_core import circuits
@@ -10,10 +13,9 @@ from server import engine_circuits
 from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit, LogitRoot, ScoreAt
 from server.engine import Engine
 from server.live import Live
-from server.settings import Settings
 from server.store import registry
 from tests.jobs.conftest import Home
-from tests.jobs.test_engine import add_sae, served  # noqa: F401 - a fixture
+from tests.jobs.test_engine import add_sae, on_a_port
 
 TEXT = "the cat sat on the mat"
 LOGIT = CircuitQuestion(saes=["hand", "upper"], text=TEXT, root=LogitRoot(kind="logit"), share=0.001)
@@ -110,9 +112,9 @@ def test_the_same_graph_is_traced_once_and_forgotten_when_the_engine_rests(
     traced = []
     real = circuits.trace
 
-    def trace(*given: object, **options: object) -> circuits.Circuit:
+    def trace(*given: Any, **options: Any) -> circuits.Circuit:
         traced.append(1)
-        return real(*given, **options)  # type: ignore[arg-type]
+        return real(*given, **options)
 
     monkeypatch.setattr(circuits, "trace", trace)
     first = engine.circuit(LOGIT)
@@ -152,21 +154,14 @@ def test_more_than_there_is_memory_for_is_refused_before_it_is_tried(engine: Eng
         engine.circuit(LOGIT)
 
 
-def test_a_circuit_waits_in_the_line_and_is_cancelled_between_its_steps(
-    engine: Engine,
-    served: Settings,  # noqa: F811 - the fixture
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    live = Live(served)
-    found = live.leave_circuit("a-ticket-of-the-test", LOGIT, 60.0)
-    assert found.circuit is not None
-    assert found.answer is None
-    assert found.circuit.edges == live.circuit(LOGIT).edges == engine.circuit(LOGIT).edges
-    with pytest.raises(NotFound, match="features 0 to 15"):
-        live.circuit(LOGIT.model_copy(update={"root": FeatureRoot(sae="hand", index=99, dest=2)}))
-    real = engine.line.check
-    monkeypatch.setattr(engine.line, "check", lambda: (_ for _ in ()).throw(Cancelled("The question was cancelled.")))
-    with pytest.raises(Cancelled):
-        engine.circuit(LOGIT.model_copy(update={"share": 0.003}))
-    monkeypatch.setattr(engine.line, "check", real)
-    live.close()
+def test_a_circuit_waits_in_the_line_and_is_cancelled_between_its_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    with on_a_port(engine) as settings, closing(Live(settings)) as live:
+        found = live.leave_circuit("a-ticket-of-the-test", LOGIT, 60.0)
+        assert found.circuit is not None
+        assert found.answer is None
+        assert found.circuit.edges == live.circuit(LOGIT).edges == engine.circuit(LOGIT).edges
+        with pytest.raises(NotFound, match="features 0 to 15"):
+            live.circuit(LOGIT.model_copy(update={"root": FeatureRoot(sae="hand", index=99, dest=2)}))
+        monkeypatch.setattr(engine.line, "check", lambda: (_ for _ in ()).throw(Cancelled("The question was cancelled.")))
+        with pytest.raises(Cancelled):
+            engine.circuit(LOGIT.model_copy(update={"share": 0.003}))

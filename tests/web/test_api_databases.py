@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from server.api.common import PREFIX
@@ -103,10 +104,11 @@ def routes() -> list[str]:
 
 
 def test_no_word_of_a_written_harvest_waits_to_be_put_into_the_index(both: tuple[TestClient, TestClient]) -> None:
-    database: Database = both[1].app.state.db  # type: ignore[attr-defined]
-    with database.write() as session:
+    app = both[1].app
+    assert isinstance(app, FastAPI)
+    with app.state.db.write() as session:
         session.execute(sa.text("create extension if not exists pgstattuple"))
-        assert session.scalar(sa.text("select count(*) from context_text")) > 0  # type: ignore[operator]
+        assert session.execute(sa.text("select count(*) from context_text")).scalar_one() > 0
         assert session.scalar(sa.text("select pending_tuples from pgstatginindex('ix_context_text_words')")) == 0
 
 

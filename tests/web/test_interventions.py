@@ -82,8 +82,8 @@ def test_the_form_opens_on_the_feature_of_the_address_without_the_engine(client:
 def test_the_form_is_asked_as_it_was_filled_in(client: TestClient, asked: list[SteerQuestion]) -> None:
     client.post("/interventions", data=FORM)
     one = FeatureChanged(sae=SAE, index=3, how="ablate")
-    told = {"text": "The tide came back", "most": 40, "new_tokens": 4, "temperature": 0.5, "seed": 7}
-    assert asked[-1] == SteerQuestion(features=[one], **told)  # type: ignore[arg-type]
+    told = SteerQuestion(features=[one], text="The tide came back", most=40, new_tokens=4, temperature=0.5, seed=7)
+    assert asked[-1] == told
     more = {
         "f.0.at": "2, 3-4", "f.1.sae": SAE, "f.1.index": "5", "f.1.how": "set", "f.1.value": "2.5", "f.2.index": "",
         "f.2.sae": SAE, "l.0.layer": "9", "l.0.how": "resample", "l.0.heads": "0 2-3", "l.0.at": "",
