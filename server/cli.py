@@ -156,7 +156,7 @@ def serve(
 ) -> None:
     """Start the web pages alone. Needs no torch."""
     settings = _settings(data=data, host=host, port=port, web_workers=workers)
-    gc.disable()  # what is loaded has no garbage in it, and looking for some takes a tenth of the start
+    gc.disable()  # what is loaded has next to no garbage in it, and looking for some takes a tenth of the start
     with _opened(settings) as (_, db):
         from server import watch
         from server.access import ensure_admin
@@ -167,6 +167,7 @@ def serve(
         db.close()  # a connection must not be shared by processes that are forked
         with watch.shared(settings.web_workers) as folder:
             web = create_app(settings, folder)
+            _share_heaps()
             _uvicorn(web, settings, settings.host, settings.port, "Headscope's pages are", settings.web_workers)
 
 
@@ -1475,7 +1476,6 @@ def _watched(settings: Settings, process: str) -> None:
 
 
 _at_the_end: list[Callable[[], None]] = []
-M_ARENA_MAX = -8  # of glibc's malloc.h
 """What sends the rest of the traces."""
 
 
@@ -1492,6 +1492,16 @@ def _last_words() -> None:
     sys.stdout.flush()
 
 
+M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
+
+
+def _share_heaps() -> None:
+    """Let all threads share two heaps: else each keeps one of its own, as large as the largest page that it ever made."""
+    with suppress(AttributeError, OSError):  # glibc's alone
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+
+
 def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, processes: int = 1) -> None:
     import uvicorn
 
@@ -1501,10 +1511,6 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
     signal.signal(signal.SIGTERM, _leave)
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
-    with suppress(
-        AttributeError, OSError
-    ):  # glibc's alone: else each thread keeps a heap of its own, as large as its largest page
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
     gc.enable()
     gc.set_threshold(20_000, 20, 20)  # a page makes thousands of objects and leaves no cycles: looking for them took a twentieth
