@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -13,6 +14,7 @@ from fastapi.routing import APIRoute
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
 
+import server
 from server.access import Needs
 from server.app import create_app
 from server.store.viewers import VISIBILITIES
@@ -24,16 +26,19 @@ STRANGERS = ("Ines", "Rita", "anonymous")
 ASKED = (
     "", "?q=zebrafish", "?q=sae", "?in_list={list}", "?sae=private-sae", "?starred=true", "?author=Ola",
     "?a=private-sae&b=shared-sae", "?starred=true&q=label", "?saes=private-sae", "?from={job}", "?from=harvest-both",
-    "?as=circuit-tracer", "?figure=how-strongly-it-fires.svg", "?figure=none.svg",
+    "?as=circuit-tracer", "?do=logit&after=1", "?go=pick%3Df3.3%401", "?figure=how-strongly-it-fires.svg", "?figure=none.svg",
 )  # fmt: skip
 """Questions put to every address that reads them."""
 UNSIGNED = {
     "/jobs/new/{kind}": {"from", "sae", "saes", "name"},
-    **{path: {"as", "do", "go", "ticket"} for path in ("/saes/{sae}/features/{index}/circuit", "/prompts/{prompt_id}/circuit")},
+    **{
+        f"{path}/circuit{twin}": {"as", "do", "go", "after", "name", "at"}
+        for path, twin in product(("/saes/{sae}/features/{index}", "/prompts/{prompt_id}"), ("", ".json"))
+    },
 }
 """What routes take from the address by themselves, so that their signatures do not say it."""
 OF_PAGES = {"figure", "scheme"}
-"""What `reply.show` takes so for every page."""
+"""What `reply.reply` takes so for every page."""
 SENT = {
     "name": "x", "description": "x", "label": "x", "note": "x", "text": "x", "on": "1", "visibility": "public", "role": "admin",
     "password": "a long enough one", "way": "up", "answer": "yes", "back": "/", "author": "x",  # pragma: allowlist secret
@@ -112,6 +117,13 @@ def test_every_question_is_read_by_a_route(lab: Lab) -> None:
     assert set(UNSIGNED) <= {re.sub(r":\w+\}", "}", path) for _, path, _ in found}
     read = [read_by(route) for _, _, route in found]
     assert [one for one in ASKED if not any(set(parse_qs(one.removeprefix("?"))) <= names for names in read)] == []
+
+
+def test_no_other_file_takes_from_the_address_what_no_signature_says() -> None:
+    folder = Path(server.__file__).parent
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if "query_params" in path.read_text(encoding="utf-8")}
+    # The API refuses what its document does not name, and whoever comes back from another service's login brings its words.
+    assert found == {"pages/start.py", "pages/circuit.py", "pages/reply.py", "api/common.py", "access.py"}
 
 
 def test_a_form_and_a_figure_tell_whoever_may_see_it_what_the_address_asked_for(people: dict[str, TestClient]) -> None:
