@@ -1,35 +1,20 @@
-"""What a transaction writes: runs of items, and features that others made, packed. No database is needed to make them, so that
+"""Features that others made, and the same packed, as a transaction writes them. No database is needed to make them, so that
 processes which only read others' files start in a third of the time.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sae_core.records import FeatureRecord
 from server.packing import ManyActs, ManyDfa, pack_many_acts, pack_many_dfa
-
-T = TypeVar("T")
+from server.store.chunks import cut
 
 EXAMPLES_AT_ONCE = 1000
-
-
-def cut(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """Runs of items that hold `most` or just more; always the same runs of the same items, so that their marks mean the same."""
-    chunk: list[T] = []
-    held = 0
-    for item in items:
-        chunk.append(item)
-        held += size(item)
-        if held >= most:
-            yield chunk
-            chunk, held = [], 0
-    if chunk:
-        yield chunk
 
 
 Ints = NDArray[np.int64]
