@@ -10,8 +10,7 @@ from server.live import InLine, Live
 from tests.web.circuit_answers import ROOT, UPPER, circuit_of
 from tests.web.conftest import at, listened, put
 from tests.web.factory import Shape
-from tests.web.test_accessibility import Scheme, violations
-from tests.web.walk import listening
+from tests.web.test_accessibility import Scheme, violations, visited
 
 pytestmark = pytest.mark.browser
 HERE = "/saes/smollm2-l17/features/3/circuit"
@@ -39,11 +38,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
         patch.setattr(Live, "warm", lambda *_: None)
         yield from listened(put(at(tmp_path_factory.mktemp("circuit")), Shape(n_features=24, n_dead=2)))
-
-
-@pytest.fixture
-def quiet_page(page: Page) -> Iterator[Page]:
-    yield from listening(page)
 
 
 def test_a_graph_is_walked_by_keyboard_and_its_address_keeps_what_is_seen(quiet_page: Page, site: str) -> None:
@@ -131,15 +125,11 @@ def test_it_works_without_a_script_and_waits_for_a_busy_engine(browser: Browser,
 def test_axe_finds_no_violation_and_nothing_is_wider_than_the_window(
     browser: Browser, site: str, scheme: Scheme, width: int
 ) -> None:
-    context = browser.new_context(
-        color_scheme="dark" if scheme == "dark" else "light", viewport={"width": width, "height": 844}, bypass_csp=True,
-        reduced_motion="reduce",
-    )  # fmt: skip
-    page = context.new_page()
-    page.goto(f"{site}{HERE}?pick={ROOT}&edge={UPPER}&pins={UPPER}&groups=tides:m2@2")
-    expect(page.get_by_role("heading", name="Why head 17.0 looked from")).to_be_visible()
-    for details in page.locator("#circuit details").all():
-        details.locator("summary").first.click()
-    assert "\n".join(violations(page, scheme)) == ""
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    context.close()
+    with visited(browser, width) as page:
+        page.emulate_media(color_scheme=scheme)
+        page.goto(f"{site}{HERE}?pick={ROOT}&edge={UPPER}&pins={UPPER}&groups=tides:m2@2")
+        expect(page.get_by_role("heading", name="Why head 17.0 looked from")).to_be_visible()
+        for details in page.locator("#circuit details").all():
+            details.locator("summary").first.click()
+        assert "\n".join(violations(page, scheme)) == ""
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
