@@ -493,7 +493,7 @@ class DfaColumns(Sequence[DfaEntry]):
         return DfaEntry(int(self.src[at]), int(self.head[at]), float(self.value[at]))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+        return tuple(self) == tuple(other) if isinstance(other, tuple | DfaColumns) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(tuple(self))
