@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture
 def settings(tmp_path: Path) -> Settings:
     """Settings whose data and cache are this test's own."""
-    return Settings(data=tmp_path / "data", cache=tmp_path / "cache").prepare()
+    return Settings(data=tmp_path / "data", cache=tmp_path / "cache", engine_port=9).prepare()
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,10 @@ NAMES = {
 }
 
 
-def circuit(title: str, answer: LiveCircuit, shown: Drawn, picked: str, link: Callable[[str], str], *, desc: str) -> Markup:
-    """The drawing; `link` gives the address that picks a node."""
+def circuit(
+    title: str, answer: LiveCircuit, shown: Drawn, picked: str, link: Callable[[str], str], *, desc: str, has_files: bool
+) -> Markup:
+    """The drawing; `link` gives the address that picks a node. It has files where its page has an address."""
     columns, rows, places, width, height = _layout(answer, shown)
     parts = [_frame(answer, columns, rows, width, height)]
     near = {picked}
@@ -50,12 +52,14 @@ def circuit(title: str, answer: LiveCircuit, shown: Drawn, picked: str, link: Ca
         ("id", "kind", "layer", "position", "effect", "share"),
         [(node.id, node.kind, node.layer, node.position, node.effect, node.share) for node in shown.nodes],
     )
-    files = keep(title, desc, body, width, height, table)
+    files = ""
+    if has_files:
+        files = f"<details><summary>files</summary>{keep(title, desc, body, width, height, table)}</details>"
     return made(
         f'<figure class="circuit"><figcaption>{escape(title)}</figcaption><div class="scroll" tabindex="0" role="region" '
         f'aria-label="{escape(title)}"><svg role="group" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
         f"<title>{escape(title)}</title><desc>{escape(desc)}</desc>{body}</svg></div>"
-        f"<details><summary>files</summary>{files}</details></figure>"
+        f"{files}</figure>"
     )
 
 

@@ -18,7 +18,7 @@ PATHS = 6
 class View(BaseModel):
     """What is looked at, and how much of it; part of the address."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True, hide_input_in_errors=True)
 
     root: str = Field("", max_length=300)
     """`index@position@SAE`, or `next@position` for the token after a position; empty for what the page is about."""

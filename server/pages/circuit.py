@@ -5,8 +5,7 @@ grouped is in the address. Typed text goes by POST and is not stored; the view t
 """
 
 import secrets
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from sae_core.errors import Cancelled, HeadscopeError, NotFound, UsageError
+from sae_core.errors import HeadscopeError, NotFound, UsageError
 from server.access import needs
 from server.circuits import drawing, tracer
 from server.circuits.asked import (
@@ -32,6 +31,7 @@ from server.circuits.asked import (
 from server.circuits.view import Drawn, Path, View, drawn, said, strongest_paths
 from server.live import InLine
 from server.pages import prompt
+from server.pages.asking import WAIT, check_text, look, named_token, new_ticket
 from server.pages.errors import SOON
 from server.pages.feature import engine
 from server.pages.reply import Read, file_name, link, reply, sae_path, to_json, wants_json, wants_part
@@ -44,8 +44,6 @@ from server.store.saes import Door, find_sae
 
 router = APIRouter()
 
-WAIT = 3.0
-"""Seconds that a request waits for the engine's answer before it says how many questions are before it."""
 SHARES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
 DEPTHS = (0, 1, 2, 3, 5)
 
@@ -77,9 +75,10 @@ class HeadLine:
 
     head: int
     value: float
-    pattern: float
-    score: float
-    lead: float
+    pattern: float | None
+    """Here and below null where no score of this layer is known."""
+    score: float | None
+    lead: float | None
     """The score less its mean over all sources."""
 
 
@@ -151,22 +150,37 @@ def show_of_prompt(request: Request, prompt_id: str, read: Read, view: Annotated
 @router.post("/circuit", include_in_schema=False)
 @needs("reader", live=True)
 def ask_circuit(request: Request, read: Read, form: Form) -> Response:
-    """The graph on typed text, or on whatever the form names. Nothing of it is stored unless it is shared."""
+    """The graph on typed text, or on whatever the form names. Nothing of it is stored."""
     source = _typed(form)
     view = View()
     try:
         source, view = _source(read, form), _view(form)
-        if form.get("do") == "share":
-            return _share(request, read, source, view, form)
-        if form.get("do") == "cancel":
-            with suppress(NotFound):  # it is gone either way
-                engine(request).cancel(prompt.ticket_of(form.get("ticket", "")))
-            raise Cancelled("Cancelled. The text is still here.")
         export = form.get("do") == "export"
-        found = _ask(request, read, source, view, form.get("ticket", ""), to_the_end=export)
+        found = _ask(request, read, source, view, to_the_end=export)
     except HeadscopeError as error:
         return _trouble(request, source, view, error)
     return _answered(request, read, source, view, found, export=export)
+
+
+@router.post("/circuit/look", include_in_schema=False)
+@needs("reader")
+def look_for_circuit(request: Request, read: Read, form: Form) -> Response:
+    """Where a question is that waits in the engine's line, or its answer; `do=cancel` takes it out."""
+    source, view = _source(read, form), _view(form)
+    try:
+        found = look(request, form, "circuit")
+    except HeadscopeError as error:
+        return _trouble(request, source, view, error)
+    if source.address and found.circuit is not None:
+        return see(link(source.address, **_with(source, view.asked())))  # the permalink; the engine has kept the answer
+    return _answered(request, read, source, view, found, export=False)
+
+
+@router.post("/circuit/share", include_in_schema=False)
+def share_circuit(request: Request, read: Read, form: Form) -> Response:
+    """Store the typed text, and on to the graph's address."""
+    source, view = _source(read, form), _view(form)
+    return _share(request, read, source, view, form)
 
 
 def _by_address(request: Request, read: Session, source: Source, view: View) -> Response:
@@ -174,15 +188,14 @@ def _by_address(request: Request, read: Session, source: Source, view: View) -> 
     if "do" in params or "go" in params:
         # A step leads to the address of what it made, which is the permalink.
         return see(link(source.address, **_with(source, _view(params).asked())))
-    export, ticket = params.get("as") == "circuit-tracer", params.get("ticket", "")
+    export = params.get("as") == "circuit-tracer"
+    whole = export or "figure" in params or wants_json(request)
     try:
-        found = _ask(request, read, source, view, ticket, to_the_end=export or wants_json(request))
+        found = _ask(request, read, source, view, to_the_end=whole)
     except HeadscopeError as error:
-        if export or wants_json(request):
-            raise  # a script must not take a sentence for an answer
+        if whole:
+            raise  # a sentence must not be taken for the answer
         return _trouble(request, source, view, error)
-    if ticket and not wants_part(request) and found.circuit is not None:
-        return see(link(source.address, **_with(source, view.asked())))  # without the ticket; the engine has kept the answer
     return _answered(request, read, source, view, found, export=export)
 
 
@@ -209,8 +222,6 @@ def _answered(request: Request, read: Session, source: Source, view: View, found
 
 
 def _trouble(request: Request, source: Source, view: View, error: HeadscopeError) -> Response:
-    if isinstance(error, NotFound) and source.address:
-        raise error
     page, status = CircuitPage(source.words, view, str(error), None, None, ()), 503 if error.status == 503 else 422
     return _shown(request, page, source, status=status)
 
@@ -228,10 +239,11 @@ def _shown(
     def go(**changes: Any) -> str:
         return link(source.address, **_with(source, changes)) if source.address else urlencode(changes)
 
-    figure = ""
+    figure: Callable[[], str] = str
     if page.answer is not None and page.drawn is not None and shown is not None:
         root = said(page.answer.nodes[0], page.answer)
-        figure = drawing.circuit(
+        figure = partial(
+            drawing.circuit,
             f"What made {root}",
             page.answer,
             page.drawn,
@@ -239,6 +251,7 @@ def _shown(
             lambda one: go(**page.view.picking(one)) if source.address else "#nodes",
             desc=f"A graph of {len(page.drawn.nodes)} nodes and {len(page.drawn.edges)} edges; positions across, layers up. "
             "The table of nodes below it has the same.",
+            has_files=bool(source.address),
         )
     status = 200 if wants_part(request) else status
     view: dict[str, Any] = {
@@ -248,6 +261,7 @@ def _shown(
         "place": place,
         "go": go,
         "figure": figure,
+        "look_id": secrets.token_hex(4),  # another one each time: what is morphed into itself would not ask again
         "shares": SHARES,
     }
     view |= {"depths": DEPTHS, "said": partial(_said, page), "key": drawing.key, "told": drawing.told, "back": source.back}
@@ -308,45 +322,45 @@ def _source(read: Session, form: Mapping[str, str]) -> Source:
             raise UsageError("That is no example: index, band and rank are numbers.", field="rank")
         return _of_example(read, form["sae"], *map(int, numbers))
     source = _typed(form)
-    if not source.text.strip():
-        raise UsageError("Type some text first.", field="text")
-    if len(source.text) > store.LONGEST:
-        raise UsageError(f"That is {len(source.text)} characters; at most {store.LONGEST} can be tried at once.", field="text")
+    check_text(source.text)
     return source
 
 
 def _view(form: Mapping[str, str]) -> View:
     """What the form says: a step that was taken is in `go`, else the fields are the view; `do` changes it."""
-    given = dict(parse_qsl(form["go"])) if form.get("go") else {name: value for name, value in form.items() if value}
+    if form.get("go"):
+        return _viewed(dict(parse_qsl(form["go"])))
+    view, does = _viewed({name: value for name, value in form.items() if value}), form.get("do", "")
+    if does == "show":  # as Enter says in any field of the form: what was typed tells what is meant
+        begins = form.get("after") or ((view.token or view.against) and view.root and not view.root.startswith("next"))
+        does = "group" if form.get("name") else "logit" if begins else does
+    if does == "group":
+        return _viewed(view.regrouped(form.get("name", ""), form.get("pick") or form.get("at", "")))
+    if does == "logit":
+        at = form.get("after", "")
+        if at and not (at.isascii() and at.isdigit() and len(at) < 7):
+            raise UsageError(f"'{at[:20]}' is no token position; leave it empty for the last.", field="after")
+        return _viewed({**view.asked(pick="", edge="", head=None, pins="", closed="", groups=""), "root": f"next@{at}"})
+    return view
+
+
+def _viewed(given: Mapping[str, Any]) -> View:
+    """A View; UsageError where it cannot be one."""
     try:
-        view = View.model_validate(given)
+        return View.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{first['loc'][0]}: {first['msg']}.", field=str(first["loc"][0])) from None
-    if form.get("go"):
-        return view
-    if form.get("do") == "group":
-        return View.model_validate(view.regrouped(form.get("name", ""), form.get("pick") or form.get("at", "")))
-    if form.get("do") == "logit":
-        at = form.get("after", "")
-        if at and not (at.isascii() and at.isdigit()):
-            raise UsageError(f"'{at[:20]}' is no token position; leave it empty for the last.", field="after")
-        return View.model_validate(
-            {**view.asked(pick="", edge="", head=None, pins="", closed="", groups=""), "root": f"next@{at}"}
-        )
-    return view
 
 
 # ---- the question ----
 
 
-def _ask(request: Request, read: Session, source: Source, view: View, ticket: str, *, to_the_end: bool) -> InLine:
+def _ask(request: Request, read: Session, source: Source, view: View, *, to_the_end: bool) -> InLine:
     """The answer, or the question's place in the line; a file cannot say that it is not there yet, so it is waited for."""
     if to_the_end:
         return InLine(ticket="", place=None, answer=None, circuit=engine(request).circuit(question(read, source, view)))
-    if ticket:
-        return engine(request).look(prompt.ticket_of(ticket), WAIT)
-    return engine(request).leave_circuit(secrets.token_urlsafe(18), question(read, source, view), WAIT)
+    return engine(request).leave_circuit(new_ticket(), question(read, source, view), WAIT)
 
 
 def question(read: Session, source: Source, view: View) -> CircuitQuestion:
@@ -357,7 +371,7 @@ def question(read: Session, source: Source, view: View) -> CircuitQuestion:
     if first == "next":
         if rest and not (rest.isascii() and rest.isdigit()):
             raise UsageError(f"'{at[:40]}' is no place to begin at.", field="root")
-        token = _token("token", "text", view.token) | _token("against", "against_text", view.against)
+        token = named_token(view.token, "token", "text") | named_token(view.against, "against", "against_text")
         root = LogitRoot(kind="logit", dest=int(rest) if rest else None, **token)
         chosen = None
     else:
@@ -366,8 +380,11 @@ def question(read: Session, source: Source, view: View) -> CircuitQuestion:
             raise UsageError(f"'{at[:40]}' is no place to begin at.", field="root")
         check_index(find_sae(read, chosen), int(first))
         root = FeatureRoot(sae=chosen, index=int(first), dest=int(dest))
+    saes = through(store.choices(read), source.saes, chosen)
+    if chosen is not None and chosen not in saes:
+        raise UsageError(f"'{chosen[:60]}' is no SAE of the model that read this text.", field="root")
     return CircuitQuestion(
-        saes=through(store.choices(read), source.saes, chosen),
+        saes=saes,
         text=None if source.tokens else source.text,
         tokens=list(source.tokens) if source.tokens else None,
         root=root,
@@ -375,15 +392,6 @@ def question(read: Session, source: Source, view: View) -> CircuitQuestion:
         depth=view.depth,
         score=_score(view),
     )
-
-
-def _token(by_id: str, by_text: str, typed: str) -> dict[str, Any]:
-    if not typed:
-        return {}
-    number = typed.removeprefix("#")
-    if typed.startswith("#") and number.isascii() and number.isdigit() and len(number) < 10:
-        return {by_id: int(number)}
-    return {by_text: typed}
 
 
 def _score(view: View) -> ScoreAt | None:
@@ -398,7 +406,8 @@ def _place(node: str) -> tuple[int, int] | None:
     """(layer, position) of a node by its id; None of what has none."""
     what, _, position = node.partition("@")
     layer = what[1:].partition(".")[0] or "0"
-    return (int(layer), int(position)) if position.isdigit() and layer.isdigit() and len(position + layer) < 12 else None
+    is_one = (position + layer).isascii() and position.isdigit() and layer.isdigit() and len(position + layer) < 12
+    return (int(layer), int(position)) if is_one else None
 
 
 def through(models: Sequence[ModelChoice], saes: str, chosen: str | None) -> list[str]:
@@ -443,7 +452,7 @@ def _apart(answer: LiveCircuit, view: View) -> EdgePart | None:
     lines = [
         HeadLine(head, value, score.patterns[head], score.scores[head], score.scores[head] - score.means[head])
         if score is not None
-        else HeadLine(head, value, 0.0, 0.0, 0.0)
+        else HeadLine(head, value, None, None, None)
         for head, value in enumerate(edge.heads)
     ]
     return EdgePart(edge, tuple(sorted(lines, key=lambda line: -abs(line.value))), max(abs(value) for value in edge.heads))

@@ -4,7 +4,6 @@ The form is the state, as on the prompt page: every step is one POST that a brow
 the form as it was sent.
 """
 
-import re
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,9 +14,10 @@ from fastapi import APIRouter, Request, Response
 from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
-from sae_core.errors import Cancelled, HeadscopeError, NotFound, UsageError
+from sae_core.errors import HeadscopeError, NotFound, UsageError
 from server.access import needs, viewer
 from server.live import ActivationChange, FeatureChanged, InLine, LayerAblated, LiveSteered, NextChange, SteerQuestion
+from server.pages.asking import WAIT, check_text, look, new_ticket
 from server.pages.feature import engine
 from server.pages.reply import Read, reply, wants_part
 from server.pages.writing import Form
@@ -29,8 +29,6 @@ from server.store.saes import find_sae
 
 router = APIRouter()
 
-WAIT = 2.0
-"""Seconds that a request waits for the engine's answer before it says how many questions are before it."""
 MOST = 8
 """Features, and layers, that the form takes."""
 TOLD = 40
@@ -169,27 +167,15 @@ def ask_interventions(request: Request, read: Read, form: Form) -> Response:
     page, asked = InterventionsPage(store.choices(read)), read_form(form)
     if form.get("do", "ask") != "ask":
         return _shown(request, page, _rearranged(asked, form["do"]))
-    return _answered(
-        request, read, page, asked, lambda question: engine(request).leave_steer(secrets.token_urlsafe(18), question, WAIT)
-    )
+    return _answered(request, read, page, asked, lambda question: engine(request).leave_steer(new_ticket(), question, WAIT))
 
 
 @router.post("/interventions/look", include_in_schema=False)
 @needs("reader")
 def look_for_answer(request: Request, read: Read, form: Form) -> Response:
     """Where a question is that was asked before, or its answer; or take it out of the line."""
-    page, asked = InterventionsPage(store.choices(read)), read_form(form)
-
-    def look(_: SteerQuestion) -> InLine:
-        if not re.fullmatch("[A-Za-z0-9_-]{16,64}", asked.ticket):
-            raise NotFound("That is no ticket of a question; ask again.", field="ticket")
-        if form.get("do") == "cancel":
-            with suppress(NotFound):  # it is gone either way
-                engine(request).cancel(asked.ticket)
-            raise Cancelled("Cancelled. The text is still here.")
-        return engine(request).look(asked.ticket, WAIT)
-
-    return _answered(request, read, page, asked, look)
+    page = InterventionsPage(store.choices(read))
+    return _answered(request, read, page, read_form(form), lambda _: look(request, form, "steered"))
 
 
 def _answered(
@@ -281,11 +267,7 @@ def fields(asked: Asked) -> dict[str, str]:
 
 def question(read: Session, models: Sequence[ModelChoice], asked: Asked) -> tuple[Asked, SteerQuestion]:
     """What the engine is asked, and the form with its model. UsageError and NotFound where the form says nothing that can be."""
-    if not asked.text.strip():
-        raise UsageError("Type some text first.", field="text")
-    for text in (asked.text, asked.other):
-        if len(text) > store.LONGEST:
-            raise UsageError(f"That is {len(text)} characters; at most {store.LONGEST} can be tried at once.", field="text")
+    check_text(asked.text, asked.other)
     features = [one for one in asked.features if one.index]
     layers = [one for one in asked.layers if one.layer]
     if not features and not layers:

@@ -4,8 +4,6 @@ The form is the state: what is looked at (a token, a feature, a next token) trav
 step is one POST that a browser sends without a script.
 """
 
-import re
-import secrets
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,9 +12,10 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from sqlalchemy.orm import Session
 
-from sae_core.errors import Cancelled, HeadscopeError, NotFound, UsageError
+from sae_core.errors import HeadscopeError, NotFound, UsageError
 from server.access import needs, viewer
 from server.live import FeatureAt, InLine, PromptQuestion
+from server.pages.asking import WAIT, check_text, look, named_token, new_ticket
 from server.pages.feature import engine
 from server.pages.prompt_grid import PAGE, Result, made
 from server.pages.reply import Read, reply, wants_json, wants_part
@@ -27,8 +26,6 @@ from server.store.saes import Door
 
 router = APIRouter()
 
-WAIT = 2.0
-"""Seconds that a request waits for the engine's answer before it says how many questions are before it."""
 EVERY = 1000
 """Features a token that two texts are compared by: all of them, in all but the densest SAEs."""
 
@@ -95,9 +92,7 @@ def ask_prompt(request: Request, read: Read, form: Form) -> Response:
 @needs("reader")
 def look_for_answer(request: Request, read: Read, form: Form) -> Response:
     """Where a question is that was asked before, or its answer; or take it out of the line."""
-    if form.get("do") == "cancel":
-        return _answered(request, read, form, lambda asked, _: _cancel(request, asked))
-    return _answered(request, read, form, lambda asked, _: engine(request).look(ticket_of(asked.ticket), WAIT))
+    return _answered(request, read, form, lambda *_: look(request, form, "answer"))
 
 
 def _answered(request: Request, read: Session, form: Form, ask: Callable[[Asked, Sequence[Door]], InLine]) -> Response:
@@ -195,20 +190,7 @@ def _prepare(request: Request, page: PromptPage, asked: Asked) -> None:
 
 
 def _leave(request: Request, asked: Asked, doors: Sequence[Door]) -> InLine:
-    return engine(request).leave(secrets.token_urlsafe(18), question(asked, doors), WAIT)
-
-
-def ticket_of(typed: str) -> str:
-    """The ticket that a form holds."""
-    if not re.fullmatch("[A-Za-z0-9_-]{16,64}", typed):
-        raise NotFound("That is no ticket of a question; ask again.", field="ticket")
-    return typed
-
-
-def _cancel(request: Request, asked: Asked) -> InLine:
-    with suppress(NotFound):  # it is gone either way
-        engine(request).cancel(ticket_of(asked.ticket))
-    raise Cancelled("Cancelled. The text is still here.")
+    return engine(request).leave(new_ticket(), question(asked, doors), WAIT)
 
 
 # ---- the form ----
@@ -229,11 +211,7 @@ def read_form(form: Mapping[str, str]) -> Asked:
         following = rest
     begin = _position(rest if kind == "from" else form.get("begin", ""))
     text = form.get("text", "")
-    if not text.strip():
-        raise UsageError("Type some text first.", field="text")
-    for one in (text, form.get("against", "")):
-        if len(one) > store.LONGEST:
-            raise UsageError(f"That is {len(one)} characters; at most {store.LONGEST} can be tried at once.", field="text")
+    check_text(text, form.get("against", ""))
     if form.get("do") == "ask":  # another text, perhaps: what was looked at may not be there
         looked, following, begin = Looked(), "", None
     return Asked(
@@ -308,9 +286,7 @@ def question(asked: Asked, doors: Sequence[Door]) -> PromptQuestion:
     if feature is not None and feature.sae not in names:
         feature = None  # of an SAE that is not asked any more
     if feature is not None and asked.next:
-        number = asked.next.removeprefix("#")
-        by_id = asked.next.startswith("#") and number.isascii() and number.isdigit() and len(number) < 10
-        feature = feature.model_copy(update={"next": int(number)} if by_id else {"next_text": asked.next[:200]})
+        feature = feature.model_copy(update=named_token(asked.next[:200], "next", "next_text"))
     compares = bool(asked.against.strip())
     return PromptQuestion(
         saes=names,

@@ -35,9 +35,7 @@ class Visit(Protocol):
 @pytest.fixture(scope="session")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of a data folder whose database holds one small harvest."""
-    folder = tmp_path_factory.mktemp("filled")
-    settings = Settings(data=folder, cache=folder / "cache").prepare()
-    return put(settings)
+    return put(at(tmp_path_factory.mktemp("filled")))
 
 
 @pytest.fixture(scope="session")
@@ -79,8 +77,8 @@ def _filled(settings: Settings, shape: Shape) -> None:
 
 
 def at(folder: Path) -> Settings:
-    """Settings of a folder."""
-    return Settings(data=folder, cache=folder / "cache").prepare()
+    """Settings of a folder, whose engine is where none listens, whatever else runs on this machine."""
+    return Settings(data=folder, cache=folder / "cache", engine_port=9).prepare()
 
 
 @contextmanager

@@ -15,12 +15,14 @@ from pydantic import SecretStr
 from sae_core.errors import TooOften, UsageError
 from server.access import ensure_admin, new_key
 from server.app import create_app
+from server.db import Database
 from server.limits import MOST, Limit
+from server.live import InLine, Live
 from server.passwords import hashed, is_right
 from server.settings import Settings
 from server.store import accounts
 from server.store.accounts import audit_page
-from server.tables import ApiKey, Login
+from server.tables import ApiKey, Login, Prompt
 from tests.web.accounts import NAMES, PASSWORD, Lab, lab_app, settle, visitors
 from tests.web.conftest import at, database_of
 
@@ -251,3 +253,21 @@ def test_many_logins_from_one_address_are_too_many(lab: Lab) -> None:
         wrong = {"password": "a wrong one"}  # pragma: allowlist secret
         told = [client.post("/login", data={"name": f"n{n}"} | wrong) for n in range(21)]
         assert [one.status_code for one in told] == [401] * 20 + [429]
+
+
+CIRCUIT = {"text": "The tide came back", "saes": "sae:shared-sae", "root": "3@3@shared-sae"}
+
+
+def test_to_wait_for_a_circuit_is_no_question(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Live, "look", lambda _, ticket, __: InLine(ticket=ticket, place=2, answer=None))
+    waiting = {**CIRCUIT, "ticket": "x" * 24}
+    with visitors(lab_app(lab.settings.model_copy(update={"live_per_minute": 3}))) as people:
+        assert [people["Rita"].post("/circuit/look", data=waiting).status_code for _ in range(8)] == [200] * 8
+
+
+def test_a_reader_stores_no_text_of_a_circuit(lab: Lab) -> None:
+    asked = {**CIRCUIT, "visibility": "public", "days": "3"}
+    with visitors(lab_app(lab.settings)) as people:
+        assert people["Rita"].post("/circuit/share", data=asked).status_code == 403
+    with Database(lab.settings.url).read() as session:
+        assert session.scalars(sa.select(Prompt).where(Prompt.text == CIRCUIT["text"])).all() == []

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.browser
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     """Settings of a filled database that the walk may change; where its engine would be, nothing listens."""
-    settings = at(tmp_path_factory.mktemp("served")).model_copy(update={"engine_port": 9})
+    settings = at(tmp_path_factory.mktemp("served"))
     return put(settings)
 
 

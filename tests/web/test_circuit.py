@@ -1,5 +1,6 @@
 """Circuits: what is drawn, the strongest ways, the page on an example, a shared prompt and typed text; circuit-tracer."""
 
+import html
 import json
 import re
 from collections.abc import Iterator
@@ -221,7 +222,7 @@ def test_typed_text_goes_by_post_and_is_stored_only_when_it_is_shared(
     step = maren.post("/circuit", data={**TYPED, "go": f"root=3%403%40{SAE}&pick=f11.5%401"})
     assert [row[0] for row in table_rows(step.text, "circuit-edges")] == ["embedding", "8.2", "error 8"]
     assert stored() == 0
-    answer = maren.post("/circuit", data={**TYPED, "pick": UPPER, "do": "share", "days": "7"})
+    answer = maren.post("/circuit/share", data={**TYPED, "pick": UPPER, "days": "7"})
     assert (answer.status_code, stored()) == (303, 1)
     address = answer.headers["location"]
     assert re.fullmatch(r"/prompts/[A-Za-z0-9_-]{20,}/circuit\?root=3%403%40smollm2-l17&pick=f11.5%401", address)
@@ -249,17 +250,43 @@ def test_while_it_waits_the_page_says_its_place_and_offers_to_cancel(client: Tes
     for page, ticket in zip(waiting, tickets, strict=True):
         assert "<b>2</b> questions before yours" in page.text
         assert page.text.split('name="ticket" value="')[1].split('"')[0] == ticket
-    assert 'id="nodes"' in client.post("/circuit", data={**TYPED, "ticket": tickets[0]}).text
-    # Where there is an address one waits at it, and what comes has it, without the ticket.
-    looked = f"{HERE}?share=0.01&ticket={tickets[1]}"
-    found = client.get(looked)
+    assert 'id="nodes"' in client.post("/circuit/look", data={**TYPED, "ticket": tickets[0]}).text
+    # Where there is an address, what comes has it: the engine keeps the answer for the moment that this takes.
+    there = {"sae": SAE, "index": "3", "band": "0", "rank": "0", "share": "0.01", "ticket": tickets[1]}
+    found = client.post("/circuit/look", data=there)
     assert (found.status_code, found.headers["location"]) == (303, f"{HERE}?band=0&rank=0&share=0.01")
-    part = client.get(looked, headers={"HX-Request": "true", "HX-Request-Type": "partial"})
-    assert (part.status_code, 'id="nodes"' in part.text) == (200, True)
-    page = client.post("/circuit", data={**TYPED, "ticket": tickets[-1], "do": "cancel"})
-    assert cancelled == tickets[-1:]
+    page = client.post("/circuit/look", data={**TYPED, "ticket": tickets[0], "do": "cancel"})
+    assert cancelled == tickets[:1]
     assert "Cancelled. The text is still here." in page.text
     assert TYPED["text"] in page.text
+    # One that was dropped is a sentence beside the form, and a question of another kind is none of ours.
+    monkeypatch.setattr(Live, "look", lambda _, ticket, __: InLine(ticket=ticket, place=None, answer=None))
+    page = client.post("/circuit/look", data=there)
+    assert (page.status_code, "another kind of question" in page.text, "Trace again" in page.text) == (422, True, True)
+
+
+def test_enter_does_what_the_field_is_for(client: TestClient, asked: list[CircuitQuestion]) -> None:
+    root = {"root": f"3@3@{SAE}", "do": "show"}
+    told = [client.get(HERE, params={**root, **typed}).headers["location"] for typed in (
+        {"after": "2"}, {"token": " sea"}, {"name": "tides", "at": UPPER}, {"share": "0.02"},
+    )]  # fmt: skip
+    assert [re.search(r"root=([^&]*)", one)[1] for one in told] == ["next%402", "next%40", f"3%403%40{SAE}", f"3%403%40{SAE}"]  # type: ignore[index]
+    assert "token=+sea" in told[1]
+    assert "groups=tides" in told[2]
+    assert asked == []
+
+
+@pytest.mark.usefixtures("asked")
+def test_the_drawing_has_files_where_its_page_has_an_address(client: TestClient) -> None:
+    page = client.get(f"{HERE}?share=0.01").text
+    files = [html.unescape(one) for one in re.findall(r'href="(\?[^"]*figure=[^"]*)"', page)]
+    assert [one.rpartition(".")[2] for one in files] == ["svg", "csv"]
+    for one in files:
+        assert "share=0.01" in one
+        assert client.get(HERE + one).status_code == 200
+    assert "figure=" not in client.post("/circuit", data=TYPED).text
+    assert "this page as JSON" not in client.post("/circuit", data=TYPED).text
+    assert f'{HERE}.json?band=0&amp;rank=0&amp;share=0.01"' in page
 
 
 @pytest.mark.parametrize(
@@ -273,6 +300,8 @@ def test_while_it_waits_the_page_says_its_place_and_offers_to_cancel(client: Tes
         ({"root": "3@3@gone"}, "There is no SAE called &#39;gone&#39;"),
         ({"share": "7"}, "share: Input should be less than or equal to 1"),
         ({"do": "logit", "after": "x"}, "is no token position"),
+        ({"do": "logit", "after": "9" * 400}, "is no token position"),
+        ({"do": "group", "name": "n" * 40, "at": "x" * 4000}, "groups: String should have at most 4000 characters"),
     ],
 )
 @pytest.mark.usefixtures("asked")
