@@ -137,17 +137,16 @@ def prefix(lens: "Lens", sae: SAE, cfg: PrefixStudy) -> Generator[Progress, None
         zs.append((yield from _z_at(lens, layer, tokens, copies.dest, cfg, name)))
     rows = _Rows(copies, controls, *zs)
     features, roles = yield from _features(lens, sae, rows, cfg)
-    counts = {role: sum(one == role for one in roles.values()) for role in ROLES}
     losses, changes = yield from _losses(lens, sae, rows, roles, cfg)
     return Prefix(
-        summary=_summary(features, counts, changes),
+        summary=_summary(roles, changes),
         layer=layer,
         prefixes=list(range(1, cfg.prefixes + 1)),
         samples=cfg.samples,
         tokens=copies.tokens.numel(),
         length=cfg.length,
         features=features,
-        n_features=dict(counts),
+        n_features={role: sum(one == role for one in roles.values()) for role in ROLES},
         losses=losses,
         changes=changes,
         random=cfg.random,
@@ -367,12 +366,12 @@ def _loss(name: str, says: str, features: int, values: Tensor, rows: _Rows, cfg:
     return Loss(name=name, says=says, features=features, values=[one(p) for p in range(1, cfg.prefixes + 1)])
 
 
-def _summary(features: Sequence[PrefixFeature], counts: Mapping[Role, int], changes: Sequence[Loss]) -> str:
+def _summary(roles: Mapping[int, Role], changes: Sequence[Loss]) -> str:
     parts = []
-    for role, n in counts.items():
-        named = ", ".join(str(one.index) for one in features if one.role == role and n)
-        named = ", ".join(named.split(", ")[:5]) + (", ..." if n > 5 else "")
-        parts.append(f"{n} {role} feature{'' if n == 1 else 's'}{f' ({named})' if n else ''}")
+    for role in ROLES:
+        mine = [index for index, one in roles.items() if one == role]
+        named = ", ".join([*map(str, mine[:5]), *(["..."] if len(mine) > 5 else ())])
+        parts.append(f"{len(mine)} {role} feature{'' if len(mine) == 1 else 's'}{f' ({named})' if mine else ''}")
     last = {one.name: one.values[-1].mean or 0.0 for one in changes}
     whole = [last[name] for name in ("both", "short-prefix features", "long-prefix features") if name in last][:1]
     said = [f"without them the loss after the longest prefix changes by {one:+.3f}" for one in whole]
