@@ -83,6 +83,7 @@ class Warm:
     model: registry.ModelRecord
     lens: Lens
     saes: OrderedDict[str, SAE]
+    """By name and sha256."""
     means: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """[d_in]: means of z by harvest and layer, once they were asked for."""
 
@@ -284,8 +285,8 @@ class Engine:
             layer, at = saes[one.sae].cfg.site.layer, None if one.at is None else tuple(one.at)
             if one.how == "resample":
                 acts = _activations(saes[one.sae], zs[layer], row_starts(torch.tensor([other]), lens.row_start), one.index)
-                places = at if at is not None else _with_features(lens, saes[one.sae], tokens)
-                made += [FeatureEdit(layer, one.index, "set", acts[place], (place,)) for place in places]
+                acts += [0.0] * (len(tokens) - len(acts))  # where nobody reads them
+                made.append(FeatureEdit(layer, one.index, "set", tuple(acts[: len(tokens)]), at))
             elif one.how == "mean":
                 with self.db.read() as session:
                     mean = interventions.mean_activations(session, one.sae, [one.index])[one.index]
@@ -300,7 +301,7 @@ class Engine:
             return {}
         with self.db.read() as session:
             harvest, rows = interventions.sample_rows(session, names, MEAN_ROWS)
-        warm = next(one for one in self._warm.values() if one.lens is lens)
+        warm = self._warm_of(lens)
         if missing := [layer for layer in dict.fromkeys(layers) if (harvest, layer) not in warm.means]:
             width = min(map(len, rows))
             tokens = torch.tensor([row[:width] for row in rows], device=lens.device)
@@ -312,7 +313,9 @@ class Engine:
         model = self._model_of(question.saes)
         lens, saes = self._one_of_each_layer(question.saes, "saes")
         tokens = self._tokens(lens, question.text, question.tokens, "text")
-        return answer_circuit(lens, saes, tokens, question, model, self._circuits, self.line.check)
+        of = {id(sae): version for version, sae in self._warm_of(lens).saes.items()}
+        versions = [of[id(sae)] for sae in saes.values()]
+        return answer_circuit(lens, saes, tokens, question, model, versions, self._circuits, self.line.check)
 
     def _one_of_each_layer(self, names: Sequence[str], field: str) -> tuple[Lens, dict[str, SAE]]:
         """The SAEs, and their model; UsageError where two read one layer."""
@@ -348,6 +351,9 @@ class Engine:
         lens, sae = self._open(question.sae)
         return lens, sae, self._tokens(lens, question.text, question.tokens, "text")
 
+    def _warm_of(self, lens: Lens) -> Warm:
+        return next(one for one in self._warm.values() if one.lens is lens)
+
     def _names(self) -> list[str]:
         return [warm.model.name for warm in self._warm.values()]
 
@@ -378,7 +384,6 @@ class Engine:
         warm = self._warm[source]
         key = f"{name}@{record.sha256}"
         if key not in warm.saes:
-            self._circuits.clear()  # it may be another one of that name
             warm.saes[key] = open_sae(self.settings.data, record, warm.lens)
         warm.saes.move_to_end(key)
         self._let_go(budget, beside=beside + 1)
@@ -449,14 +454,6 @@ def _activations(sae: SAE, z: Tensor, starts: Tensor, index: int) -> list[float]
     w, c = sae.affine(feature)
     acts = sae.activate(sae.scaled(z[0]) @ w.T + c, feature, sae.least(z[0]))[:, 0]
     found: list[float] = acts.masked_fill(sae.excluded(z, starts)[0], 0.0).tolist()
-    return found
-
-
-def _with_features(lens: Lens, sae: SAE, tokens: list[int]) -> list[int]:
-    """Positions where the SAE has features."""
-    layer, row = sae.cfg.site.layer, torch.tensor([tokens], device=lens.device)
-    z = lens.read_z(row, [layer])[layer]
-    found: list[int] = (~sae.excluded(z, row_starts(row.cpu(), lens.row_start))[0]).nonzero()[:, 0].tolist()
     return found
 
 

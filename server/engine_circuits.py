@@ -35,7 +35,8 @@ LIKELY = 8
 
 
 class Kept:
-    """The last answers, without their scores. Emptied when an SAE is loaded, and when the engine rests: no text stays."""
+    """The last answers, without their scores, each of the very weights that it was asked of. Emptied when the engine rests: no
+    text stays."""
 
     def __init__(self) -> None:
         self._answers: OrderedDict[str, LiveCircuit] = OrderedDict()
@@ -54,13 +55,18 @@ class Kept:
         return self._answers[key]
 
 
-def needs(lens: Lens, n_tokens: int, saes: Mapping[int, SAE]) -> int:
-    """Bytes of a circuit's tensors, about: every part of the stream twice; of each SAE pattern, features and error."""
+def needs(lens: Lens, n_tokens: int, saes: Mapping[int, SAE], score: int | None = None) -> int:
+    """Bytes of a circuit's tensors, about: every part of the stream twice; of each SAE pattern, features and error. For a score
+    of the layer `score` the SAEs are read again, beside the stream's parts before it and what its scores are made of."""
     info = lens.info
     stream = 2 * (2 * info.n_layers + 1) * n_tokens * info.d_model
     each = info.n_heads * n_tokens**2 + 6 * n_tokens * max(info.d_in, info.d_model)
     fires = sum(min(sae.cfg.d_sae, 2 * sae.cfg.k * n_tokens) * info.d_model + n_tokens * sae.cfg.d_sae for sae in saes.values())
-    return 4 * (stream + each * len(saes) + fires)
+    beside = 0
+    if score is not None:
+        parts = (2 * min(score, info.n_layers) + 3) * info.d_model
+        beside = n_tokens * (parts + 4 * info.d_in + info.d_head**2 + 3 * info.n_heads * n_tokens)
+    return 4 * (stream + each * len(saes) + fires + beside)
 
 
 @torch.no_grad()
@@ -70,24 +76,26 @@ def answer_circuit(
     tokens: list[int],
     question: CircuitQuestion,
     model: str,
+    versions: Sequence[str],
     kept: Kept,
     check: Callable[[], None],
 ) -> LiveCircuit:
-    """The circuit on these tokens; `saes` by name. `check` is called between steps."""
+    """The circuit on these tokens; `saes` by name, and `versions` what tells their weights from others of those names. `check` is
+    called between steps."""
     by_layer = {sae.cfg.site.layer: sae for sae in saes.values()}
-    size = needs(lens, len(tokens), by_layer)
+    size = needs(lens, len(tokens), by_layer, None if question.score is None else question.score.layer)
     if size > LARGEST:
         raise UsageError(
             f"A circuit of {len(tokens)} tokens through {len(saes)} SAEs needs about {size / 1e9:.1f} GB; at most "
             f"{LARGEST / 1e9:.0f} are taken, so shorten the text or choose fewer SAEs.",
             field="text",
         )
-    key = repr((question.model_dump_json(exclude={"score", "text"}), tokens))
+    key = repr((question.model_dump_json(exclude={"score", "text"}), tokens, lens.info.fingerprint, versions))
     found = kept.get(key, lambda: _graph(lens, saes, by_layer, tokens, question, model, check))
     if question.score is None:
         return found
     check()
-    return found.model_copy(update={"score": _score(lens, by_layer, tokens, question.score)})
+    return found.model_copy(update={"score": _score(lens, by_layer, tokens, question.score, check)})
 
 
 def _graph(
@@ -146,7 +154,7 @@ def _logit(lens: Lens, tokens: list[int], asked: LogitRoot) -> tuple[circuits.Lo
     dest = len(tokens) - 1 if asked.dest is None else asked.dest
     if not 0 <= dest < len(tokens):
         raise UsageError(f"The text has the positions 0 to {len(tokens) - 1}; there is no {dest}.", field="dest")
-    probabilities = lens.read_ending(torch.tensor([tokens], device=lens.device), 0).logits[0, dest].softmax(-1)
+    probabilities = lens.next_logits(torch.tensor([tokens[: dest + 1]], device=lens.device))[0].softmax(-1)
     token = _token(lens, asked.token, asked.text)
     token = int(probabilities.argmax()) if token is None else token
     against = _token(lens, asked.against, asked.against_text)
@@ -192,10 +200,11 @@ def _nodes(found: Circuit) -> list[CircuitNode]:
     return nodes
 
 
-def _score(lens: Lens, by_layer: Mapping[int, SAE], tokens: Sequence[int], at: ScoreAt) -> LiveScore:
+def _score(lens: Lens, by_layer: Mapping[int, SAE], tokens: Sequence[int], at: ScoreAt, check: Callable[[], None]) -> LiveScore:
     why = scores.explain(
-        lens, tokens, by_layer, layer=at.layer, head=at.head, dest=at.dest, src=at.src, against_mean=at.against_mean, most=at.most
-    )
+        lens, tokens, by_layer, layer=at.layer, head=at.head, dest=at.dest, src=at.src, against_mean=at.against_mean,
+        most=at.most, check=check,
+    )  # fmt: skip
 
     def parts(all_parts: Sequence[scores.Part]) -> list[ScorePart]:
         return [ScorePart(**_place(part.place).model_dump(), value=part.value) for part in all_parts[: at.most]]
