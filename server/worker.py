@@ -107,7 +107,7 @@ from server.keeping import room
 from server.settings import Settings
 from server.store import harvests, imports, registry, removals, search, studies
 from server.store import jobs as store
-from server.store.chunks import Chunk
+from server.store.foreign import Chunk
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
 from server.tracking import Tracker

@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict
 
 from sae_core.errors import EngineAway, NotFound
+from server.app import create_app
 from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit, LogitRoot, ScoreAt, place_id
 from server.circuits.tracer import as_tracer
 from server.circuits.view import View, drawn, said, strongest_paths
@@ -231,6 +233,29 @@ def test_typed_text_goes_by_post_and_is_stored_only_when_it_is_shared(
     assert asked[-1].text == TYPED["text"]
     maren.post(address.partition("/circuit")[0] + "/delete")
     assert maren.get(address).status_code == 404
+
+
+def test_typed_text_is_in_no_log(filled: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """With every logger at its most talkative, whether the question is answered, refused or meets no engine."""
+    caplog.set_level(logging.DEBUG)
+    secret = "quixotic"  # pragma: allowlist secret
+    app = create_app(filled)
+    with TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
+        for path, data in (
+            ("/circuit", {**TYPED, "text": f"The {secret} tide"}),
+            ("/circuit", {**TYPED, "text": f"The {secret} tide", "root": f"{secret}@x"}),
+            ("/circuit", {**TYPED, "text": secret * 20_000}),
+            ("/circuit", {**TYPED, "text": f"The {secret} tide", "share": secret}),
+            ("/circuit/look", {**TYPED, "text": f"The {secret} tide", "ticket": secret}),
+            ("/prompt", {"text": f"The {secret} tide", "saes": f"sae:{SAE}"}),
+            ("/interventions", {"text": f"The {secret} tide", "f.0.sae": SAE, "f.0.index": "3", "f.0.value": secret}),
+        ):
+            assert client.post(path, data=data).status_code in (200, 422, 503), path
+        question = {"saes": [SAE], "text": f"The {secret} tide", "root": {"sae": SAE, "index": 3, "dest": secret}}
+        assert client.post("/api/v1/live/circuit", json=question).status_code == 422
+    assert any(record.name.startswith("headscope") for record in caplog.records)
+    told = [f"{record.getMessage()} {record.exc_text or ''} {vars(record)}" for record in caplog.records]
+    assert [one for one in told if secret in one] == []
 
 
 def test_while_it_waits_the_page_says_its_place_and_offers_to_cancel(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
