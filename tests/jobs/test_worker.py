@@ -9,15 +9,18 @@ import pytest
 from pydantic import ValidationError
 
 from sae_core.config import CorpusSource, HarvestJob, ModelSource, SAEConfig, Site
-from sae_core.errors import LayerOutOfRange, NotFound, SlotTaken, UnknownCorpus, UnknownModel, UsageError
+from sae_core.errors import Fenced, LayerOutOfRange, NotFound, SlotTaken, UnknownCorpus, UnknownModel, UsageError
 from sae_core.progress import Progress
-from server import worker as workers
 from server.jobs import Jobs, harvest_id, sae_name
 from server.settings import Settings
+from server.slots import Slot
 from server.store import jobs as store
 from server.store import registry
 from server.tables import SAE, Job
-from server.worker import Run, Worker
+from server.work import training
+from server.work.failures import Leave
+from server.work.run import Run
+from server.worker import Worker
 from tests.jobs.conftest import Home, start, tiny_config, wait_for
 from tests.test_webhook import listening
 
@@ -198,7 +201,7 @@ def test_an_unforeseen_error_is_a_sentence_for_people_and_a_traceback_in_the_log
     def broken(*_: object) -> None:
         raise ZeroDivisionError("no reason at all")
 
-    monkeypatch.setattr(workers, "_train", broken)
+    monkeypatch.setattr(training, "_train", broken)
     job_id = home.jobs.enqueue_train(QUICK)
     with working(home) as worker:
         assert home.wait(job_id) == "failed"
@@ -215,7 +218,7 @@ def test_a_full_disk_is_said_to_be_full(home: Home, monkeypatch: pytest.MonkeyPa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(workers, "_train", full)
+    monkeypatch.setattr(training, "_train", full)
     job_id = home.jobs.enqueue_train(QUICK)
     with working(home):
         assert home.wait(job_id) == "failed"
@@ -253,9 +256,9 @@ def test_all_writes_of_a_run_are_fenced(home: Home) -> None:
     run = Run(worker, home.jobs.get(job_id), old)
     reports = [lambda: run.say("late"), lambda: run.report(Progress("train", 1, 2)), run.finish, lambda: run.write().__enter__()]
     for write in reports:
-        with pytest.raises(workers.Fenced):
+        with pytest.raises(Fenced):
             write()
-    with pytest.raises(workers.Leave):
+    with pytest.raises(Leave):
         run.fail(ValueError("late"))
     assert home.status(job_id) == "running"
     worker.slot.free()
@@ -265,10 +268,10 @@ def test_all_writes_of_a_run_are_fenced(home: Home) -> None:
 
 
 def test_two_workers_take_two_slots_and_a_freed_one_is_taken_again(settings: Settings) -> None:
-    first, second = workers.Slot.take(settings), workers.Slot.take(settings)
+    first, second = Slot.take(settings), Slot.take(settings)
     assert (first.name, second.name) == ("worker-0", "worker-1")
     first.free()
-    third = workers.Slot.take(settings)
+    third = Slot.take(settings)
     assert third.name == "worker-0"
     for slot in (second, third):
         slot.free()
@@ -277,9 +280,9 @@ def test_two_workers_take_two_slots_and_a_freed_one_is_taken_again(settings: Set
 def test_a_named_slot_is_not_shared(settings: Settings) -> None:
     named = settings.model_copy(update={"worker_id": "gpu1"})
     named.model_fields_set.add("worker_id")
-    held = workers.Slot.take(named)
+    held = Slot.take(named)
     with pytest.raises(SlotTaken, match="gpu1"):
-        workers.Slot.take(named)
+        Slot.take(named)
     held.free()
 
 
