@@ -101,7 +101,7 @@ class Run:
         self.tracker = Tracker(project, job.id, job.config, kept) if project and job.kind in ("train", "sweep") else None
         self._phase: str | None = None
         self._said: set[str] = set()
-        self._stored = self._looked = 0.0
+        self._stored = self._watched = 0.0
         self._points: dict[int, dict[int, dict[str, float]]] = {}  # by training run, by step
 
     @contextmanager
@@ -129,8 +129,8 @@ class Run:
             raise Leave
         if self.over is not None:
             raise self.over
-        if time.monotonic() - self._looked > WATCH_SECONDS:
-            self._looked = time.monotonic()
+        if time.monotonic() - self._watched > WATCH_SECONDS:
+            self._watched = time.monotonic()
             room.watch(self.worker.settings)
         with self.worker.db.read() as session:
             store.still_ours(session, self.id, self.attempt)

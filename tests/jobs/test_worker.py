@@ -1,6 +1,7 @@
 """A worker inside the test's process: queue, cancel, retry, failures, slots."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -265,6 +266,24 @@ def test_all_writes_of_a_run_are_fenced(home: Home) -> None:
 
 
 # ---- slots ----
+
+
+def test_what_a_job_has_worked_is_the_time_that_passed_however_often_the_room_is_looked_at(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.work.run.WATCH_SECONDS", 0.0)
+    job_id = home.jobs.enqueue_train(QUICK)
+    worker = Worker(home.settings.model_copy(update={"beat_seconds": 0.01}), home.db)
+    with home.db.write() as session:
+        attempt = store.start_attempt(session, job_id, "w")
+    job, begun = home.jobs.get(job_id), time.monotonic()
+    run = Run(worker, job, attempt)
+    for _ in range(3):
+        time.sleep(0.1)
+        run.check()
+        run.look()
+    assert 0.3 <= home.jobs.get(job_id).worked <= time.monotonic() - begun
+    worker.slot.free()
 
 
 def test_two_workers_take_two_slots_and_a_freed_one_is_taken_again(settings: Settings) -> None:
