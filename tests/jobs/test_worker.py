@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from sae_core.config import CorpusSource, HarvestJob, ModelSource, SAEConfig, Site
 from sae_core.errors import Fenced, LayerOutOfRange, NotFound, SlotTaken, UnknownCorpus, UnknownModel, UsageError
 from sae_core.progress import Progress
-from server.jobs import Jobs, harvest_id, sae_name
+from server.jobs import VERSION, Jobs, harvest_id, sae_name
 from server.settings import Settings
 from server.slots import Slot
 from server.store import jobs as store
@@ -48,6 +48,11 @@ def log_of(home: Home, job_id: str) -> list[str]:
 # ---- the queue ----
 
 
+def steps_of(home: Home, job_id: str) -> list[str]:
+    """The durable steps of the job, by whose names it is gone on with: where they change, so must `jobs.VERSION`."""
+    return [step["function_name"] for step in home.jobs.client.list_workflow_steps(job_id)]
+
+
 def test_a_queued_job_is_trained_evaluated_and_published(home: Home) -> None:
     job_id = home.jobs.enqueue_train(QUICK, name="Mine")
     assert (job_id, home.status(job_id)) == ("train-mine-1", "queued")
@@ -66,6 +71,7 @@ def test_a_queued_job_is_trained_evaluated_and_published(home: Home) -> None:
     assert "Training." in log_of(home, job_id)
     assert "Evaluating on held-out rows and on repeated random tokens." in log_of(home, job_id)
     assert not home.folder(job_id).exists(), "its working files are given back"
+    assert (VERSION, steps_of(home, job_id)) == ("3", ["train", "evaluate", "publish", "follow"])
 
 
 def test_the_same_config_twice_makes_two_saes_with_two_names(home: Home) -> None:
