@@ -35,6 +35,7 @@ from sae_core.saes import SAE, SparseActs, row_starts
 from server.circuits.asked import CircuitQuestion, LiveCircuit
 from server.db import Database
 from server.engine_circuits import Kept, answer_circuit
+from server.gpus import gpus
 from server.line import Line
 from server.live import (
     SECRET_HEADER,
@@ -69,7 +70,7 @@ from server.live import (
 from server.settings import Settings
 from server.store import interventions, registry
 from server.watch import FORMAT, Watch, Watched
-from server.worker import gpus, open_sae
+from server.work.opening import open_sae
 
 log = logging.getLogger("headscope.engine")
 

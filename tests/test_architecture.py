@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ SHARED = ("config", "errors", "progress", "corpus", "presets", "records", "agree
 LIGHT = {"sae_core", *(f"sae_core.{name}" for name in SHARED)}
 # What never names torch at its top: the web, and what `sae_core` shares with it.
 WITHOUT_TORCH = tuple(f"sae_core/{name.replace('.', '/')}.py" for name in ("__init__", *SHARED))
-BOTH_HALVES = {"server.worker", "server.engine", "server.engine_circuits"}
+BOTH_HALVES = ("server.worker", "server.work", "server.gpus", "server.engine", "server.engine_circuits")
 # The command line runs in many processes, so it reaches for the other half inside the commands that need it, never at its top.
 INSIDE_FUNCTIONS = {"server.cli", "server.doctor"}
 
@@ -111,14 +112,37 @@ def test_only_worker_and_engine_know_both_halves() -> None:
     def allowed(path: Path, name: str) -> bool:
         heavy = within(name, *TORCH) or (within(name, "sae_core") and name not in LIGHT)
         inside = module_of(path) in INSIDE_FUNCTIONS and name not in imports(path, top=True)
-        return not heavy or inside or module_of(path) in BOTH_HALVES
+        return not heavy or inside or within(module_of(path), *BOTH_HALVES)
 
     assert offences("server", allowed) == []
 
 
 def test_only_command_line_and_starters_reach_for_worker_and_engine() -> None:
-    starters = {"server.cli", "server.up", "server.demo", *BOTH_HALVES}
-    assert offences("server", lambda path, name: module_of(path) in starters or name not in BOTH_HALVES) == []
+    starters = ("server.cli", "server.up", "server.demo", *BOTH_HALVES)
+
+    def allowed(path: Path, name: str) -> bool:
+        return within(module_of(path), *starters) or not within(name, *BOTH_HALVES)
+
+    assert offences("server", allowed) == []
+
+
+def test_what_a_worker_does_knows_neither_the_process_nor_the_engine() -> None:
+    may = ("server.worker", "server.work")
+    above = ("server.worker", "server.engine", "server.engine_circuits", "server.cli")
+    assert offences("server/work", lambda _, name: not within(name, *above)) == []
+
+    def allowed(path: Path, name: str) -> bool:
+        opening = module_of(path) == "server.engine" and name == "server.work.opening"
+        return within(module_of(path), *may) or opening or not within(name, "server.work")
+
+    assert offences("server", allowed) == []
+
+
+@pytest.mark.parametrize("folder", ["sae_core", "server"])
+def test_no_module_imports_itself_by_way_of_others(folder: str) -> None:
+    graph = {module_of(path): imports(path, top=True) - {module_of(path)} for path in files(folder)}
+    order = list(TopologicalSorter(graph).static_order())  # CycleError, which says the circle, where there is one
+    assert set(graph) <= set(order)
 
 
 @pytest.mark.parametrize("folder", ["server/pages", "server/api"])

@@ -22,15 +22,17 @@ from fastapi.testclient import TestClient
 
 from bench import _postgres, harvest_workers
 from bench._served import free_port
+from sae_core import harvest as sweep
 from sae_core.config import HarvestJob, TrainConfig, Wishes
 from sae_core.errors import DatabaseAway
-from server import worker as workers
 from server.app import create_app
 from server.jobs import Jobs
 from server.settings import Settings
 from server.store import jobs as store
 from server.store import registry
 from server.tables import SAE, Example, Harvest
+from server.work import training
+from server.work.run import Run
 from tests.faults.conftest import Crew, home_of, quick, until
 from tests.jobs.conftest import HARVEST, Home, tiny_config, wait_for
 from tests.jobs.test_crashes import published
@@ -301,7 +303,7 @@ def test_a_disk_that_fills_in_a_harvest_is_said_and_the_harvest_goes_on_when_the
         sae = home.jobs.enqueue_train(QUICK, name="x")
         assert home.wait(sae, seconds=200) == "done", home.error(sae)
         with monkeypatch.context() as patch:
-            patch.setattr(workers.sweep, "choose", full)  # when the scan's files are there
+            patch.setattr(sweep, "choose", full)  # when the scan's files are there
             job_id = harvested(home)
             assert home.wait(job_id) == "failed"
             assert "No room is left in" in (home.error(job_id) or "")
@@ -359,7 +361,7 @@ def test_a_step_that_does_not_notice_is_broken_off_within_five_seconds_of_a_canc
         while True:
             sum(range(10_000))
 
-    monkeypatch.setattr(workers, "_train", long)
+    monkeypatch.setattr(training, "_train", long)
     job_id = home.jobs.enqueue_train(QUICK)
     with working(home) as worker:
         assert begun.wait(60)
@@ -378,7 +380,7 @@ def test_a_job_that_works_for_too_long_ends_with_a_sentence(home: Home, monkeypa
         while True:
             time.sleep(0.01)
 
-    monkeypatch.setattr(workers, "_train", long)
+    monkeypatch.setattr(training, "_train", long)
     job_id = Jobs(home.settings, home.db, Wishes(time_limit=1.5)).enqueue_train(QUICK)
     with working(home):
         assert home.wait(job_id) == "failed"
@@ -387,16 +389,16 @@ def test_a_job_that_works_for_too_long_ends_with_a_sentence(home: Home, monkeypa
 
 
 def test_what_may_pass_is_tried_again_and_what_will_not_is_not(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "WAIT", 0.2)
+    monkeypatch.setattr("server.work.run.WAIT", 0.2)
     failures = iter([DatabaseAway("The database is away."), ConnectionResetError("reset")])
-    train = workers._train
+    train = training._train
 
-    def sometimes(run: workers.Run, cfg: TrainConfig) -> None:
+    def sometimes(run: Run, cfg: TrainConfig) -> None:
         for error in failures if run.id == good else ():
             raise error
         train(run, cfg)
 
-    monkeypatch.setattr(workers, "_train", sometimes)
+    monkeypatch.setattr(training, "_train", sometimes)
     good = home.jobs.enqueue_train(QUICK, name="good")
     bad = home.jobs.enqueue_train(QUICK.model_copy(update={"corpus": "words"}), name="bad")
     with home.db.write() as session:

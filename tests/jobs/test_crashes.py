@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,10 +12,11 @@ import pytest
 import sqlalchemy as sa
 
 from server.db import Database
-from server.jobs import sae_name
+from server.jobs import VERSION, sae_name
 from server.store import jobs as store
 from server.tables import SAE, Example, Feature, Harvest
 from tests.jobs.conftest import Home, WorkerProcess, make_home, start, tiny_config, wait_for
+from tests.jobs.test_worker import steps_of
 
 Start = Callable[..., WorkerProcess]
 LONG = tiny_config(passes=4)
@@ -127,6 +129,9 @@ def test_killed_in_a_harvest_it_ends_with_the_same_examples(
     worker_process(home.settings)
     assert home.wait(harvest_id) == "done", home.error(harvest_id)
     assert published(home.db) == undisturbed[1]
+    steps = [step for step in steps_of(home, harvest_id) if not re.fullmatch(r"write 0 \d+", step)]
+    begin, end = ["scan", "choose 0", "visit", "features 0", "begin 0"], ["search 0", "publish 0"]
+    assert (VERSION, steps) == ("3", [*begin, "write features 0", "write heads 0", *end])
     with home.db.read() as session:
         assert session.scalars(sa.select(Harvest.status)).all() == ["published"]
     wait_for(lambda: not home.folder(harvest_id).exists() and not home.folder(job_id).exists())

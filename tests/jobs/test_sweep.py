@@ -9,13 +9,14 @@ from safetensors.numpy import load_file
 
 from sae_core.config import HarvestConfig, HarvestJob, Site, SweepConfig
 from sae_core.errors import LayerOutOfRange, UnknownCorpus, UsageError
-from server import worker as workers
 from server.jobs import NAME_LENGTH, harvest_id
 from server.store import jobs as store
 from server.store import registry
 from server.store.harvests import stored_gaps
 from server.store.sweeps import run_names, sweep
 from server.tables import SAE, Feature, Harvest
+from server.work import training
+from server.work.run import Run
 from tests.jobs.conftest import HARVEST, Home, WorkerProcess, tiny_config, wait_for
 from tests.jobs.test_worker import log_of, working
 from tests.test_tracking import Package
@@ -170,14 +171,14 @@ def test_a_killed_sweep_is_gone_on_with_and_its_saes_stand_once(home: Home, work
 
 
 def test_a_sweep_that_fails_while_it_publishes_is_gone_on_with_where_it_was(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish = workers._publish_sae
+    publish = training.publish_sae
 
-    def full(run: workers.Run, cfg: object, name: str, *rest: object) -> None:
+    def full(run: Run, cfg: object, name: str, *rest: object) -> None:
         if name == "s-k8":
             raise OSError(28, "No space left on device")
         publish(run, cfg, name, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(workers, "_publish_sae", full)
+    monkeypatch.setattr(training, "publish_sae", full)
     job_id = home.jobs.enqueue_sweep(PAIR, name="s")
     with working(home):
         assert home.wait(job_id) == "failed"
@@ -185,7 +186,7 @@ def test_a_sweep_that_fails_while_it_publishes_is_gone_on_with_where_it_was(home
         with home.db.read() as session:
             assert registry.sae_names(session) == {"s-k4"}
             before = registry.sae(session, "s-k4").sha256
-        monkeypatch.setattr(workers, "_publish_sae", publish)
+        monkeypatch.setattr(training, "publish_sae", publish)
         home.jobs.retry(job_id)
         assert home.wait(job_id) == "done", home.error(job_id)
     with home.db.read() as session:

@@ -1,6 +1,7 @@
 """A worker inside the test's process: queue, cancel, retry, failures, slots."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,15 +10,18 @@ import pytest
 from pydantic import ValidationError
 
 from sae_core.config import CorpusSource, HarvestJob, ModelSource, SAEConfig, Site
-from sae_core.errors import LayerOutOfRange, NotFound, SlotTaken, UnknownCorpus, UnknownModel, UsageError
+from sae_core.errors import Fenced, LayerOutOfRange, NotFound, SlotTaken, UnknownCorpus, UnknownModel, UsageError
 from sae_core.progress import Progress
-from server import worker as workers
-from server.jobs import Jobs, harvest_id, sae_name
+from server.jobs import VERSION, Jobs, harvest_id, sae_name
 from server.settings import Settings
+from server.slots import Slot
 from server.store import jobs as store
 from server.store import registry
 from server.tables import SAE, Job
-from server.worker import Run, Worker
+from server.work import training
+from server.work.failures import Leave
+from server.work.run import Run
+from server.worker import Worker
 from tests.jobs.conftest import Home, start, tiny_config, wait_for
 from tests.test_webhook import listening
 
@@ -44,6 +48,11 @@ def log_of(home: Home, job_id: str) -> list[str]:
 # ---- the queue ----
 
 
+def steps_of(home: Home, job_id: str) -> list[str]:
+    """The durable steps of the job, by whose names it is gone on with: where they change, so must `jobs.VERSION`."""
+    return [step["function_name"] for step in home.jobs.client.list_workflow_steps(job_id)]
+
+
 def test_a_queued_job_is_trained_evaluated_and_published(home: Home) -> None:
     job_id = home.jobs.enqueue_train(QUICK, name="Mine")
     assert (job_id, home.status(job_id)) == ("train-mine-1", "queued")
@@ -62,6 +71,7 @@ def test_a_queued_job_is_trained_evaluated_and_published(home: Home) -> None:
     assert "Training." in log_of(home, job_id)
     assert "Evaluating on held-out rows and on repeated random tokens." in log_of(home, job_id)
     assert not home.folder(job_id).exists(), "its working files are given back"
+    assert (VERSION, steps_of(home, job_id)) == ("3", ["train", "evaluate", "publish", "follow"])
 
 
 def test_the_same_config_twice_makes_two_saes_with_two_names(home: Home) -> None:
@@ -198,7 +208,7 @@ def test_an_unforeseen_error_is_a_sentence_for_people_and_a_traceback_in_the_log
     def broken(*_: object) -> None:
         raise ZeroDivisionError("no reason at all")
 
-    monkeypatch.setattr(workers, "_train", broken)
+    monkeypatch.setattr(training, "_train", broken)
     job_id = home.jobs.enqueue_train(QUICK)
     with working(home) as worker:
         assert home.wait(job_id) == "failed"
@@ -215,7 +225,7 @@ def test_a_full_disk_is_said_to_be_full(home: Home, monkeypatch: pytest.MonkeyPa
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(workers, "_train", full)
+    monkeypatch.setattr(training, "_train", full)
     job_id = home.jobs.enqueue_train(QUICK)
     with working(home):
         assert home.wait(job_id) == "failed"
@@ -253,9 +263,9 @@ def test_all_writes_of_a_run_are_fenced(home: Home) -> None:
     run = Run(worker, home.jobs.get(job_id), old)
     reports = [lambda: run.say("late"), lambda: run.report(Progress("train", 1, 2)), run.finish, lambda: run.write().__enter__()]
     for write in reports:
-        with pytest.raises(workers.Fenced):
+        with pytest.raises(Fenced):
             write()
-    with pytest.raises(workers.Leave):
+    with pytest.raises(Leave):
         run.fail(ValueError("late"))
     assert home.status(job_id) == "running"
     worker.slot.free()
@@ -264,11 +274,29 @@ def test_all_writes_of_a_run_are_fenced(home: Home) -> None:
 # ---- slots ----
 
 
+def test_what_a_job_has_worked_is_the_time_that_passed_however_often_the_room_is_looked_at(
+    home: Home, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.work.run.WATCH_SECONDS", 0.0)
+    job_id = home.jobs.enqueue_train(QUICK)
+    worker = Worker(home.settings.model_copy(update={"beat_seconds": 0.01}), home.db)
+    with home.db.write() as session:
+        attempt = store.start_attempt(session, job_id, "w")
+    job, begun = home.jobs.get(job_id), time.monotonic()
+    run = Run(worker, job, attempt)
+    for _ in range(3):
+        time.sleep(0.1)
+        run.check()
+        run.look()
+    assert 0.3 <= home.jobs.get(job_id).worked <= time.monotonic() - begun
+    worker.slot.free()
+
+
 def test_two_workers_take_two_slots_and_a_freed_one_is_taken_again(settings: Settings) -> None:
-    first, second = workers.Slot.take(settings), workers.Slot.take(settings)
+    first, second = Slot.take(settings), Slot.take(settings)
     assert (first.name, second.name) == ("worker-0", "worker-1")
     first.free()
-    third = workers.Slot.take(settings)
+    third = Slot.take(settings)
     assert third.name == "worker-0"
     for slot in (second, third):
         slot.free()
@@ -277,9 +305,9 @@ def test_two_workers_take_two_slots_and_a_freed_one_is_taken_again(settings: Set
 def test_a_named_slot_is_not_shared(settings: Settings) -> None:
     named = settings.model_copy(update={"worker_id": "gpu1"})
     named.model_fields_set.add("worker_id")
-    held = workers.Slot.take(named)
+    held = Slot.take(named)
     with pytest.raises(SlotTaken, match="gpu1"):
-        workers.Slot.take(named)
+        Slot.take(named)
     held.free()
 
 

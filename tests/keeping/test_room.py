@@ -84,7 +84,7 @@ def test_a_run_that_meets_the_reserve_stops_keeps_its_checkpoint_and_goes_on(
         real(settings)
 
     monkeypatch.setattr(room, "watch", meanwhile)  # the moment is what is chosen here, not what happens then
-    monkeypatch.setattr("server.worker.WATCH_SECONDS", 0.0)
+    monkeypatch.setattr("server.work.run.WATCH_SECONDS", 0.0)
     worker = working(made)
     try:
         assert made.wait(job, "failed", "done") == "failed"
