@@ -117,7 +117,7 @@ Processes = Annotated[
     typer.Option("--processes", help="Processes that train together, a GPU each; results are the same.", show_default="1"),
 ]
 
-console = Console(highlight=False)
+_console = Console(highlight=False)
 S = TypeVar("S")
 
 
@@ -133,7 +133,7 @@ def demo(
     """Fetch a real model and real text, train on them and show the result while it is made."""
     from server import demo as demos
 
-    settings = _settings(data=data, port=port)
+    settings = settings_with(data=data, port=port)
     demos.queue(settings) if queue else demos.run(settings)
 
 
@@ -141,7 +141,7 @@ def demo(
 def up_(data: Data = None, host: Host = None, port: Port = None) -> None:
     """Start web, worker and engine together; Ctrl-C stops them and loses nothing."""
     doctors.need_worker_extra()
-    up.run(_settings(data=data, host=host, port=port).prepare(), _say)
+    up.run(settings_with(data=data, host=host, port=port).prepare(), say)
 
 
 @app.command(epilog="Example: [bold]headscope serve --port 8080[/bold]")
@@ -155,9 +155,9 @@ def serve(
     ] = None,
 ) -> None:
     """Start the web pages alone. Needs no torch."""
-    settings = _settings(data=data, host=host, port=port, web_workers=workers)
+    settings = settings_with(data=data, host=host, port=port, web_workers=workers)
     gc.disable()  # what is loaded has next to no garbage in it, and looking for some takes a tenth of the start
-    with _opened(settings) as (_, db):
+    with opened(settings) as (_, db):
         from server import watch
         from server.access import ensure_admin
         from server.app import create_app
@@ -183,9 +183,9 @@ def worker(
 ) -> None:
     """Start a worker: it trains and harvests what is queued, one job at a time."""
     doctors.need_worker_extra()
-    with _opened(_settings(data=data, worker_id=worker_id, device=device, processes=processes)) as (settings, db):
-        _give_token(settings)
-        _allow_wandb(settings)
+    with opened(settings_with(data=data, worker_id=worker_id, device=device, processes=processes)) as (settings, db):
+        give_token(settings)
+        allow_wandb(settings)
         from server.worker import run_worker
 
         _watched(settings, "worker")
@@ -197,8 +197,8 @@ def worker(
 def engine(data: Data = None, device: Device = None) -> None:
     """Start the engine, which answers the pages' live questions on typed text."""
     doctors.need_worker_extra()
-    with _opened(_settings(data=data, device=device)) as (settings, db):
-        _give_token(settings)
+    with opened(settings_with(data=data, device=device)) as (settings, db):
+        give_token(settings)
         from server.engine import create_engine
 
         port = settings.engine_port or settings.port + 1
@@ -279,7 +279,7 @@ def train(
     if layer is not None:
         raw["site"] = {"layer": layer}
     listed = given({"layers": layers}, SweepConfig)
-    settings = _settings(data=data, device=device, wandb=wandb, processes=processes)
+    settings = settings_with(data=data, device=device, wandb=wandb, processes=processes)
     _train(settings, raw, listed, wishes, name=name, revision=revision, watch=watch)
 
 
@@ -323,7 +323,7 @@ def sweep(
     listed = given({**values, "layers": layers}, SweepConfig)
     if not listed:
         raise UsageError("Say what to vary: --layers, --archs, --ks, --expansions or --seeds; `headscope train` makes one SAE.")
-    settings = _settings(data=data, device=device, wandb=wandb, processes=processes)
+    settings = settings_with(data=data, device=device, wandb=wandb, processes=processes)
     _train(settings, raw, listed, wishes, name=name, revision=revision, watch=watch)
 
 
@@ -347,10 +347,10 @@ def harvest(
     """Sweep text through SAEs that exist: statistics, examples and their attribution, published when complete."""
     wishes = built(Wishes, given(values, Wishes))
     harvest_config = built(HarvestConfig, given(values, HarvestConfig))
-    with _opened(_settings(data=data, device=device)) as (settings, db):
-        _give_token(settings)
+    with opened(settings_with(data=data, device=device)) as (settings, db):
+        give_token(settings)
         records = _swept(db, saes or [], model)
-        texts = [_corpus_for(db, record, corpus, "sweep") for record in records]
+        texts = [corpus_for(db, record, corpus, "sweep") for record in records]
         found, rows = texts[0]
         if any((other.name, rows_) != (found.name, rows) for other, rows_ in texts):
             raise UsageError(
@@ -371,15 +371,15 @@ def harvest(
         with db.read() as session:
             there = stored_harvests.n_made_by(session, job_id) == len(cfg.saes)
         if job.status == "done" and there:
-            _say(f"{job_id} is done already: the same sweep would give the same numbers.")
+            say(f"{job_id} is done already: the same sweep would give the same numbers.")
             return
         if job.ended:
             queue.retry(job_id, even_done=True)
-        _say(f"Queued {job_id}.")
+        say(f"Queued {job_id}.")
         if not alive:
-            _work_here(settings, db, job_id)
+            work_here(settings, db, job_id)
         elif watch:
-            _end(db, _watch_here(db, job_id))
+            watch_worker(db, job_id)
 
 
 @app.command(
@@ -414,13 +414,13 @@ def evaluate(
     for path in probes or []:
         if not path.exists():
             raise UnknownCorpus(f"There is no file or folder {path}.", field="probe")
-    with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
-        _give_token(settings)
+    with opened(settings_with(data=data, device=device)) as (settings, db), aside(as_json):
+        give_token(settings)
         with db.read() as session:
             record = registry.sae(session, sae)
             for name in against or []:
                 registry.sae(session, name)
-        found, rows = _corpus_for(db, record, corpus, "measure")
+        found, rows = corpus_for(db, record, corpus, "measure")
         rows = rows or RowsConfig(context=record.config.context, tokens=max(record.config.context, how.dead_tokens))
         cfg = EvaluateJob(
             sae=sae,
@@ -437,19 +437,19 @@ def evaluate(
         with db.write() as session:
             registry.add_corpus(session, found.name, found.source)
         job_id = queue.enqueue_evaluate(cfg)
-        _say(f"Queued {job_id}.")
+        say(f"Queued {job_id}.")
         if not alive:
-            _work_here(settings, db, job_id)
+            work_here(settings, db, job_id)
         elif watch or as_json:
-            _end(db, _watch_here(db, job_id))
+            watch_worker(db, job_id)
         else:
             return
         with db.read() as session:
             metrics = registry.metrics(session, sae)
     if as_json:
-        console.print_json(json.dumps(metrics))
+        say_json(metrics)
     else:
-        _table(("measure", "value"), terminal.measures(metrics), "")
+        table(("measure", "value"), terminal.measures(metrics), "")
 
 
 # --------------------------------------------------------------------------------------------------------------- studies
@@ -533,11 +533,11 @@ def study_specificity(
         )
     raw = {"sae": sae, "feature": feature, "proxies": proxies} | given(values, SpecificityStudy)
     built(SpecificityStudy, raw | {"corpus": "checked-later"}, OF_STUDY)
-    with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
-        _give_token(settings)
+    with opened(settings_with(data=data, device=device)) as (settings, db), aside(as_json):
+        give_token(settings)
         with db.read() as session:
             record = registry.sae(session, sae)
-        found, rows = _corpus_for(db, record, corpus, "read")
+        found, rows = corpus_for(db, record, corpus, "read")
         cfg = built(SpecificityStudy, raw | {"corpus": found.name}, OF_STUDY)
         rows = rows or RowsConfig(context=record.config.context, tokens=cfg.tokens_swept, heldout_tokens=0)
         jobs.check_feature(record, feature)
@@ -599,8 +599,8 @@ def _study_of_sae(kind: type[IoiStudy | PrefixStudy], about: str, more: str) -> 
         sae: OfSae, as_json: AsJson = False, watch: Watch = False, data: Data = None, device: Device = None, **values: Any
     ) -> None:
         cfg = built(kind, {"sae": sae} | given(values, kind), {})
-        with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
-            _give_token(settings)
+        with opened(settings_with(data=data, device=device)) as (settings, db), aside(as_json):
+            give_token(settings)
             made = _study(settings, db, cfg, built(Wishes, given(values, Wishes)), wait=watch or as_json)
         _show_study(made, as_json)
 
@@ -632,20 +632,20 @@ def _study_of_heads(
     """A study of a model's heads, on the text of its newest SAE unless another is named."""
     raw = given(values, kind)
     built(kind, raw | {"model": "checked-later"}, OF_STUDY)
-    with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
-        _give_token(settings)
-        found = _find_model(db, model, revision)
+    with opened(settings_with(data=data, device=device)) as (settings, db), aside(as_json):
+        give_token(settings)
+        found = find_model(db, model, revision)
         with db.read() as session:
             trained = studies.training_of(session, found.name)
         asked = corpus if corpus is not None else trained.corpus if trained else "none"
-        text = None if asked == "none" else _find_corpus(db, asked)
+        text = None if asked == "none" else find_corpus(db, asked)
         cfg = built(kind, raw | {"model": found.name, "corpus": text.name if text else None}, OF_STUDY)
         if text:
             same = trained is not None and trained.corpus == text.name
             own = RowsConfig(context=cfg.length, tokens=cfg.text_rows * cfg.length, heldout_tokens=0)
             cfg = cfg.model_copy(update={"rows": trained.rows if trained and same else own})
         if text and text.new:
-            _check_text(text.source)
+            check_text(text.source)
         with db.write() as session:
             registry.add_model(session, found.name, found.source)
             if text:
@@ -679,17 +679,17 @@ def _study(settings: Settings, db: Database, cfg: AnyStudy, wishes: Wishes, *, w
     alive = queue.worker_alive()
     job_id = queue.enqueue_study(cfg)
     if (job := queue.get(job_id)).status == "done":
-        _say(f"{job_id} is done already: the same question would get the same answer.")
+        say(f"{job_id} is done already: the same question would get the same answer.")
     else:
         if not alive:
             doctors.need_worker_extra()
         if job.status in ("failed", "cancelled"):
             queue.retry(job_id)
-        _say(f"Queued {job_id}.")
+        say(f"Queued {job_id}.")
         if not alive:
-            _work_here(settings, db, job_id)
+            work_here(settings, db, job_id)
         elif wait:
-            _end(db, _watch_here(db, job_id))
+            watch_worker(db, job_id)
         else:
             return None
     with db.read() as session:
@@ -701,10 +701,10 @@ def _show_study(made: studies.StudyRecord | None, as_json: bool) -> None:
     if made is None:
         return
     if as_json:
-        console.print_json(json.dumps(made.result))
+        say_json(made.result)
         return
-    _table(("measure", "value"), terminal.study(made.result), "")
-    _say(f"Its plots are at /studies/{made.id}.")
+    table(("measure", "value"), terminal.study(made.result), "")
+    say(f"Its plots are at /studies/{made.id}.")
 
 
 # ------------------------------------------------------------------------------------------------------ in from others, out
@@ -729,9 +729,9 @@ def import_sae(
     path = Path(location).expanduser()
     raw = {"location": str(path.resolve()) if path.exists() else location} | given(values, ImportJob)
     built(ImportJob, raw | {"model": "checked-later"})
-    with _opened(_settings(data=data, device=device)) as (settings, db):
-        _give_token(settings)
-        found = _find_model(db, model, None)
+    with opened(settings_with(data=data, device=device)) as (settings, db):
+        give_token(settings)
+        found = find_model(db, model, None)
         cfg = built(ImportJob, raw | {"model": found.name})
         queue = Jobs(settings, db, built(Wishes, given(values, Wishes)))
         alive = queue.worker_alive()
@@ -740,11 +740,11 @@ def import_sae(
         with db.write() as session:
             registry.add_model(session, found.name, found.source)
         job_id = queue.enqueue_import(cfg, name=name)
-        _say(f"Queued {job_id}.")
+        say(f"Queued {job_id}.")
         if not alive:
-            _work_here(settings, db, job_id)
+            work_here(settings, db, job_id)
         elif watch:
-            _end(db, _watch_here(db, job_id))
+            watch_worker(db, job_id)
 
 
 @import_app.command(
@@ -767,7 +767,7 @@ def import_dashboards(
 
     folder = location.expanduser().resolve()
     cfg = built(DashboardsJob, {"location": str(folder), "sae": sae} | given(values, DashboardsJob))
-    with _opened(_settings(data=data)) as (settings, db):
+    with opened(settings_with(data=data)) as (settings, db):
         dashboards.look(folder)  # what is wrong with the folder is said before anything is queued
         queue = Jobs(settings, db, built(Wishes, given(values, Wishes)))
         alive = queue.worker_alive()
@@ -778,15 +778,15 @@ def import_dashboards(
             there = stored_harvests.n_made_by(session, job_id) > 0
         job = queue.get(job_id)
         if job.status == "done" and there:
-            _say(f"{job_id} is done already; `headscope harvests list` shows what it made.")
+            say(f"{job_id} is done already; `headscope harvests list` shows what it made.")
             return
         if job.ended:
             queue.retry(job_id, even_done=True)
-        _say(f"Queued {job_id}.")
+        say(f"Queued {job_id}.")
         if not alive:
-            _work_here(settings, db, job_id)
+            work_here(settings, db, job_id)
         elif watch:
-            _end(db, _watch_here(db, job_id))
+            watch_worker(db, job_id)
 
 
 @export_app.command("sae", epilog="Example: [bold]headscope export sae gpt2-l5-1a2b3c ./for-saelens[/bold]")
@@ -797,7 +797,7 @@ def export_sae(
 ) -> None:
     """Write an SAE as a folder that SAELens 6 loads."""
     doctors.need_worker_extra()
-    with _opened(_settings(data=data)) as (settings, db):
+    with opened(settings_with(data=data)) as (settings, db):
         with db.read() as session:
             record = registry.sae(session, sae)
         _need_empty(folder)
@@ -805,7 +805,7 @@ def export_sae(
         from sae_core.saes import load_sae
 
         write_saelens(load_sae(settings.data / record.folder), folder)
-    _say(f"{sae} is in {folder}; SAE.load_from_disk({str(folder)!r}) reads it.")
+    say(f"{sae} is in {folder}; SAE.load_from_disk({str(folder)!r}) reads it.")
 
 
 @export_app.command(
@@ -826,7 +826,7 @@ def export_dashboards(
 
     if form not in ("saedashboard", "neuronpedia", "delphi"):
         raise UsageError(f"There is no form {form}; there are saedashboard, neuronpedia and delphi.", field="form")
-    with _opened(_settings(data=data)) as (_, db):
+    with opened(settings_with(data=data)) as (_, db):
         with db.read() as session:
             door = find_sae(session, sae)
             source = registry.model(session, door.sae.model).source
@@ -839,7 +839,7 @@ def export_dashboards(
         else:
             wrote = {"saedashboard": written.saedashboard, "neuronpedia": written.neuronpedia}[form](features, door.sae, folder)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    _say(f"{wrote.features:,} features with {wrote.examples:,} examples are in {folder} ({room.gigabytes(size)}).")
+    say(f"{wrote.features:,} features with {wrote.examples:,} examples are in {folder} ({room.gigabytes(size)}).")
 
 
 @export_app.command("html", epilog="Example: [bold]headscope export html 3 ./for-the-appendix[/bold]")
@@ -852,11 +852,11 @@ def export_html(
     from server.exchange import bundle
     from server.store.lists import list_page
 
-    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+    with opened(settings_with(data=data)) as (_, db), db.read() as session:
         listed = list_page(session, list_id)
         _need_empty(folder)
         n = bundle.write(session, listed, folder)
-    _say(f"{n} features are in {folder}; open {folder / 'index.html'}.")
+    say(f"{n} features are in {folder}; open {folder / 'index.html'}.")
 
 
 def _need_empty(folder: Path) -> None:
@@ -870,7 +870,7 @@ def _need_empty(folder: Path) -> None:
 @harvests_app.command("list")
 def harvests_list(data: Data = None) -> None:
     """Harvests that are stored: those that are shown, those that were replaced, those that are being written."""
-    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+    with opened(settings_with(data=data)) as (_, db), db.read() as session:
         rows = [
             (
                 str(h.id),
@@ -884,7 +884,7 @@ def harvests_list(data: Data = None) -> None:
             for h in stored_harvests.stored(session)
         ]
     names = ("id", "SAE", "state", "tokens", "live features", "examples", "begun")
-    _table(names, rows, "Nothing has been harvested; `headscope harvest` does it.")
+    table(names, rows, "Nothing has been harvested; `headscope harvest` does it.")
 
 
 HarvestId = Annotated[int, typer.Argument(metavar="ID", help="As `headscope harvests list` says it.")]
@@ -901,26 +901,26 @@ def harvests_delete(
     data: Data = None,
 ) -> None:
     """Delete a stored harvest: its features and examples. Pages stay usable meanwhile."""
-    with _opened(_settings(data=data)) as (_, db):
+    with opened(settings_with(data=data)) as (_, db):
         stored_harvests.delete(db, harvest_id, force=force)
-        _say(f"Harvest {harvest_id} is deleted.")
+        say(f"Harvest {harvest_id} is deleted.")
 
 
 @harvests_app.command("describe", epilog='Example: [bold]headscope harvests describe 3 --name "all of the corpus"[/bold]')
 def harvests_describe(harvest_id: HarvestId, name: NewName = None, description: Description = None, data: Data = None) -> None:
     """Give a stored harvest a name and a description; what is not given stays."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         now = manage.harvest_line(session, harvest_id)
-        manage.describe_harvest(session, harvest_id, _or(name, now.name), _or(description, now.description))
-    _say(f"Harvest {harvest_id} is described.")
+        manage.describe_harvest(session, harvest_id, or_kept(name, now.name), or_kept(description, now.description))
+    say(f"Harvest {harvest_id} is described.")
 
 
 @harvests_app.command("archive", epilog="Example: [bold]headscope harvests archive 3[/bold]")
 def harvests_archive(harvest_id: HarvestId, undo: Undo = False, data: Data = None) -> None:
     """Move a stored harvest to the end of the lists; nothing of it is deleted."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         manage.archive_harvest(session, harvest_id, not undo)
-    _say(f"Harvest {harvest_id} is {'brought back' if undo else 'archived'}.")
+    say(f"Harvest {harvest_id} is {'brought back' if undo else 'archived'}.")
 
 
 # ------------------------------------------------------------------------------------------------------------------ SAEs
@@ -929,7 +929,7 @@ def harvests_archive(harvest_id: HarvestId, undo: Undo = False, data: Data = Non
 @saes_app.command("list")
 def saes_list(data: Data = None) -> None:
     """SAEs that are there; archived ones last."""
-    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+    with opened(settings_with(data=data)) as (_, db), db.read() as session:
         rows = [
             (
                 line.name,
@@ -944,7 +944,7 @@ def saes_list(data: Data = None) -> None:
             for line in manage.sae_lines(session)
         ]
     names = ("name", "model", "layer", "architecture", "features", "harvest shown", "", "description")
-    _table(names, rows, "There is no SAE; `headscope train` makes one.")
+    table(names, rows, "There is no SAE; `headscope train` makes one.")
 
 
 @saes_app.command(
@@ -952,18 +952,18 @@ def saes_list(data: Data = None) -> None:
 )
 def saes_describe(sae: SaeName, name: NewName = None, description: Description = None, data: Data = None) -> None:
     """Give an SAE another name, which its former one still leads to, or a description; what is not given stays."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         door = find_sae(session, sae)
-        called = manage.describe(session, door, _or(name, sae), _or(description, door.description))
-    _say(f"{sae} is {f'called {called} now' if called != sae else 'described'}.")
+        called = manage.describe(session, door, or_kept(name, sae), or_kept(description, door.description))
+    say(f"{sae} is {f'called {called} now' if called != sae else 'described'}.")
 
 
 @saes_app.command("archive", epilog="Example: [bold]headscope saes archive mine[/bold]")
 def saes_archive(sae: SaeName, undo: Undo = False, data: Data = None) -> None:
     """Leave an SAE out of the first page; its pages stay."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         manage.archive(session, find_sae(session, sae), not undo)
-    _say(f"{sae} is {'brought back' if undo else 'archived'}.")
+    say(f"{sae} is {'brought back' if undo else 'archived'}.")
 
 
 @saes_app.command("visibility", epilog="Example: [bold]headscope saes visibility mine private --owner Ola[/bold]")
@@ -974,13 +974,13 @@ def saes_visibility(
     data: Data = None,
 ) -> None:
     """Say who sees an SAE, where there are accounts: its owner and admins, everybody with an account, or everybody."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         door = find_sae(session, sae)
         if owner is not None:
             manage.give(session, door, accounts.account_id(session, owner))
         manage.set_visibility(session, door, visibility)
         accounts.record(session, "set the visibility", sae)
-    _say(f"{sae} is {visibility}.")
+    say(f"{sae} is {visibility}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------- people
@@ -1005,41 +1005,41 @@ def _password(path: Path | None) -> str:
 @user_app.command("add", epilog="Example: [bold]headscope user add Maren --role editor --password-file maren.txt[/bold]")
 def user_add(name: AccountName, role: RoleName = "reader", password_file: PasswordFile = None, data: Data = None) -> None:
     """Make an account."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         made = accounts.add(session, name, role, _password(password_file))
-    _say(f"{made.name} may log in, as {made.role}.")
+    say(f"{made.name} may log in, as {made.role}.")
 
 
 @user_app.command("list")
 def user_list(data: Data = None) -> None:
     """List the accounts."""
-    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+    with opened(settings_with(data=data)) as (_, db), db.read() as session:
         rows = [(one.name, one.role, "kept out" if one.disabled_at else "") for one in accounts.people(session)]
-    _table(("name", "role", ""), rows, "There are no accounts yet.")
+    table(("name", "role", ""), rows, "There are no accounts yet.")
 
 
 @user_app.command("role", epilog="Example: [bold]headscope user role Maren admin[/bold]")
 def user_role(name: AccountName, role: GivenRole, data: Data = None) -> None:
     """Let somebody do more, or less."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         accounts.set_role(session, name, role)
-    _say(f"{name} is {role} now.")
+    say(f"{name} is {role} now.")
 
 
 @user_app.command("password")
 def user_password(name: AccountName, password_file: PasswordFile = None, data: Data = None) -> None:
     """Give an account another password: all its browsers have to log in again."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         accounts.set_password(session, name, _password(password_file))
-    _say(f"{name} has a new password.")
+    say(f"{name} has a new password.")
 
 
 @user_app.command("remove")
 def user_remove(name: AccountName, data: Data = None) -> None:
     """Take an account away with its browsers and keys; what it wrote stays under its name."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         accounts.remove(session, name)
-    _say(f"{name} has no account any more.")
+    say(f"{name} has no account any more.")
 
 
 @key_app.command("add", epilog="Example: [bold]headscope key add Maren notebook --scope read --days 90[/bold]")
@@ -1053,27 +1053,27 @@ def key_add(
     """Make a key for scripts. It is shown now and never again."""
     from server.access import new_key
 
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         key, _made = new_key(session, accounts.account_id(session, name), key_name, scope, str(days))
-    _say(key)
+    say(key)
 
 
 @key_app.command("list")
 def key_list(data: Data = None) -> None:
     """List everybody's keys."""
-    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+    with opened(settings_with(data=data)) as (_, db), db.read() as session:
         kept = accounts.keys(session)
     until = ["revoked" if one.revoked_at else f"{one.expires_at:%Y-%m-%d}" if one.expires_at else "for good" for one in kept]
     rows = [(str(one.id), one.account, one.name, one.hint, one.scope, ends) for one, ends in zip(kept, until, strict=True)]
-    _table(("id", "account", "name", "begins with", "may", "until"), rows, "There are no keys yet.")
+    table(("id", "account", "name", "begins with", "may", "until"), rows, "There are no keys yet.")
 
 
 @key_app.command("revoke")
 def key_revoke(key: Annotated[int, typer.Argument(help="Id of the key, as `key list` shows it.")], data: Data = None) -> None:
     """Shut a key out."""
-    with _opened(_settings(data=data)) as (_, db), db.write() as session:
+    with opened(settings_with(data=data)) as (_, db), db.write() as session:
         accounts.revoke_key(session, key)
-    _say(f"Key {key} is revoked.")
+    say(f"Key {key} is revoked.")
 
 
 @app.command("audit", epilog="Example: [bold]headscope audit --who Maren[/bold]")
@@ -1083,10 +1083,10 @@ def audit(
     data: Data = None,
 ) -> None:
     """Show what was changed, by whom and from where."""
-    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+    with opened(settings_with(data=data)) as (_, db), db.read() as session:
         page = accounts.audit_page(session, who=who, limit=limit)
     rows = [(f"{one.at:%Y-%m-%d %H:%M}", one.who, one.way, one.address, one.action, one.target) for one in page.changes]
-    _table(("when", "who", "how", "from", "what", "of what"), rows, "Nothing was changed yet.")
+    table(("when", "who", "how", "from", "what", "of what"), rows, "Nothing was changed yet.")
 
 
 @saes_app.command("delete", epilog="Example: [bold]headscope saes delete mine --yes[/bold]")
@@ -1096,7 +1096,7 @@ def saes_delete(
     data: Data = None,
 ) -> None:
     """Delete an SAE with its harvests, its weights and all that people wrote about it."""
-    with _opened(_settings(data=data)) as (settings, db):
+    with opened(settings_with(data=data)) as (settings, db):
         with db.read() as session:
             door = find_sae(session, sae)
             page = manage.manage_page(session, door)
@@ -1107,10 +1107,10 @@ def saes_delete(
                 f"{sae} would go with its weights and all there is of it ({what or 'nothing else'}); add --yes.", field="yes"
             )
         manage.delete_sae(db, door, settings.data)
-    _say(f"{sae} is deleted.")
+    say(f"{sae} is deleted.")
 
 
-def _or(given: str | None, kept: str | None) -> str:
+def or_kept(given: str | None, kept: str | None) -> str:
     return given if given is not None else kept or ""
 
 
@@ -1120,14 +1120,14 @@ def _or(given: str | None, kept: str | None) -> str:
 @db_app.command("upgrade", epilog="Example: [bold]headscope db upgrade[/bold]")
 def db_upgrade(data: Data = None) -> None:
     """Bring both databases, Headscope's and the job queue's, to the newest version."""
-    settings = _settings(data=data).prepare()
+    settings = settings_with(data=data).prepare()
     db = Database(settings.url)
     try:
-        db.wait(settings.database_wait, _say, current=False)
+        db.wait(settings.database_wait, say, current=False)
         jobs.upgrade(settings, db)
     finally:
         db.close()
-    _say(f"{settings.url!r} is up to date.")
+    say(f"{settings.url!r} is up to date.")
 
 
 @db_app.command(
@@ -1147,26 +1147,26 @@ def db_search(
     search. Pages stay usable meanwhile."""
     if q:
         kind = search.check_kind(by)
-        with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        with opened(settings_with(data=data)) as (_, db), db.read() as session:
             if sae is None:
                 rows = list(terminal.found_in_all(search.search_all(session, q)))
-                _table(("what", "where", "found"), rows, f"Nothing here is '{q}'.")
+                table(("what", "where", "found"), rows, f"Nothing here is '{q}'.")
                 return
             found = search.search(session, find_sae(session, sae), q, kind)
-        _table(
+        table(
             ("feature", "label", "token", "strength", "family"),
             list(terminal.found(found)),
             found.trouble or f"Nothing is '{q}'.",
         )
         return
-    with _opened(_settings(data=data)) as (_, db):
+    with opened(settings_with(data=data)) as (_, db):
         with db.read() as session:
             waiting = search.lacking(session)
         for harvest_id, name in waiting:
             search.write(db, harvest_id, search.unfenced)
-            _say(f"{name} can be searched.")
+            say(f"{name} can be searched.")
     if not waiting:
-        _say("Every published harvest can be searched.")
+        say("Every published harvest can be searched.")
 
 
 @model_app.command(
@@ -1180,24 +1180,24 @@ def model_add(
     data: Data = None,
 ) -> None:
     """Register a language model."""
-    with _opened(_settings(data=data)) as (settings, db):
-        _give_token(settings)
-        source = _model_source(location or name, revision)
-        info = _load(settings, name, source).info if check else None
+    with opened(settings_with(data=data)) as (settings, db):
+        give_token(settings)
+        source = model_source(location or name, revision)
+        info = load_model(settings, name, source).info if check else None
         with db.write() as session:
             registry.add_model(session, name, source)
             if info:
                 registry.note_shape(session, name, info)
         said = f": {info.n_layers} layers, {info.n_heads} heads of {info.d_head}" if info else ", not loaded yet"
-        _say(f"{name} is registered{said}.")
+        say(f"{name} is registered{said}.")
 
 
 @model_app.command("list")
 def model_list(data: Data = None) -> None:
     """Models that are registered."""
-    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+    with opened(settings_with(data=data)) as (_, db), db.read() as session:
         rows = [(m.name, m.source.location, str(m.n_layers or "?"), str(m.n_heads or "?")) for m in registry.models(session)]
-    _table(("name", "location", "layers", "heads"), rows, "No model is registered; `headscope model add` registers one.")
+    table(("name", "location", "layers", "heads"), rows, "No model is registered; `headscope model add` registers one.")
 
 
 @corpus_app.command("add", epilog="Example: [bold]headscope corpus add pile hf:NeelNanda/pile-10k[/bold]")
@@ -1210,21 +1210,21 @@ def corpus_add(
     data: Data = None,
 ) -> None:
     """Register a body of text. It stays where it is."""
-    with _opened(_settings(data=data)) as (settings, db):
-        _give_token(settings)
-        source = CorpusSource(location=_corpus_location(location), field=field, split=split, revision=revision)
-        _check_text(source)
+    with opened(settings_with(data=data)) as (settings, db):
+        give_token(settings)
+        source = CorpusSource(location=corpus_location(location), field=field, split=split, revision=revision)
+        check_text(source)
         with db.write() as session:
             registry.add_corpus(session, name, source)
-        _say(f"{name} is registered.")
+        say(f"{name} is registered.")
 
 
 @corpus_app.command("list")
 def corpus_list(data: Data = None) -> None:
     """Corpora that are registered."""
-    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+    with opened(settings_with(data=data)) as (_, db), db.read() as session:
         rows = [(c.name, c.source.location, c.source.field) for c in registry.corpora(session)]
-    _table(("name", "location", "field"), rows, "No corpus is registered; `headscope corpus add` registers one.")
+    table(("name", "location", "field"), rows, "No corpus is registered; `headscope corpus add` registers one.")
 
 
 @corpus_app.command(
@@ -1244,13 +1244,13 @@ def corpus_remove_document(
     """Remove a document's text from harvests, search, rows and activations, and leave it out of all that is made later."""
     if sum(given_ is not None for given_ in (text, file, digest, index)) != 1:
         raise UsageError("Name the document by one of --text, --file, --hash and --id.", field="text")
-    with _opened(_settings(data=data)) as (settings, db):
+    with opened(settings_with(data=data)) as (settings, db):
         with db.read() as session:
             source = registry.corpus(session, name).source
         asked = file.read_text() if file is not None else text
         found = removal.find(settings, db, name, removal.search(source, text=asked, digest=digest, index=index))
         for digest_, said in zip(found.hashes, found.texts, strict=True):
-            _say(f"{digest_[:16]}  {len(said):,} characters: {' '.join(said.split())[:60]}")
+            say(f"{digest_[:16]}  {len(said):,} characters: {' '.join(said.split())[:60]}")
         held = removal.remove(settings, db, found) if yes else found.held
     what = (
         f"{held.contexts:,} rows of text with {held.examples:,} examples, {held.studies} studies, {held.written} labels, notes "
@@ -1258,7 +1258,7 @@ def corpus_remove_document(
     )
     if not yes:
         raise UsageError(f"This would take it out of {what}; add --yes.", field="yes")
-    _say(f"It is taken out of {what}. Backups, exports and the corpus's own files are yours to see to.")
+    say(f"It is taken out of {what}. Backups, exports and the corpus's own files are yours to see to.")
 
 
 @app.command(
@@ -1282,11 +1282,11 @@ def doctor(
     """What is installed, what this machine can do, and what a run of a given size will need."""
     raw = {"model": model, "corpus": "any", "site": Site(layer=layer), "rows": given(values, RowsConfig)}
     cfg = built(TrainConfig, raw | given(values, TrainConfig))
-    found = doctors.report(_settings(data=data), cfg, features=features, measure=measure)
+    found = doctors.report(settings_with(data=data), cfg, features=features, measure=measure)
     if as_json:
-        console.print_json(json.dumps(found))
+        say_json(found)
         return
-    _table(None, doctors.lines(found), "")
+    table(None, doctors.lines(found), "")
 
 
 # --------------------------------------------------------------------------------------------------------------- keeping
@@ -1304,13 +1304,13 @@ def backup_(
     data: Data = None,
 ) -> None:
     """Take a snapshot of both databases and the files they refer to; web and workers may go on meanwhile."""
-    with _opened(_settings(data=data)) as (settings, _):
+    with opened(settings_with(data=data)) as (settings, _):
         where, made = backup.backup(settings, target, keep=keep)
     for note in made.notes:
-        _say(note)
+        say(note)
     size = sum(int(about[1]) for about in (*made.databases.values(), *made.files.values()))
     rows = sum(made.counts[stored.OURS].values())
-    _say(f"{where} holds {rows:,} rows and {len(made.files):,} files, {room.gigabytes(size)}.")
+    say(f"{where} holds {rows:,} rows and {len(made.files):,} files, {room.gigabytes(size)}.")
 
 
 @app.command("restore", epilog="Example: [bold]headscope restore /mnt/backups/headscope --data ./new[/bold]")
@@ -1325,12 +1325,12 @@ def restore_(
     """Put a backup back, into an empty data folder and, of PostgreSQL, an empty database. Nothing is overwritten."""
     if check:
         whole = backup.verify(source, snapshot)
-        _say(f"The backup of {whole.made_at} is whole: {len(whole.files):,} files.")
+        say(f"The backup of {whole.made_at} is whole: {len(whole.files):,} files.")
         return
-    settings = _settings(data=data).prepare()
+    settings = settings_with(data=data).prepare()
     made = backup.restore(settings, source, snapshot=snapshot)
     rows = sum(made.counts[stored.OURS].values())
-    _say(f"{settings.data} holds what was backed up at {made.made_at}: {rows:,} rows, {len(made.files):,} files.")
+    say(f"{settings.data} holds what was backed up at {made.made_at}: {rows:,} rows, {len(made.files):,} files.")
 
 
 @app.command(
@@ -1346,13 +1346,13 @@ def migrate_(
     data: Data = None,
 ) -> None:
     """Copy both databases, jobs that wait included, from SQLite to PostgreSQL or back, and compare what was written."""
-    with _opened(_settings(data=data)) as (settings, _):
+    with opened(settings_with(data=data)) as (settings, _):
         new = {"database_url": None if to == "sqlite" else to, "database_password_file": password_file}
         target = settings.model_copy(update=new)
-        moved = migrate.migrate(settings, target, _say)
+        moved = migrate.migrate(settings, target, say)
     rows = sum(n for n, _ in moved.tables.values())
     how = "unset HEADSCOPE_DATABASE_URL" if to == "sqlite" else "set HEADSCOPE_DATABASE_URL to that address"
-    _say(f"{rows:,} rows of {len(moved.tables)} tables are the same in {target.url!r}. To use it, {how} and start everything.")
+    say(f"{rows:,} rows of {len(moved.tables)} tables are the same in {target.url!r}. To use it, {how} and start everything.")
 
 
 @app.command("gc", epilog="Examples: [bold]headscope gc[/bold]; [bold]headscope gc --days 7 --caches --yes[/bold]")
@@ -1367,48 +1367,60 @@ def gc_(
     data: Data = None,
 ) -> None:
     """Give back the disk of what nothing refers to: jobs' files, rows, SAEs, caches, what was half written, old logs."""
-    with _opened(_settings(data=data)) as (settings, db):
+    with opened(settings_with(data=data)) as (settings, db):
         found = garbage.find(settings, db, days=days, caches=caches)
         if yes:
             found = garbage.collect(settings, db, found)
     lines = [(one.what, room.gigabytes(one.bytes) if one.path else "in the database", one.why) for one in found]
-    _table(("what", "size", "why"), lines, "Nothing is left over.")
+    table(("what", "size", "why"), lines, "Nothing is left over.")
     if found:
         total = room.gigabytes(sum(one.bytes for one in found))
-        _say(f"{total} are given back." if yes else f"{total} would be given back; add --yes.")
+        say(f"{total} are given back." if yes else f"{total} would be given back; add --yes.")
 
 
 # --------------------------------------------------------------------------------------------------------------- helpers
 
 
 @contextmanager
-def _aside(apart: bool) -> Iterator[None]:
+def aside(apart: bool) -> Iterator[None]:
     """Say everything on stderr meanwhile, so that stdout holds nothing but what was asked for."""
-    global console
-    stdout = console
-    console = Console(stderr=True, highlight=False) if apart else stdout
+    global _console
+    stdout = _console
+    _console = Console(stderr=True, highlight=False) if apart else stdout
     try:
         yield
     finally:
-        console = stdout
+        _console = stdout
 
 
-def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False)
+def console() -> Console:
+    """Where commands say what they say, now."""
+    return _console
 
 
-def _table(heads: tuple[str, ...] | None, rows: Sequence[tuple[str, ...]], empty: str) -> None:
+def say(text: str) -> None:
+    """A line."""
+    _console.print(text, soft_wrap=True, markup=False)
+
+
+def say_json(found: object) -> None:
+    """One JSON object, and nothing else."""
+    _console.print_json(json.dumps(found))
+
+
+def table(heads: tuple[str, ...] | None, rows: Sequence[tuple[str, ...]], empty: str) -> None:
+    """Rows under their heads, or without any; `empty` where there are none."""
     if not rows:
-        _say(empty)
+        say(empty)
         return
     columns = [Column(head, overflow="fold") for head in heads or ("", "")]
-    table = Table(*columns, box=None, show_header=heads is not None, padding=(0, 2, 0, 0))
+    drawn = Table(*columns, box=None, show_header=heads is not None, padding=(0, 2, 0, 0))
     for row in rows:
-        table.add_row(*row)
-    console.print(table)
+        drawn.add_row(*row)
+    _console.print(drawn)
 
 
-def _settings(**chosen: Any) -> Settings:
+def settings_with(**chosen: Any) -> Settings:
     """Settings of the environment, with what was given on the command line."""
     try:
         return Settings(**{name: value for name, value in chosen.items() if value is not None})
@@ -1419,7 +1431,7 @@ def _settings(**chosen: Any) -> Settings:
 
 
 @contextmanager
-def _opened(settings: Settings) -> Iterator[tuple[Settings, Database]]:
+def opened(settings: Settings) -> Iterator[tuple[Settings, Database]]:
     """The data folder and its database, at the version that this code knows; a new SQLite file is made."""
     settings.prepare()
     db = Database(settings.url)
@@ -1428,13 +1440,13 @@ def _opened(settings: Settings) -> Iterator[tuple[Settings, Database]]:
         if path is not None and not path.exists():
             jobs.upgrade(settings, db)
         else:
-            db.wait(settings.database_wait, _say)
+            db.wait(settings.database_wait, say)
         yield settings, db
     finally:
         db.close()
 
 
-def _give_token(settings: Settings) -> None:
+def give_token(settings: Settings) -> None:
     """Put the Hugging Face token where the hub's library looks for it."""
     if settings.hf_token_file is not None:
         os.environ["HF_TOKEN"] = read_secret(settings.hf_token_file, "hf_token_file")
@@ -1486,7 +1498,7 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
     # uvicorn lets go of everything at SIGTERM and then sends it to itself once more: that is no failure.
     signal.signal(signal.SIGTERM, _leave)
     listening = up.listen(host, port)
-    _say(f"{what} at http://{host}:{port}.")
+    say(f"{what} at http://{host}:{port}.")
     gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
     gc.enable()
     gc.set_threshold(20_000, 20, 20)  # a page makes thousands of objects and leaves no cycles: looking for them took a twentieth
@@ -1511,25 +1523,25 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
         forked.keep(processes, work)
 
 
-class _Found(Generic[S]):
+class Found(Generic[S]):
     """A model or corpus that was asked for: registered, or to be registered under `name` once it is seen to be good."""
 
     def __init__(self, name: str, source: S, *, new: bool) -> None:
         self.name, self.source, self.new = name, source, new
 
 
-def _find_model(db: Database, asked: str, revision: str | None) -> _Found[ModelSource]:
+def find_model(db: Database, asked: str, revision: str | None) -> Found[ModelSource]:
     with db.read() as session:
         known = {m.name: m for m in registry.models(session)}
         if asked in known and revision in (None, known[asked].source.revision):
-            return _Found(asked, known[asked].source, new=False)
-        source = _model_source(asked, revision)
+            return Found(asked, known[asked].source, new=False)
+        source = model_source(asked, revision)
         if same := registry.model_at(session, source):
-            return _Found(same.name, source, new=False)
-    return _Found(_free_name(asked, set(known)), source, new=True)
+            return Found(same.name, source, new=False)
+    return Found(_free_name(asked, set(known)), source, new=True)
 
 
-def _model_source(asked: str, revision: str | None) -> ModelSource:
+def model_source(asked: str, revision: str | None) -> ModelSource:
     path = Path(asked).expanduser()
     if path.exists():
         return ModelSource(location=str(path.resolve()))
@@ -1538,15 +1550,15 @@ def _model_source(asked: str, revision: str | None) -> ModelSource:
     return ModelSource(location=asked, revision=revision)
 
 
-def _find_corpus(db: Database, asked: str) -> _Found[CorpusSource]:
+def find_corpus(db: Database, asked: str) -> Found[CorpusSource]:
     with db.read() as session:
         known = {c.name: c for c in registry.corpora(session)}
         if asked in known:
-            return _Found(asked, known[asked].source, new=False)
-        source = CorpusSource(location=_corpus_location(asked))
+            return Found(asked, known[asked].source, new=False)
+        source = CorpusSource(location=corpus_location(asked))
         if same := registry.corpus_at(session, source):
-            return _Found(same.name, source, new=False)
-    return _Found(_free_name(asked.removeprefix("hf:"), set(known)), source, new=True)
+            return Found(same.name, source, new=False)
+    return Found(_free_name(asked.removeprefix("hf:"), set(known)), source, new=True)
 
 
 def _swept(db: Database, names: list[str], model: str | None) -> list[registry.SAERecord]:
@@ -1564,18 +1576,18 @@ def _swept(db: Database, names: list[str], model: str | None) -> list[registry.S
     return found
 
 
-def _corpus_for(
+def corpus_for(
     db: Database, record: registry.SAERecord, asked: str | None, what: str
-) -> tuple[_Found[CorpusSource], RowsConfig | None]:
+) -> tuple[Found[CorpusSource], RowsConfig | None]:
     """The text that is asked for, else the training's; and the training's rows where it is the same text."""
     trained = record.config.train
     if asked is None and trained is None:
         raise UsageError(f"{record.name} was not trained here, so say what text to {what} it on: --corpus.", field="corpus")
-    found = _find_corpus(db, asked or (trained.corpus if trained else ""))
+    found = find_corpus(db, asked or (trained.corpus if trained else ""))
     return found, trained.rows if trained and trained.corpus == found.name else None
 
 
-def _corpus_location(asked: str) -> str:
+def corpus_location(asked: str) -> str:
     if asked.startswith("hf:"):
         return asked
     path = Path(asked).expanduser()
@@ -1593,14 +1605,14 @@ def _free_name(asked: str, taken: set[str]) -> str:
     return next(name for n in range(1, 10**6) if (name := base if n == 1 else f"{base}-{n}") not in taken)
 
 
-def _check_text(source: CorpusSource) -> None:
+def check_text(source: CorpusSource) -> None:
     from sae_core.corpus import documents
 
     if next(documents(source), None) is None:
         raise EmptyCorpus(f"There is no text in {source.location}; add some, or name another corpus.", field="corpus")
 
 
-def _load(settings: Settings, name: str, source: ModelSource) -> "Lens":
+def load_model(settings: Settings, name: str, source: ModelSource) -> "Lens":
     doctors.need_worker_extra()
     from sae_core import machine
     from sae_core.lens import load_lens
@@ -1608,9 +1620,9 @@ def _load(settings: Settings, name: str, source: ModelSource) -> "Lens":
     return load_lens(source, name=name, device=machine.pick_device(settings.device), cache=settings.cache)
 
 
-def _register(db: Database, model: _Found[ModelSource], corpus: _Found[CorpusSource]) -> None:
+def _register(db: Database, model: Found[ModelSource], corpus: Found[CorpusSource]) -> None:
     if corpus.new:
-        _check_text(corpus.source)
+        check_text(corpus.source)
     with db.write() as session:
         registry.add_model(session, model.name, model.source)
         registry.add_corpus(session, corpus.name, corpus.source)
@@ -1708,13 +1720,13 @@ def _train(
         raise UsageError("Say what to train on: --model, --layer and --corpus; `headscope train --help` has examples.")
     _config(raw | {"model": "checked-later", "corpus": "checked-later"}, listed)
 
-    with _opened(settings) as (settings, db):
-        _give_token(settings)
-        model, corpus = _find_model(db, wanted[0], revision), _find_corpus(db, wanted[1])
+    with opened(settings) as (settings, db):
+        give_token(settings)
+        model, corpus = find_model(db, wanted[0], revision), find_corpus(db, wanted[1])
         cfg = _config(raw | {"model": model.name, "corpus": corpus.name}, listed)
         queue = Jobs(settings, db, wishes)
         if not queue.worker_alive():
-            _allow_wandb(settings)
+            allow_wandb(settings)
             _train_here(settings, db, cfg, wishes, name, model, corpus)
             return
         if "processes" in settings.model_fields_set and "HEADSCOPE_PROCESSES" not in os.environ:
@@ -1730,9 +1742,9 @@ def _train(
             )
         _register(db, model, corpus)
         job_id = _enqueue(queue, cfg, name)
-        _say(f"Queued {job_id}.")
+        say(f"Queued {job_id}.")
         if watch:
-            _end(db, _watch_here(db, job_id))
+            watch_worker(db, job_id)
 
 
 def _enqueue(queue: Jobs, cfg: TrainConfig | SweepConfig, name: str | None) -> str:
@@ -1745,15 +1757,15 @@ def _train_here(
     cfg: TrainConfig | SweepConfig,
     wishes: Wishes,
     name: str | None,
-    model: _Found[ModelSource],
-    corpus: _Found[CorpusSource],
+    model: Found[ModelSource],
+    corpus: Found[CorpusSource],
 ) -> None:
     """Check everything that can be wrong before a line is written, then work until every SAE is published."""
     doctors.need_worker_extra()
-    _check_text(corpus.source)
+    check_text(corpus.source)
     if shape := _shape_before(db, model):
         jobs.check_shape(model.name, shape, _runs(cfg, shape.n_layers or 1))
-    lens = _load(settings, model.name, model.source)
+    lens = load_model(settings, model.name, model.source)
     info = lens.info
     runs = _runs(cfg, info.n_layers)
     for run in runs:
@@ -1766,12 +1778,12 @@ def _train_here(
     with db.write() as session:
         registry.note_shape(session, model.name, info)
     if len(runs) > 1:
-        _say(f"{len(runs)} SAEs, which take about {room.gigabytes(need.disk)} of disk while they are made.")
+        say(f"{len(runs)} SAEs, which take about {room.gigabytes(need.disk)} of disk while they are made.")
     job_id = _enqueue(Jobs(settings, db, wishes), cfg, name)
-    _work_here(settings, db, job_id, warm=(model.name, lens))
+    work_here(settings, db, job_id, warm=(model.name, lens))
 
 
-def _shape_before(db: Database, model: _Found[ModelSource]) -> jobs.Shape | None:
+def _shape_before(db: Database, model: Found[ModelSource]) -> jobs.Shape | None:
     """What is known of the model without its weights: by an earlier load, or by its config."""
     from sae_core.sizes import read_sizes
 
@@ -1792,7 +1804,7 @@ def _runs(cfg: TrainConfig | SweepConfig, n_layers: int) -> tuple[TrainConfig, .
 # ---- running a job in this process ----
 
 
-def _work_here(settings: Settings, db: Database, job_id: str, warm: "tuple[str, Lens] | None" = None) -> None:
+def work_here(settings: Settings, db: Database, job_id: str, warm: "tuple[str, Lens] | None" = None) -> None:
     from server.worker import Worker
 
     stop = threading.Event()
@@ -1803,20 +1815,21 @@ def _work_here(settings: Settings, db: Database, job_id: str, warm: "tuple[str, 
         here.keep(*warm)
     here.start()
     try:
-        terminal.watch(db, job_id, console, stop)
+        terminal.watch(db, job_id, console(), stop)
     finally:
         here.close()
     if stop.is_set():
-        _say(f"Stopped. `headscope worker` goes on with {job_id} where it is.")
+        say(f"Stopped. `headscope worker` goes on with {job_id} where it is.")
         raise typer.Exit(130)
     _end(db, job_id)
 
 
-def _watch_here(db: Database, job_id: str) -> str:
+def watch_worker(db: Database, job_id: str) -> None:
+    """Show what a worker makes of the job, until it has ended or Ctrl-C is pressed."""
     stop = threading.Event()
     signal.signal(signal.SIGINT, lambda *_: stop.set())
-    terminal.watch(db, job_id, console, stop)
-    return job_id
+    terminal.watch(db, job_id, console(), stop)
+    _end(db, job_id)
 
 
 def _end(db: Database, job_id: str) -> None:
@@ -1825,12 +1838,12 @@ def _end(db: Database, job_id: str) -> None:
         if job.status == "failed":
             raise HeadscopeError(f"{job.id} failed: {job.error}")
         if not job.ended:
-            _say(f"{job.id} goes on without us.")
+            say(f"{job.id} goes on without us.")
             return
-        _say(f"{job.id} is {job.status}.")
+        say(f"{job.id} is {job.status}.")
         if job.kind == "sweep":
             _compare(db, job.id)
-    _say("See it with `headscope up`.")
+    say("See it with `headscope up`.")
 
 
 def _compare(db: Database, job_id: str) -> None:
@@ -1861,10 +1874,10 @@ def _compare(db: Database, job_id: str) -> None:
         for run in record.runs
     ]
     heads = ("SAE", "L0", "unexplained", "CE kept of z = 0", "of z = mean", "dead", "gamma", "tokens/s")
-    _table(heads, rows, "")
+    table(heads, rows, "")
 
 
-def _environment() -> None:
+def report_to_nobody() -> None:
     """Nothing that runs here reports to anybody. Set before the libraries that read it are imported."""
     global _wandb_mode
     _wandb_mode = os.environ.get("WANDB_MODE")
@@ -1882,7 +1895,7 @@ def _environment() -> None:
 _wandb_mode: str | None = None  # as a person set it
 
 
-def _allow_wandb(settings: Settings) -> None:
+def allow_wandb(settings: Settings) -> None:
     """Take our ban off where a project is named; what a person set stays."""
     if settings.wandb:
         tracking.need_wandb()
@@ -1892,7 +1905,7 @@ def _allow_wandb(settings: Settings) -> None:
 
 def main() -> None:
     """Run a command; every error that a person can mend is one sentence."""
-    _environment()
+    report_to_nobody()
     up.die_with_parent()
     try:
         app()

@@ -30,7 +30,7 @@ def filled(settings: Settings) -> Settings:
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables that are not cut, whatever the terminal was when the command line was imported."""
-    monkeypatch.setattr(cli.console, "_width", 200)
+    monkeypatch.setattr(cli.console(), "_width", 200)
 
 
 def said(settings: Settings, *words: str) -> str:

@@ -84,12 +84,12 @@ def test_nothing_reports_unless_a_project_is_named(monkeypatch: pytest.MonkeyPat
     for name in ("WANDB_MODE", "HEADSCOPE_WANDB"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(cli, "_wandb_mode", None)
-    cli._environment()
+    cli.report_to_nobody()
     assert os.environ["WANDB_MODE"] == "disabled"
     monkeypatch.setattr(tracking, "need_wandb", lambda: None)
-    cli._allow_wandb(Settings(data=tmp_path))
+    cli.allow_wandb(Settings(data=tmp_path))
     assert os.environ["WANDB_MODE"] == "disabled"
-    cli._allow_wandb(Settings(data=tmp_path, wandb="mine"))
+    cli.allow_wandb(Settings(data=tmp_path, wandb="mine"))
     assert "WANDB_MODE" not in os.environ
 
 
@@ -97,8 +97,8 @@ def test_a_mode_that_a_person_set_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setattr(cli, "_wandb_mode", None)
     monkeypatch.setattr(tracking, "need_wandb", lambda: None)
-    cli._environment()
-    cli._allow_wandb(Settings(data=tmp_path, wandb="mine"))
+    cli.report_to_nobody()
+    cli.allow_wandb(Settings(data=tmp_path, wandb="mine"))
     assert os.environ["WANDB_MODE"] == "offline"
 
 
