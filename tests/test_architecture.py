@@ -20,7 +20,8 @@ LIGHT = {"sae_core", *(f"sae_core.{name}" for name in SHARED)}
 WITHOUT_TORCH = tuple(f"sae_core/{name.replace('.', '/')}.py" for name in ("__init__", *SHARED))
 BOTH_HALVES = {"server.worker", "server.engine", "server.engine_circuits"}
 # The command line runs in many processes, so it reaches for the other half inside the commands that need it, never at its top.
-INSIDE_FUNCTIONS = {"server.cli", "server.doctor"}
+COMMANDS = {f"server.commands.{name}" for name in ("exchange", "sources", "training")}
+INSIDE_FUNCTIONS = {*COMMANDS, "server.doctor"}
 
 
 def files(folder: str) -> Iterator[Path]:
@@ -117,8 +118,22 @@ def test_only_worker_and_engine_know_both_halves() -> None:
 
 
 def test_only_command_line_and_starters_reach_for_worker_and_engine() -> None:
-    starters = {"server.cli", "server.up", "server.demo", *BOTH_HALVES}
+    starters = {"server.commands.processes", "server.commands.running", "server.up", "server.demo", *BOTH_HALVES}
     assert offences("server", lambda path, name: module_of(path) in starters or name not in BOTH_HALVES) == []
+
+
+def test_a_subject_of_the_command_line_knows_no_other_and_only_the_entry_knows_them() -> None:
+    names = ("arguments", "environment", "opened", "printing", "running", "sources")
+    shared = {f"server.commands.{name}" for name in names}
+
+    def allowed(path: Path, name: str) -> bool:
+        own = within(module_of(path), "server.commands") and name in shared
+        return not within(name, "server.cli", "server.commands") or own or module_of(path) == "server.cli"
+
+    assert offences("server", allowed) == []
+    assert all(map(is_module, shared))
+    subjects = {module_of(path) for path in files("server/commands")} - shared - {"server.commands"}
+    assert subjects == {name for name in imports(ROOT / "server" / "cli.py") if within(name, "server.commands")} - shared
 
 
 @pytest.mark.parametrize("folder", ["server/pages", "server/api"])

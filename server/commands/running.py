@@ -1,0 +1,90 @@
+"""A job that a command has queued: worked on in this process, or watched while a worker has it."""
+
+import signal
+import threading
+from typing import TYPE_CHECKING
+
+import typer
+
+from sae_core.errors import HeadscopeError
+from server import terminal
+from server.commands.printing import console, say, table
+from server.db import Database
+from server.settings import Settings
+from server.store import sweeps
+
+if TYPE_CHECKING:
+    from sae_core.lens import Lens
+
+
+def work_here(settings: Settings, db: Database, job_id: str, warm: "tuple[str, Lens] | None" = None) -> None:
+    from server.worker import Worker
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    here = Worker(settings, db)
+    if warm:
+        here.keep(*warm)
+    here.start()
+    try:
+        terminal.watch(db, job_id, console(), stop)
+    finally:
+        here.close()
+    if stop.is_set():
+        say(f"Stopped. `headscope worker` goes on with {job_id} where it is.")
+        raise typer.Exit(130)
+    _end(db, job_id)
+
+
+def watch_worker(db: Database, job_id: str) -> None:
+    """Show what a worker makes of the job, until it has ended or Ctrl-C is pressed."""
+    stop = threading.Event()
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
+    terminal.watch(db, job_id, console(), stop)
+    _end(db, job_id)
+
+
+def _end(db: Database, job_id: str) -> None:
+    """Say how it ended; a failure is an error of this command."""
+    for job in terminal.family(db, job_id):
+        if job.status == "failed":
+            raise HeadscopeError(f"{job.id} failed: {job.error}")
+        if not job.ended:
+            say(f"{job.id} goes on without us.")
+            return
+        say(f"{job.id} is {job.status}.")
+        if job.kind == "sweep":
+            _compare(db, job.id)
+    say("See it with `headscope up`.")
+
+
+def _compare(db: Database, job_id: str) -> None:
+    """A sweep's table."""
+    with db.read() as session:
+        record = sweeps.sweep(session, job_id)
+
+    def kept(run: sweeps.SweepRun, against: str) -> str:
+        found = run.kept.get(f"prose ce {against}")
+        if found is None or found.value is None:
+            return "withheld" if found else ""
+        return f"{found.value:.1%}" + ("" if found.low is None else f" ({found.low:.0%} to {found.high:.0%})")
+
+    def figure(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    rows = [
+        (
+            run.label or run.sae,
+            figure(run.l0, ".1f"),
+            figure(run.fvu, ".1%"),
+            kept(run, "zero"),
+            kept(run, "mean"),
+            figure(run.dead, ".1%"),
+            figure(run.gamma, ".3f"),
+            figure(run.rate, ",.0f"),
+        )
+        for run in record.runs
+    ]
+    heads = ("SAE", "L0", "unexplained", "CE kept of z = 0", "of z = mean", "dead", "gamma", "tokens/s")
+    table(heads, rows, "")
