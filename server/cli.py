@@ -9,18 +9,7 @@ import typer
 
 from sae_core.errors import DatabaseAway, DataFolderNotWritable, DiskFull, HeadscopeError, MachineError
 from server import up
-from server.commands import (
-    doctor,
-    exchange,
-    harvests,
-    keeping,
-    people,
-    processes,
-    registers,
-    saes,
-    studies,
-    training,
-)
+from server.commands import doctor, exchange, harvests, keeping, people, processes, registers, saes, studies, training
 from server.commands.environment import report_to_nobody
 
 app = typer.Typer(

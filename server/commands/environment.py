@@ -6,6 +6,8 @@ import os
 from server import jobs, tracking
 from server.settings import Settings, read_secret
 
+_wandb_mode: str | None = None  # as a person set it
+
 
 def report_to_nobody() -> None:
     """Nothing that runs here reports to anybody. Set before the libraries that read it are imported."""
@@ -20,9 +22,6 @@ def report_to_nobody() -> None:
     os.environ.setdefault("PYTHONFAULTHANDLER", "1")
     jobs.quiet()
     logging.captureWarnings(True)
-
-
-_wandb_mode: str | None = None  # as a person set it
 
 
 def allow_wandb(settings: Settings) -> None:

@@ -12,7 +12,7 @@ from server.commands.arguments import OF_JOB, Data, Device, LanguageModel, Watch
 from server.commands.environment import give_token
 from server.commands.opened import opened, settings_with
 from server.commands.printing import say
-from server.commands.running import watch_worker, work_here
+from server.commands.running import carry_out, look_for_worker
 from server.commands.sources import find_model
 from server.jobs import Jobs
 from server.keeping import room
@@ -48,17 +48,11 @@ def import_sae(
         found = find_model(db, model, None)
         cfg = built(ImportJob, raw | {"model": found.name})
         queue = Jobs(settings, db, built(Wishes, given(values, Wishes)))
-        alive = queue.worker_alive()
-        if not alive:
-            doctors.need_worker_extra()
+        alive = look_for_worker(queue)
         with db.write() as session:
             registry.add_model(session, found.name, found.source)
         job_id = queue.enqueue_import(cfg, name=name)
-        say(f"Queued {job_id}.")
-        if not alive:
-            work_here(settings, db, job_id)
-        elif watch:
-            watch_worker(db, job_id)
+        carry_out(settings, db, job_id, alive=alive, watch=watch)
 
 
 @import_app.command(
@@ -84,9 +78,7 @@ def import_dashboards(
     with opened(settings_with(data=data)) as (settings, db):
         dashboards.look(folder)  # what is wrong with the folder is said before anything is queued
         queue = Jobs(settings, db, built(Wishes, given(values, Wishes)))
-        alive = queue.worker_alive()
-        if not alive:
-            doctors.need_worker_extra()
+        alive = look_for_worker(queue)
         job_id = queue.enqueue_dashboards(cfg)
         with db.read() as session:
             there = stored_harvests.n_made_by(session, job_id) > 0
@@ -96,11 +88,7 @@ def import_dashboards(
             return
         if job.ended:
             queue.retry(job_id, even_done=True)
-        say(f"Queued {job_id}.")
-        if not alive:
-            work_here(settings, db, job_id)
-        elif watch:
-            watch_worker(db, job_id)
+        carry_out(settings, db, job_id, alive=alive, watch=watch)
 
 
 @export_app.command("sae", epilog="Example: [bold]headscope export sae gpt2-l5-1a2b3c ./for-saelens[/bold]")

@@ -6,12 +6,11 @@ import typer
 
 from sae_core.config import HarvestConfig, HarvestJob, RowsConfig, Wishes
 from sae_core.errors import UsageError
-from server import doctor as doctors
 from server.commands.arguments import OF_JOB, Data, Description, Device, NewName, Undo, or_kept
 from server.commands.environment import give_token
 from server.commands.opened import opened, settings_with
 from server.commands.printing import say, table
-from server.commands.running import watch_worker, work_here
+from server.commands.running import carry_out, look_for_worker
 from server.commands.sources import corpus_for
 from server.db import Database
 from server.jobs import Jobs
@@ -56,9 +55,7 @@ def harvest(
         rows = rows or RowsConfig(context=records[0].config.context, tokens=harvest_config.tokens, heldout_tokens=0)
         cfg = HarvestJob(saes=tuple(r.name for r in records), corpus=found.name, rows=rows, harvest=harvest_config)
         queue = Jobs(settings, db, wishes)
-        alive = queue.worker_alive()
-        if not alive:
-            doctors.need_worker_extra()
+        alive = look_for_worker(queue)
         with db.write() as session:
             registry.add_corpus(session, found.name, found.source)
         job_id = queue.enqueue_harvest(cfg)
@@ -70,11 +67,7 @@ def harvest(
             return
         if job.ended:
             queue.retry(job_id, even_done=True)
-        say(f"Queued {job_id}.")
-        if not alive:
-            work_here(settings, db, job_id)
-        elif watch:
-            watch_worker(db, job_id)
+        carry_out(settings, db, job_id, alive=alive, watch=watch)
 
 
 def _swept(db: Database, names: list[str], model: str | None) -> list[registry.SAERecord]:

@@ -25,6 +25,12 @@ app = typer.Typer()
 Port = Annotated[int | None, typer.Option("--port", help="Port of the web pages.", show_default="8000")]
 Host = Annotated[str | None, typer.Option("--host", help="Address of the web pages.", show_default="127.0.0.1")]
 
+M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
+
+_at_the_end: list[Callable[[], None]] = []
+"""What sends the rest of the traces."""
+
 
 @app.command(epilog="Example: [bold]headscope demo[/bold]")
 def demo(
@@ -122,10 +128,6 @@ def _watched(settings: Settings, process: str) -> None:
     atexit.register(_at_the_end[-1])
 
 
-_at_the_end: list[Callable[[], None]] = []
-"""What sends the rest of the traces."""
-
-
 def _leave(*_: object) -> NoReturn:
     """Leave at once and well: all is kept by now, and taking torch down takes seconds."""
     _last_words()
@@ -137,10 +139,6 @@ def _last_words() -> None:
         act()
     logging.shutdown()
     sys.stdout.flush()
-
-
-M_ARENA_MAX = -8
-"""Of glibc's malloc.h."""
 
 
 def _share_heaps() -> None:

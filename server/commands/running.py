@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING
 import typer
 
 from sae_core.errors import HeadscopeError
+from server import doctor as doctors
 from server import terminal
 from server.commands.printing import console, say, table
 from server.db import Database
+from server.jobs import Jobs
 from server.settings import Settings
 from server.store import sweeps
 
@@ -17,7 +19,28 @@ if TYPE_CHECKING:
     from sae_core.lens import Lens
 
 
+def look_for_worker(queue: Jobs) -> bool:
+    """Whether a worker runs; where none does, this process has to be able to work, which is seen before anything is queued."""
+    alive = queue.worker_alive()
+    if not alive:
+        doctors.need_worker_extra()
+    return alive
+
+
+def carry_out(settings: Settings, db: Database, job_id: str, *, alive: bool, watch: bool) -> bool:
+    """Work on a queued job here, where no worker is `alive`; else show what the worker makes of it, if `watch`. Whether it has
+    ended."""
+    say(f"Queued {job_id}.")
+    if not alive:
+        work_here(settings, db, job_id)
+    elif watch:
+        watch_worker(db, job_id)
+    return watch or not alive
+
+
 def work_here(settings: Settings, db: Database, job_id: str, warm: "tuple[str, Lens] | None" = None) -> None:
+    """Work on the job in this process until it has ended, or Ctrl-C, which is exit code 130; `warm` is a model that is loaded
+    already, and its name."""
     from server.worker import Worker
 
     stop = threading.Event()

@@ -8,13 +8,12 @@ import typer
 
 from sae_core.config import EvaluateConfig, EvaluateJob, RowsConfig, Wishes
 from sae_core.errors import UnknownCorpus, UsageError
-from server import doctor as doctors
 from server import terminal
 from server.commands.arguments import OF_JOB, Data, Description, Device, NewName, Undo, Watch, or_kept
 from server.commands.environment import give_token
 from server.commands.opened import opened, settings_with
 from server.commands.printing import aside, say, say_json, table
-from server.commands.running import watch_worker, work_here
+from server.commands.running import carry_out, look_for_worker
 from server.commands.sources import corpus_for
 from server.jobs import Jobs
 from server.options import built, given, options, takes
@@ -74,18 +73,11 @@ def evaluate(
             evaluate=how,
         )
         queue = Jobs(settings, db, wishes)
-        alive = queue.worker_alive()
-        if not alive:
-            doctors.need_worker_extra()
+        alive = look_for_worker(queue)
         with db.write() as session:
             registry.add_corpus(session, found.name, found.source)
         job_id = queue.enqueue_evaluate(cfg)
-        say(f"Queued {job_id}.")
-        if not alive:
-            work_here(settings, db, job_id)
-        elif watch or as_json:
-            watch_worker(db, job_id)
-        else:
+        if not carry_out(settings, db, job_id, alive=alive, watch=watch or as_json):
             return
         with db.read() as session:
             metrics = registry.metrics(session, sae)

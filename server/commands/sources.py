@@ -26,6 +26,7 @@ class Found(Generic[S]):
 
 
 def find_model(db: Database, asked: str, revision: str | None) -> Found[ModelSource]:
+    """The model of that name, or at that place; UnknownModel where it can be at none."""
     with db.read() as session:
         known = {m.name: m for m in registry.models(session)}
         if asked in known and revision in (None, known[asked].source.revision):
@@ -37,6 +38,7 @@ def find_model(db: Database, asked: str, revision: str | None) -> Found[ModelSou
 
 
 def model_source(asked: str, revision: str | None) -> ModelSource:
+    """Where it is: a file or folder that is there, else the hub; UnknownModel for a path that leads nowhere."""
     path = Path(asked).expanduser()
     if path.exists():
         return ModelSource(location=str(path.resolve()))
@@ -46,6 +48,7 @@ def model_source(asked: str, revision: str | None) -> ModelSource:
 
 
 def find_corpus(db: Database, asked: str) -> Found[CorpusSource]:
+    """The corpus of that name, or at that place; UnknownCorpus where there is none."""
     with db.read() as session:
         known = {c.name: c for c in registry.corpora(session)}
         if asked in known:
@@ -68,6 +71,7 @@ def corpus_for(
 
 
 def corpus_location(asked: str) -> str:
+    """Where it is: `hf:<data set>` as it stands, else a whole path; UnknownCorpus for one that leads nowhere."""
     if asked.startswith("hf:"):
         return asked
     path = Path(asked).expanduser()
@@ -86,6 +90,7 @@ def _free_name(asked: str, taken: set[str]) -> str:
 
 
 def check_text(source: CorpusSource) -> None:
+    """Raise EmptyCorpus unless there is a document in it."""
     from sae_core.corpus import documents
 
     if next(documents(source), None) is None:
@@ -93,6 +98,7 @@ def check_text(source: CorpusSource) -> None:
 
 
 def load_model(settings: Settings, name: str, source: ModelSource) -> "Lens":
+    """The model, on the device of the settings; a sentence where a worker's packages are not installed."""
     doctors.need_worker_extra()
     from sae_core import machine
     from sae_core.lens import load_lens

@@ -14,7 +14,7 @@ from server.commands.arguments import OF_JOB, Data, Device, LanguageModel, Revis
 from server.commands.environment import give_token
 from server.commands.opened import opened, settings_with
 from server.commands.printing import aside, say, say_json, table
-from server.commands.running import watch_worker, work_here
+from server.commands.running import carry_out
 from server.commands.sources import check_text, corpus_for, find_corpus, find_model
 from server.db import Database
 from server.fields import split_texts
@@ -257,12 +257,7 @@ def _study(settings: Settings, db: Database, cfg: AnyStudy, wishes: Wishes, *, w
             doctors.need_worker_extra()
         if job.status in ("failed", "cancelled"):
             queue.retry(job_id)
-        say(f"Queued {job_id}.")
-        if not alive:
-            work_here(settings, db, job_id)
-        elif wait:
-            watch_worker(db, job_id)
-        else:
+        if not carry_out(settings, db, job_id, alive=alive, watch=wait):
             return None
     with db.read() as session:
         made = studies.of_job(session, job_id)
