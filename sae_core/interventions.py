@@ -370,9 +370,8 @@ def _edited(sae: SAE, here: _Here, edits: Sequence[FeatureEdit], keep_error: boo
                 "features; choose another.",
                 field="at",
             )
-        f_j, value = new[..., column[edit.index]], edit.value
-        if isinstance(value, tuple):
-            value, where = _along(value, where, here.begin)
+        f_j = new[..., column[edit.index]]
+        value, where = _along(edit.value, where, here.begin)
         new[..., column[edit.index]] = torch.where(where, _put(edit.how, value, f_j), f_j)
         touched |= where
     moved, scale = (new - f) @ sae.W_dec[features], sae.token_scale(z)
@@ -380,8 +379,10 @@ def _edited(sae: SAE, here: _Here, edits: Sequence[FeatureEdit], keep_error: boo
     return torch.where(touched[..., None], (z if keep_error else sae(z)) + moved, z)
 
 
-def _along(values: tuple[float, ...], where: Tensor, begin: int) -> tuple[Tensor, Tensor]:
-    """[pos]: the values of the positions of a pass; and bool [b, pos]: those of the places that have one."""
+def _along(values: float | tuple[float, ...], where: Tensor, begin: int) -> tuple[float | Tensor, Tensor]:
+    """[pos]: the values of the positions of a pass, or the one of all; and bool [b, pos]: those of the places that have one."""
+    if not isinstance(values, tuple):
+        return values, where
     here = torch.tensor(values[begin : begin + where.shape[1]], dtype=torch.float32, device=where.device)
     has = torch.arange(where.shape[1], device=where.device) < len(here)
     return nn.functional.pad(here, (0, where.shape[1] - len(here))), where & has

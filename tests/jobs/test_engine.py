@@ -611,9 +611,8 @@ def test_what_another_edit_drives_beyond_the_sae_is_not_resampled(two: Engine, h
         return z + plus
 
     before, after = (lens.run_with(row, edits, [3]).z[3][0].norm(dim=1) for edits in ({}, {1: steered}))
-    at = int((after - before)[1:].argmax()) + 1
-    limit = float(before[at] + after[at]) / 2
-    assert before[at] < limit < after[at]
+    limit = float(after[1:].median()) + 1e-3
+    assert ((before < limit) & (after > limit))[1:].any()
     assert (after[1:] < limit).any()
     _, wide = two._open("other")
     add_sae(home, lens, "narrow", wide.cfg.model_copy(update={"max_norm": limit}))
