@@ -122,20 +122,6 @@ def test_only_command_line_and_starters_reach_for_worker_and_engine() -> None:
     assert offences("server", lambda path, name: module_of(path) in starters or name not in BOTH_HALVES) == []
 
 
-def test_a_subject_of_the_command_line_knows_no_other_and_only_the_entry_knows_them() -> None:
-    names = ("arguments", "environment", "opened", "printing", "running", "sources")
-    shared = {f"server.commands.{name}" for name in names}
-
-    def allowed(path: Path, name: str) -> bool:
-        own = within(module_of(path), "server.commands") and name in shared
-        return not within(name, "server.cli", "server.commands") or own or module_of(path) == "server.cli"
-
-    assert offences("server", allowed) == []
-    assert all(map(is_module, shared))
-    subjects = {module_of(path) for path in files("server/commands")} - shared - {"server.commands"}
-    assert subjects == {name for name in imports(ROOT / "server" / "cli.py") if within(name, "server.commands")} - shared
-
-
 @pytest.mark.parametrize("folder", ["server/pages", "server/api"])
 def test_pages_and_api_import_only_what_they_may(folder: str) -> None:
     may = (
@@ -165,6 +151,20 @@ def test_pages_and_api_import_only_what_they_may(folder: str) -> None:
         return not within(name, *TORCH)
 
     assert offences(folder, allowed) == []
+
+
+def test_a_subject_of_the_command_line_knows_no_other_and_only_the_entry_knows_them() -> None:
+    names = ("arguments", "environment", "opened", "printing", "running", "sources")
+    shared = {f"server.commands.{name}" for name in names}
+
+    def allowed(path: Path, name: str) -> bool:
+        own = within(module_of(path), "server.commands") and name in shared
+        return not within(name, "server.cli", "server.commands") or own or module_of(path) == "server.cli"
+
+    assert offences("server", allowed) == []
+    assert all(map(is_module, shared))
+    subjects = {module_of(path) for path in files("server/commands")} - shared - {"server.commands"}
+    assert subjects == {name for name in imports(ROOT / "server" / "cli.py") if within(name, "server.commands")} - shared
 
 
 def test_store_imports_tables_and_neither_torch_nor_fastapi() -> None:
