@@ -21,7 +21,8 @@ LIGHT = {"sae_core", *(f"sae_core.{name}" for name in SHARED)}
 WITHOUT_TORCH = tuple(f"sae_core/{name.replace('.', '/')}.py" for name in ("__init__", *SHARED))
 BOTH_HALVES = ("server.worker", "server.work", "server.gpus", "server.engine", "server.engine_circuits")
 # The command line runs in many processes, so it reaches for the other half inside the commands that need it, never at its top.
-INSIDE_FUNCTIONS = {"server.cli", "server.doctor"}
+COMMANDS = {f"server.commands.{name}" for name in ("exchange", "sources", "training")}
+INSIDE_FUNCTIONS = {*COMMANDS, "server.doctor"}
 
 
 def files(folder: str) -> Iterator[Path]:
@@ -118,7 +119,7 @@ def test_only_worker_and_engine_know_both_halves() -> None:
 
 
 def test_only_command_line_and_starters_reach_for_worker_and_engine() -> None:
-    starters = ("server.cli", "server.up", "server.demo", *BOTH_HALVES)
+    starters = ("server.commands.processes", "server.commands.running", "server.up", "server.demo", *BOTH_HALVES)
 
     def allowed(path: Path, name: str) -> bool:
         return within(module_of(path), *starters) or not within(name, *BOTH_HALVES)
@@ -128,7 +129,7 @@ def test_only_command_line_and_starters_reach_for_worker_and_engine() -> None:
 
 def test_what_a_worker_does_knows_neither_the_process_nor_the_engine() -> None:
     may = ("server.worker", "server.work")
-    above = ("server.worker", "server.engine", "server.engine_circuits", "server.cli")
+    above = ("server.worker", "server.engine", "server.engine_circuits", "server.cli", "server.commands")
     assert offences("server/work", lambda _, name: not within(name, *above)) == []
 
     def allowed(path: Path, name: str) -> bool:
@@ -174,6 +175,20 @@ def test_pages_and_api_import_only_what_they_may(folder: str) -> None:
         return not within(name, *TORCH)
 
     assert offences(folder, allowed) == []
+
+
+def test_a_subject_of_the_command_line_knows_no_other_and_only_the_entry_knows_them() -> None:
+    names = ("arguments", "environment", "opened", "printing", "running", "sources")
+    shared = {f"server.commands.{name}" for name in names}
+
+    def allowed(path: Path, name: str) -> bool:
+        own = within(module_of(path), "server.commands") and name in shared
+        return not within(name, "server.cli", "server.commands") or own or module_of(path) == "server.cli"
+
+    assert offences("server", allowed) == []
+    assert all(map(is_module, shared))
+    subjects = {module_of(path) for path in files("server/commands")} - shared - {"server.commands"}
+    assert subjects == {name for name in imports(ROOT / "server" / "cli.py") if within(name, "server.commands")} - shared
 
 
 def test_store_imports_tables_and_neither_torch_nor_fastapi() -> None:

@@ -109,9 +109,9 @@ def test_the_light_half_never_imports_torch(command: str) -> None:
 def test_threads_share_two_heaps_once_that_is_asked_for() -> None:
     code = """
 import ctypes, sys, threading
-from server import cli
+from server.commands import processes
 if sys.argv[1] == "shared":
-    cli._share_heaps()
+    processes._share_heaps()
 libc, all_there = ctypes.CDLL(None), threading.Barrier(8)
 def work():
     libc.malloc(1000)

@@ -5,6 +5,7 @@ from typer.testing import CliRunner, Result
 
 from sae_core.errors import HeadscopeError, NotFound, Renamed, UsageError
 from server import cli, jobs
+from server.commands import printing
 from server.db import Database
 from server.settings import Settings
 from server.store import labels
@@ -30,7 +31,7 @@ def filled(settings: Settings) -> Settings:
 @pytest.fixture(autouse=True)
 def _wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tables that are not cut, whatever the terminal was when the command line was imported."""
-    monkeypatch.setattr(cli.console, "_width", 200)
+    monkeypatch.setattr(printing.console(), "_width", 200)
 
 
 def said(settings: Settings, *words: str) -> str:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from sae_core.config import Config, HarvestConfig, RowsConfig, SweepConfig, TrainConfig
 from sae_core.errors import UsageError
-from server.cli import FLAGS
+from server.commands.training import FLAGS
 from server.options import built, given, options, takes
 
 BASE: dict[str, Any] = {"model": "m", "corpus": "c", "site": {"layer": 1}}

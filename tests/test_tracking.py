@@ -11,7 +11,8 @@ import pytest
 
 from sae_core.errors import UsageError
 from sae_core.progress import Progress
-from server import cli, tracking
+from server import tracking
+from server.commands import environment
 from server.settings import Settings
 from server.tracking import Tracker
 
@@ -83,22 +84,22 @@ def test_without_the_package_the_option_is_refused(monkeypatch: pytest.MonkeyPat
 def test_nothing_reports_unless_a_project_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("WANDB_MODE", "HEADSCOPE_WANDB"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(cli, "_wandb_mode", None)
-    cli._environment()
+    monkeypatch.setattr(environment, "_wandb_mode", None)
+    environment.report_to_nobody()
     assert os.environ["WANDB_MODE"] == "disabled"
     monkeypatch.setattr(tracking, "need_wandb", lambda: None)
-    cli._allow_wandb(Settings(data=tmp_path))
+    environment.allow_wandb(Settings(data=tmp_path))
     assert os.environ["WANDB_MODE"] == "disabled"
-    cli._allow_wandb(Settings(data=tmp_path, wandb="mine"))
+    environment.allow_wandb(Settings(data=tmp_path, wandb="mine"))
     assert "WANDB_MODE" not in os.environ
 
 
 def test_a_mode_that_a_person_set_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(cli, "_wandb_mode", None)
+    monkeypatch.setattr(environment, "_wandb_mode", None)
     monkeypatch.setattr(tracking, "need_wandb", lambda: None)
-    cli._environment()
-    cli._allow_wandb(Settings(data=tmp_path, wandb="mine"))
+    environment.report_to_nobody()
+    environment.allow_wandb(Settings(data=tmp_path, wandb="mine"))
     assert os.environ["WANDB_MODE"] == "offline"
 
 

@@ -40,7 +40,7 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-def test_it_carries_templates_assets_and_migrations_inside_server(wheel: Path) -> None:
+def test_it_carries_every_module_and_templates_assets_and_migrations_inside_server(wheel: Path) -> None:
     inside = set(zipfile.ZipFile(wheel).namelist())
     for folder in ("templates", "static", "migrations"):
         ours = {
@@ -50,6 +50,8 @@ def test_it_carries_templates_assets_and_migrations_inside_server(wheel: Path) -
         }
         assert ours
         assert {f"server/{name}" for name in ours} <= inside
+    for package in ("server", "sae_core"):
+        assert {str(path.relative_to(ROOT)) for path in (ROOT / package).rglob("*.py")} <= inside
     assert "server/py.typed" in inside
     assert not [name for name in inside if name.startswith(("tests/", "bench/"))]
 

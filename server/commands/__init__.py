@@ -1,0 +1,1 @@
+"""The commands of `headscope`, a module for each subject, and what they share."""
