@@ -235,6 +235,16 @@ def read_layers(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], be
     return {layer: _read(lens, tokens, sae, whole, layer) for layer, sae in saes.items()}
 
 
+def left_by(lens: "Lens", tokens: Sequence[int], transcoder: Transcoder) -> tuple[float, float]:
+    """Of a row, its start left out: the fraction of the variance of what the MLP adds to the stream that the transcoder leaves as
+    error, and how many features fire a token."""
+    layer = transcoder.cfg.layer
+    whole = lens.read_whole(torch.tensor([list(tokens)], device=lens.device), [], [layer])
+    here, added = _read_mlp(lens, tokens, transcoder, whole, layer), whole.parts[whole.names.index(f"MLP {layer}"), 1:]
+    fvu = here.error[1:].square().sum() / (added - added.mean(0)).square().sum()
+    return float(fvu), len(here.token) / (len(tokens) - 1)
+
+
 def _check(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], root: FeatureRoot | LogitRoot) -> None:
     if not 0 <= root.dest < len(tokens):
         raise UsageError(f"The text has the positions 0 to {len(tokens) - 1}; there is no {root.dest}.", field="dest")

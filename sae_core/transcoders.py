@@ -20,14 +20,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from shutil import copymode
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sae_core.config import TranscoderConfig
 from sae_core.errors import LayerOutOfRange, SAEMismatch, UnreadableSAE
 from sae_core.norms import Norm, plain
 from sae_core.saes.base import SparseActs
@@ -36,25 +37,7 @@ from sae_core.sparse import part_rows, true_at
 if TYPE_CHECKING:
     from sae_core.lens import LensInfo, MLPRead
 
-Reads = Literal["normed", "ungained", "stream"]
-Writes = Literal["mlp", "stream"]
 HEADER = "headscope.transcoder"
-
-
-class TranscoderConfig(BaseModel):
-    """What of a transcoder is no tensor."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    layer: int = Field(ge=0)
-    reads: Reads
-    writes: Writes
-    k: int | None = Field(None, ge=1)
-    """At most so many features fire at a token; None where thresholds alone say which."""
-    format: str = ""
-    """Of the files that it was made from."""
-    source: str = ""
-    """Where these were."""
 
 
 class Sight(NamedTuple):

@@ -5,6 +5,7 @@ import gc
 import json
 import logging
 import os
+import secrets
 import signal
 import sys
 import threading
@@ -41,6 +42,7 @@ from sae_core.config import (
     SpecificityStudy,
     SweepConfig,
     TrainConfig,
+    TranscoderFiles,
     Wishes,
 )
 from sae_core.errors import (
@@ -65,7 +67,7 @@ from server.keeping import gc as garbage
 from server.options import built, given, options, takes
 from server.passwords import hashed
 from server.settings import Settings, read_secret
-from server.store import accounts, manage, registry, search, stored_harvests, studies, sweeps
+from server.store import accounts, manage, registry, search, stored_harvests, studies, sweeps, transcoders
 from server.store.saes import find_sae
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ study_app = typer.Typer(
 app.add_typer(db_app, name="db")
 app.add_typer(model_app, name="model")
 app.add_typer(corpus_app, name="corpus")
-import_app = typer.Typer(help="SAEs and dashboards that others made.", no_args_is_help=True)
+import_app = typer.Typer(help="SAEs, transcoders and dashboards that others made.", no_args_is_help=True)
 export_app = typer.Typer(help="SAEs and harvests, in the forms that others read.", no_args_is_help=True)
 app.add_typer(import_app, name="import")
 app.add_typer(export_app, name="export")
@@ -96,6 +98,8 @@ harvests_app = typer.Typer(help="Harvests that are stored.", no_args_is_help=Tru
 app.add_typer(harvests_app, name="harvests")
 saes_app = typer.Typer(help="SAEs that are there.", no_args_is_help=True)
 app.add_typer(saes_app, name="saes")
+transcoders_app = typer.Typer(help="Transcoders of models' MLPs, which circuits go through.", no_args_is_help=True)
+app.add_typer(transcoders_app, name="transcoders")
 user_app = typer.Typer(help="People who may log in.", no_args_is_help=True)
 app.add_typer(user_app, name="user")
 key_app = typer.Typer(help="Keys for scripts.", no_args_is_help=True)
@@ -771,6 +775,56 @@ def import_sae(
 
 
 @import_app.command(
+    "transcoder",
+    epilog="Examples: [bold]headscope import transcoder ./layer_10 --model smollm2[/bold]; "
+    "[bold]headscope import transcoder google/gemma-scope-2b-pt-transcoders/layer_5/width_16k/average_l0_74 "
+    "--model google/gemma-2-2b[/bold]",
+)
+@takes(options(TranscoderFiles, skip=("location",)))
+def import_transcoder(
+    location: Annotated[str, typer.Argument(help="A file, a folder, or <owner>/<repository>/<file or folder> on the hub.")],
+    model: LanguageModel,
+    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of the layer's transcoder.")] = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Give a model a transcoder of one of its MLPs, for circuits: SAELens, Gemma Scope 1 and 2, sparsify, circuit-tracer."""
+    doctors.need_worker_extra()
+    from sae_core.formats import fetched
+    from sae_core.formats.transcoders import fitted, open_transcoder, tried
+    from sae_core.transcoders import save_transcoder
+
+    said = built(TranscoderFiles, {"location": location} | given(values, TranscoderFiles))
+    with _opened(_settings(data=data, device=device)) as (settings, db):
+        _give_token(settings)
+        peer, found = open_transcoder(fetched(location, said.revision), said.format), _find_model(db, model, None)
+        with db.read() as session:
+            transcoders.check_free(session, found.name, said.layer or peer.layer, replace=replace)
+        lens = _load(settings, found.name, found.source)
+        made = fitted(peer, lens, said)
+        fit, cfg = tried(lens, made), made.cfg
+        file = f"{transcoders.HOME}/{slug(found.name)}-l{cfg.layer}-{secrets.token_hex(4)}.safetensors"
+        sha256 = save_transcoder(made, settings.data / file)
+        with db.write() as session:
+            registry.add_model(session, found.name, found.source)
+            registry.note_shape(session, found.name, lens.info)
+            kept = {**cfg.model_dump(mode="json"), "fvu": fit.fvu, "l0": fit.l0}
+            new = transcoders.TranscoderRecord(found.name, cfg.layer, made.n_features, kept, file, sha256)
+            before = transcoders.put(session, new, replace=replace)
+        if before is not None:
+            (settings.data / before).unlink(missing_ok=True)
+    _say(
+        f"Layer {cfg.layer} of {found.name} has a transcoder of {made.n_features:,} features; it reads {cfg.reads}, writes "
+        f"{cfg.writes}. On a short text {fit.l0:.0f} features fire a token, and {fit.fvu:.0%} of the variance of what the MLP adds is "
+        "left."
+    )
+    for other, fvu in fit.otherwise.items():
+        if fvu < 0.7 * fit.fvu:
+            _say(f"With --reads {other} {fvu:.0%} would be left: see what it was trained on.")
+
+
+@import_app.command(
     "dashboards",
     epilog="Examples: [bold]headscope import dashboards ./saedashboard-output --sae gpt2-l5[/bold]; "
     "[bold]headscope import dashboards ./v1/gpt2-small/5-att-kk --sae gpt2-l5[/bold]",
@@ -1135,6 +1189,38 @@ def saes_delete(
 
 def _or(given: str | None, kept: str | None) -> str:
     return given if given is not None else kept or ""
+
+
+@transcoders_app.command("list")
+def transcoders_list(data: Data = None) -> None:
+    """Transcoders of models' MLPs."""
+    with _opened(_settings(data=data)) as (_, db), db.read() as session:
+        rows = [
+            (
+                one.model, str(one.layer), f"{one.n_features:,}", one.config["reads"], one.config["writes"],
+                f"{one.config['fvu']:.3f}", f"{one.config['l0']:.0f}", one.sha256[:12], one.config["source"],
+            )
+            for one in transcoders.every(session)
+        ]  # fmt: skip
+    heads = ("model", "layer", "features", "reads", "writes", "FVU", "L0", "sha256", "from")
+    _table(heads, rows, "No model has a transcoder; `headscope import transcoder` gives it one.")
+
+
+@transcoders_app.command("delete", epilog="Example: [bold]headscope transcoders delete smollm2 10 --yes[/bold]")
+def transcoders_delete(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    layer: Annotated[int, typer.Argument(help="Layer of the MLP.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do it.")] = False,
+    data: Data = None,
+) -> None:
+    """Take a transcoder from its model, and delete its file."""
+    with _opened(_settings(data=data)) as (settings, db):
+        if not yes:
+            raise UsageError(f"The transcoder of layer {layer} of {model} would be deleted with its file; add --yes.", field="yes")
+        with db.write() as session:
+            file = transcoders.delete(session, model, layer)
+        (settings.data / file).unlink(missing_ok=True)
+    _say(f"Layer {layer} of {model} has no transcoder any more.")
 
 
 # ------------------------------------------------------------------------------------------------------------- registers

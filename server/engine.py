@@ -32,7 +32,8 @@ from sae_core.errors import HeadscopeError, NotFound, UsageError
 from sae_core.interventions import Ablation, Edit, FeatureEdit, mean_z, measure, write
 from sae_core.lens import AttentionRead, Lens, load_lens
 from sae_core.saes import SAE, SparseActs, row_starts
-from server.circuits.asked import CircuitQuestion, LiveCircuit
+from sae_core.transcoders import Transcoder, load_transcoder
+from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit
 from server.db import Database
 from server.engine_circuits import Kept, answer_circuit
 from server.line import Line
@@ -68,6 +69,7 @@ from server.live import (
 )
 from server.settings import Settings
 from server.store import interventions, registry
+from server.store.transcoders import of_model as transcoders_of
 from server.watch import FORMAT, Watch, Watched
 from server.worker import gpus, open_sae
 
@@ -85,11 +87,13 @@ class Warm:
     saes: OrderedDict[str, SAE]
     means: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """[d_in]: means of z by harvest and layer, once they were asked for."""
+    transcoders: OrderedDict[str, Transcoder] = field(default_factory=OrderedDict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return self.lens.nbytes + sum(_sae_bytes(sae) for sae in self.saes.values())
+        held = [_sae_bytes(sae) for sae in self.saes.values()] + [one.nbytes for one in self.transcoders.values()]
+        return self.lens.nbytes + sum(held)
 
 
 def _sae_bytes(sae: SAE) -> int:
@@ -312,7 +316,28 @@ class Engine:
         model = self._model_of(question.saes)
         lens, saes = self._one_of_each_layer(question.saes, "saes")
         tokens = self._tokens(lens, question.text, question.tokens, "text")
-        return answer_circuit(lens, saes, tokens, question, model, self._circuits, self.line.check)
+        of_mlps = self._transcoders(model, saes, question) if question.transcoders else {}
+        return answer_circuit(lens, saes, of_mlps, tokens, question, model, self._circuits, self.line.check)
+
+    def _transcoders(self, model: str, saes: Mapping[str, SAE], question: CircuitQuestion) -> dict[int, Transcoder]:
+        """The transcoders of the model, which was opened last, as far as they lie below the root; by layer."""
+        warm = next(reversed(self._warm.values()))
+        top = saes[question.root.sae].cfg.site.layer if isinstance(question.root, FeatureRoot) else warm.lens.info.n_layers
+        with self.db.read() as session:
+            records = [one for one in transcoders_of(session, model) if one.layer < top]
+        found: dict[int, Transcoder] = {}
+        for record in records:
+            self.line.check()
+            key = f"{record.layer}@{record.sha256}"
+            if key not in warm.transcoders:
+                self._circuits.clear()  # it may take another one's place
+                for other in [held for held in warm.transcoders if held.startswith(f"{record.layer}@")]:
+                    del warm.transcoders[other]
+                warm.transcoders[key] = load_transcoder(self.settings.data / record.file, warm.lens.device)
+            warm.transcoders.move_to_end(key)
+            found[record.layer] = warm.transcoders[key]
+            self._let_go(int(self.settings.engine_memory_gb * 1e9), beside=len(saes), transcoders=len(found))
+        return found
 
     def _one_of_each_layer(self, names: Sequence[str], field: str) -> tuple[Lens, dict[str, SAE]]:
         """The SAEs, and their model; UsageError where two read one layer."""
@@ -351,13 +376,15 @@ class Engine:
     def _names(self) -> list[str]:
         return [warm.model.name for warm in self._warm.values()]
 
-    def _let_go(self, room: int, *, beside: int = 0) -> None:
+    def _let_go(self, room: int, *, beside: int = 0, transcoders: int = 0) -> None:
         """Unload what was asked for longest ago until no more than `room` bytes are held; with `beside` the model asked last and
-        so many of its SAEs stay, whatever they need."""
+        so many of its SAEs stay, whatever they need, and so many transcoders."""
         while self._warm and self.nbytes > room and (len(self._warm) > 1 or not beside):
             _, warm = self._warm.popitem(last=False)
             log.info("%s unloaded", warm.model.name)
         for warm in self._warm.values():
+            while len(warm.transcoders) > transcoders and self.nbytes > room:
+                warm.transcoders.popitem(last=False)
             while len(warm.saes) > beside and self.nbytes > room:
                 warm.saes.popitem(last=False)
         if torch.cuda.is_available():

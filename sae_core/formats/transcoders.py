@@ -14,17 +14,19 @@ gain of an RMSNorm, but after gain and bias of a LayerNorm.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
+from sae_core.config import Reads, TranscoderConfig, TranscoderFiles, Writes
 from sae_core.errors import UnreadableSAE, UnsupportedSAE, UsageError
 from sae_core.formats import saelens, sparsify
 from sae_core.formats.gemma_scope import WEIGHTS as NPZ
 from sae_core.formats.read import read_json, read_npz, read_safetensors, taken, whole
-from sae_core.transcoders import Reads, Transcoder, TranscoderConfig, Writes, check_fits
+from sae_core.transcoders import Transcoder, check_fits
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
@@ -35,7 +37,29 @@ HOOK = re.compile(r"^blocks\.(\d+)\.(.+)$")
 MODULE = re.compile(r"(?:^|[./])(?:layers|h|blocks)\.(\d+)\.(\w+)$")
 READS: dict[str, Reads] = {"hook_resid_mid": "stream", "ln2.hook_in": "stream", "hook_mlp_in": "stream", "mlp.hook_in": "normed"}
 WRITES: dict[str, Writes] = {"hook_mlp_out": "stream", "ln2_post.hook_out": "stream", "mlp.hook_out": "mlp"}
-NORMED = "ln2.hook_normalized"
+NORMED: Literal["ln2.hook_normalized"] = "ln2.hook_normalized"
+T = TypeVar("T")
+
+
+PASSAGE = (
+    "The tide had turned before noon, and by the time that the three boats came round the point there was already a line of dark "
+    "weed along the sand. Nobody spoke. The oldest of the men, who had been to sea since he was twelve, counted the houses on the "
+    "hill as he always did: nineteen, and the chapel. In 1884 there had been forty. \"They will want to know where the rest of the "
+    "nets are,\" said his son, and he began to fold the sail. It was Tuesday; the market opened on Thursday at six in the morning, "
+    "and the price of herring, which was 4.50 in the spring, would not be higher than 3.20 now."
+)
+"""What an imported transcoder is tried on."""
+
+
+class Tried(NamedTuple):
+    """How much of its MLP a transcoder makes on a short text, row start left out."""
+
+    fvu: float
+    """Fraction of the variance of what the MLP adds to the stream that is left."""
+    l0: float
+    """Features a token."""
+    otherwise: dict[Reads, float]
+    """The fraction if it read another thing: one that is far smaller says that `reads` is wrong."""
 
 
 class PeerTranscoder(NamedTuple):
@@ -49,8 +73,8 @@ class PeerTranscoder(NamedTuple):
     k: int | None = None
     layer: int | None = None
     """None where the files do not say."""
-    reads: str | None = None
-    """One of `Reads`, or TransformerLens' `ln2.hook_normalized`; None where the files do not say."""
+    reads: Reads | Literal["ln2.hook_normalized"] | None = None
+    """None where the files do not say."""
     writes: Writes | None = None
     folded: bool = False
     """Whether it was trained on weights with the norms' gains folded in."""
@@ -74,43 +98,50 @@ def open_transcoder(path: Path, name: str | None = None) -> PeerTranscoder:
     )
 
 
-def fitted(
-    peer: PeerTranscoder,
-    lens: "Lens",
-    source: str,
-    *,
-    layer: int | None = None,
-    reads: Reads | None = None,
-    writes: Writes | None = None,
-) -> Transcoder:
-    """Our transcoder for a model. What a person says of `reads` and `writes` wins; `layer` must agree with the files.
+def fitted(peer: PeerTranscoder, lens: "Lens", said: TranscoderFiles) -> Transcoder:
+    """Our transcoder for a model. What a person says of `reads` and `writes` wins; their layer must agree with the files.
 
     Raises UnsupportedSAE for what neither the files nor the person says, SAEMismatch and LayerOutOfRange where the model has no such
     MLP.
     """
-    if layer is not None and peer.layer not in (None, layer):
-        raise UsageError(f"{peer.path} is one of layer {peer.layer}, and layer {layer} was asked for; leave it out.", field="layer")
-    at = peer.layer if layer is None else layer
-    said = reads or _meant(peer, lens)
-    for field, value, choices in (("layer", at, ()), ("reads", said, get_args(Reads)), ("writes", writes or peer.writes, get_args(Writes))):
-        if value is None:
-            raise UnsupportedSAE(
-                f"{peer.path} does not say {'which layer it is of' if field == 'layer' else f'what it {field}'}; say it with "
-                f"--{field}{f' ({', '.join(choices)})' if choices else ''}.",
-                field=field,
-            )
-    cfg = TranscoderConfig(layer=at, reads=said, writes=writes or peer.writes, k=peer.k, format=peer.format, source=source)
+    if said.layer is not None and peer.layer not in (None, said.layer):
+        raise UsageError(
+            f"{peer.path} is one of layer {peer.layer}, and layer {said.layer} was asked for; leave it out.", field="layer"
+        )
+    layer = _told(peer, "layer", "which layer it is of", peer.layer if said.layer is None else said.layer)
+    reads = _told(peer, "reads", "what it reads", said.reads or _meant(peer, lens, layer))
+    writes = _told(peer, "writes", "what it writes", said.writes or peer.writes)
+    cfg = TranscoderConfig(layer=layer, reads=reads, writes=writes, k=peer.k, format=peer.format, source=said.location)
     found = Transcoder(cfg, **peer.tensors)
     check_fits(found, lens.info)
     return found.to(lens.device)
 
 
-def _meant(peer: PeerTranscoder, lens: "Lens") -> str | None:
-    """What it reads, of this model."""
-    if peer.reads == NORMED:
-        norm, _ = lens.mlp_norms(min(peer.layer or 0, lens.info.n_layers - 1))
-        return "normed" if norm.centres and not peer.folded else "ungained"
-    return "ungained" if peer.reads == "normed" and peer.folded else peer.reads
+def _told(peer: PeerTranscoder, option: str, words: str, value: T | None) -> T:
+    if value is None:
+        raise UnsupportedSAE(f"{peer.path} does not say {words}; say it with --{option}.", field=option)
+    return value
+
+
+def tried(lens: "Lens", transcoder: Transcoder) -> Tried:
+    """Try it on a short text. Raises UnsupportedModel where what enters the model's MLPs cannot be seen."""
+    from sae_core.circuits import left_by
+
+    tokens = [lens.row_start, *lens.encode([PASSAGE])[0]][: lens.info.max_context]
+    each = {
+        reads: left_by(lens, tokens, replace(transcoder, cfg=transcoder.cfg.model_copy(update={"reads": reads})))
+        for reads in get_args(Reads)
+    }
+    fvu, l0 = each.pop(transcoder.cfg.reads)
+    return Tried(fvu, l0, {reads: other for reads, (other, _) in each.items()})
+
+
+def _meant(peer: PeerTranscoder, lens: "Lens", layer: int) -> Reads | None:
+    """What its files mean, of this model."""
+    if peer.reads is None:
+        return None
+    normalized = peer.reads == NORMED and (peer.folded or layer >= lens.info.n_layers or not lens.mlp_norms(layer)[0].centres)
+    return "ungained" if normalized or (peer.folded and peer.reads == "normed") else "normed" if peer.reads == NORMED else peer.reads
 
 
 # ---- formats ----
@@ -238,13 +269,13 @@ def _hook(name: Any, path: Path) -> tuple[int, str]:
     return int(found[1]), found[2]
 
 
-def _known(hook: str, path: Path) -> str:
+def _known(hook: str, path: Path) -> Reads | Literal["ln2.hook_normalized"]:
     if hook != NORMED and hook not in READS:
         raise UnsupportedSAE(
             f"{path} reads {hook}; a transcoder of one MLP reads {', '.join((NORMED, *READS))}.",
             field="location",
         )
-    return hook if hook == NORMED else READS[hook]
+    return READS.get(hook, NORMED)
 
 
 def _is_sae(path: Path, why: str) -> UnsupportedSAE:
