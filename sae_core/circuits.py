@@ -27,9 +27,9 @@ An MLP is no linear function of the stream, so what it added stays whole, unless
     MLP l [s] = (sum over m of t_m[s] d_m + b_dec + skip . x[s] + error[s]) / scale of a norm after it      x[s] = LN(stream)[s]
     t_m[s]    = w_m . x[s] + b_m                                                                             where it fires
 
-which is a sum over the stream before that MLP, and the attention of its own layer is in it (not so where a block runs both side by
-side). A skip is no node: it is linear, so whoever reads the MLP reads the stream before it through the skip as well. Row starts have
-no MLP features either.
+which is a sum over the stream before that MLP, and the attention of its own layer is in it (not so where a block runs both side
+by side). A skip is no node: it is linear, so whoever reads the MLP reads the stream before it through the skip as well. Row
+starts have no MLP features either.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -201,14 +201,14 @@ def trace(
     widest: int = 60,
     check: Callable[[], None] = lambda: None,
 ) -> Circuit:
-    """What made the root, followed back through the features of `saes` and `transcoders` (by layer) on one row of tokens, row start
-    first.
+    """What made the root, followed back through the features of `saes` and `transcoders`, both by layer, on one row of tokens,
+    row start first.
 
     A feature is followed where the size of its effect is at least `share` of the root's value (of a root that is itself less than
     that share of its parts' sizes: of as much). At most `most` nodes are taken apart, with `depth` none that is more than so many
     edges from the root; a node has at most `widest` edges from features and as many from other parts. `check` is called between
-    steps, and may raise. Raises UsageError and NotFound for a root that is not there, SAEMismatch for a transcoder of another model,
-    and UnsupportedModel where the model's stream cannot be seen part by part, or not what enters an MLP that has a transcoder.
+    steps, and may raise. Raises UsageError and NotFound for a root that is not there, SAEMismatch for a transcoder of another
+    model, and UnsupportedModel where the stream cannot be seen part by part, or what enters an MLP that has a transcoder cannot.
     """
     _check(lens, tokens, saes, root)
     top = lens.info.n_layers if isinstance(root, LogitRoot) else root.layer + 1
@@ -513,8 +513,8 @@ class _Tracing:
         ]
 
     def _through(self, towards: Tensor, positions: Tensor, before: int) -> Iterator[tuple[int, int, Tensor]]:
-        """Runs of fixed parts (first, end) below `before`, and how they are read [n, d_model] at positions [n], with all skips of the
-        MLPs between them and the reader."""
+        """Runs of fixed parts (first, end) below `before`, and how they are read [n, d_model] at positions [n]: through the
+        skips of all MLPs between them and the reader as well."""
         end = before
         for of, here in sorted(self.mlps.items(), reverse=True):
             if here.skip is None or self._order(Place("MLP feature", of, -1, -1)) >= before:

@@ -694,8 +694,8 @@ class TranscoderFiles(Config):
     """What it reads: what enters the MLP (normed), the same before the norm's gain and bias (ungained), or the stream before the
     norm; None takes what its format says."""
     writes: Writes | None = None
-    """What it writes: the MLP's output (mlp), or what is added to the stream, after a norm after the MLP; None takes what its format
-    says."""
+    """What it writes: the MLP's output (mlp), or what is added to the stream, after a norm after the MLP; None takes what its
+    format says."""
     revision: str | None = None
     """Branch, tag or commit on the hub; None takes the default branch."""
 

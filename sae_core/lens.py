@@ -132,8 +132,8 @@ class MLPRead(NamedTuple):
     """One layer's MLP on a row, fp32: given = through its norm(stream), which divides by `scale`."""
 
     n_parts: int
-    """How many of the row's parts add up to the stream that it reads: its own layer's attention is among them, but in a block that
-    runs both side by side, as GPT-J and Pythia do."""
+    """How many of the row's parts add up to the stream that it reads: its own layer's attention is among them, but in a block
+    that runs both side by side, as GPT-J and Pythia do."""
     stream: Tensor
     """[pos, d_model]: before the norm before it."""
     scale: Tensor
@@ -644,14 +644,16 @@ class Lens:
         gap = _gap(after.map(out) / out_scale[:, None] + after.bias, parts[names.index(f"MLP {layer}")])
         if not gap <= 10 * PARTS_GAP:
             self._refuse_parts(f"the output of the MLP of layer {layer} is not what it adds (off by {gap:.1%})")
-        gaps = []
+        norm, gaps = self._mlp_norm(layer), []
         for n_parts in (names.index(f"MLP {layer}"), names.index(f"attention {layer}")):
             stream = parts[:n_parts].sum(0)
-            scale = norm_scale(stream, self._mlp_norm(layer))
+            scale = norm_scale(stream, norm)
             gaps.append(_gap(before.map(stream) / scale[:, None] + before.bias, given))
             if gaps[-1] <= 10 * PARTS_GAP:
                 return MLPRead(n_parts, stream, scale, given, out_scale)
-        self._refuse_parts(f"the stream and a norm do not give what enters the MLP of layer {layer} (off by {min(gaps):.1%})")
+        return self._refuse_parts(
+            f"the stream and a norm do not give what enters the MLP of layer {layer} (off by {min(gaps):.1%})"
+        )
 
     def read_scores(self, tokens: Tensor, layer: int) -> ScoreRead:
         """The scores of one layer's attention on one row [1, pos], and how the stream's parts make them; one pass.

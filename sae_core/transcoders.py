@@ -77,7 +77,7 @@ class Transcoder:
         for name, tensor in self.tensors.items():
             if name in wanted and tuple(tensor.shape) != wanted[name]:
                 raise UnreadableSAE(
-                    f"{name} has the shape {tuple(tensor.shape)}, and with an encoder of {(d, n)} a transcoder has {wanted[name]}."
+                    f"{name} has the shape {tuple(tensor.shape)}, and {wanted[name]} is what goes with an encoder of {(d, n)}."
                 )
         if self.cfg.k is not None and self.cfg.k > n:
             raise UnreadableSAE(f"It should keep {self.cfg.k} features of each token, and has {n}.")
@@ -130,13 +130,13 @@ def check_fits(transcoder: Transcoder, model: "LensInfo") -> None:
     layer, width = transcoder.cfg.layer, len(transcoder.b_dec)
     if layer >= model.n_layers:
         raise LayerOutOfRange(
-            f"The transcoder is one of layer {layer}, and {model.name} has the layers 0 to {model.n_layers - 1}; name its own model.",
+            f"The transcoder is one of layer {layer}, and {model.name} has layers 0 to {model.n_layers - 1}; name its own model.",
             field="model",
         )
     if width != model.d_model:
         raise SAEMismatch(
-            f"The transcoder reads {width} numbers a token, and the stream of {model.name} has {model.d_model}; name the model that "
-            "it was made for. (An SAE on z is imported with `headscope import sae`.)",
+            f"The transcoder reads {width} numbers a token, and the stream of {model.name} has {model.d_model}; name the model "
+            "that it was made for. (An SAE on z is imported with `headscope import sae`.)",
             field="model",
         )
 

@@ -800,7 +800,7 @@ def import_transcoder(
         _give_token(settings)
         peer, found = open_transcoder(fetched(location, said.revision), said.format), _find_model(db, model, None)
         with db.read() as session:
-            transcoders.check_free(session, found.name, said.layer or peer.layer, replace=replace)
+            transcoders.check_free(session, found.name, peer.layer if said.layer is None else said.layer, replace=replace)
         lens = _load(settings, found.name, found.source)
         made = fitted(peer, lens, said)
         fit, cfg = tried(lens, made), made.cfg
@@ -816,8 +816,8 @@ def import_transcoder(
             (settings.data / before).unlink(missing_ok=True)
     _say(
         f"Layer {cfg.layer} of {found.name} has a transcoder of {made.n_features:,} features; it reads {cfg.reads}, writes "
-        f"{cfg.writes}. On a short text {fit.l0:.0f} features fire a token, and {fit.fvu:.0%} of the variance of what the MLP adds is "
-        "left."
+        f"{cfg.writes}. On a short text {fit.l0:.0f} features fire a token, and {fit.fvu:.0%} of the variance of what the MLP "
+        "adds is left."
     )
     for other, fvu in fit.otherwise.items():
         if fvu < 0.7 * fit.fvu:
@@ -1216,7 +1216,9 @@ def transcoders_delete(
     """Take a transcoder from its model, and delete its file."""
     with _opened(_settings(data=data)) as (settings, db):
         if not yes:
-            raise UsageError(f"The transcoder of layer {layer} of {model} would be deleted with its file; add --yes.", field="yes")
+            raise UsageError(
+                f"The transcoder of layer {layer} of {model} would be deleted with its file; add --yes.", field="yes"
+            )
         with db.write() as session:
             file = transcoders.delete(session, model, layer)
         (settings.data / file).unlink(missing_ok=True)

@@ -319,7 +319,7 @@ class Engine:
         of_mlps = self._transcoders(model, saes, question) if question.transcoders else {}
         return answer_circuit(lens, saes, of_mlps, tokens, question, model, self._circuits, self.line.check)
 
-    def _transcoders(self, model: str, saes: Mapping[str, SAE], question: CircuitQuestion) -> dict[int, Transcoder]:
+    def _transcoders(self, model: str, saes: dict[str, SAE], question: CircuitQuestion) -> dict[int, Transcoder]:
         """The transcoders of the model, which was opened last, as far as they lie below the root; by layer."""
         warm = next(reversed(self._warm.values()))
         top = saes[question.root.sae].cfg.site.layer if isinstance(question.root, FeatureRoot) else warm.lens.info.n_layers

@@ -21,8 +21,8 @@ HUB = re.compile(r"^(?:hf:)?([\w.-]+/[\w.-]+)(?:/(.+?))?/?$")
 def fetched(location: str, revision: str | None = None) -> Path:
     """The SAE's files on this machine: `location` itself where it is a path, else what the hub has under that name.
 
-    Of a repository only what is named is fetched: a folder, a `.pt` or a `.safetensors` with its config, an `.npz`. Raises UnreadableSAE for a name
-    that cannot be one, DownloadFailed where the hub does not have it or is away.
+    Of a repository only what is named is fetched: a folder, a `.pt` or a `.safetensors` with its config, an `.npz`. Raises
+    UnreadableSAE for a name that cannot be one, DownloadFailed where the hub does not have it or is away.
     """
     path = Path(location).expanduser()
     if path.exists():

@@ -42,11 +42,11 @@ T = TypeVar("T")
 
 
 PASSAGE = (
-    "The tide had turned before noon, and by the time that the three boats came round the point there was already a line of dark "
-    "weed along the sand. Nobody spoke. The oldest of the men, who had been to sea since he was twelve, counted the houses on the "
-    "hill as he always did: nineteen, and the chapel. In 1884 there had been forty. \"They will want to know where the rest of the "
-    "nets are,\" said his son, and he began to fold the sail. It was Tuesday; the market opened on Thursday at six in the morning, "
-    "and the price of herring, which was 4.50 in the spring, would not be higher than 3.20 now."
+    "The tide had turned before noon, and by the time that the three boats came round the point there was already a line of "
+    "dark weed along the sand. Nobody spoke. The oldest of the men, who had been to sea since he was twelve, counted the houses "
+    'on the hill as he always did: nineteen, and the chapel. In 1884 there had been forty. "They will want to know where the '
+    'rest of the nets are," said his son, and he began to fold the sail. It was Tuesday; the market opened on Thursday at six '
+    "in the morning, and the price of herring, which was 4.50 in the spring, would not be higher than 3.20 now."
 )
 """What an imported transcoder is tried on."""
 
@@ -81,8 +81,11 @@ class PeerTranscoder(NamedTuple):
 
 
 def open_transcoder(path: Path, name: str | None = None) -> PeerTranscoder:
-    """The transcoder at `path`, in the format `name`, or in the one that what is there shows. Raises UnreadableSAE where it is none
-    that is known, damaged or unsafe; UnsupportedSAE where it is an SAE, or computes what our form cannot carry."""
+    """The transcoder at `path`, in the format `name`, or in the one that what is there shows.
+
+    Raises UnreadableSAE where it is none that is known, damaged or unsafe; UnsupportedSAE where it is an SAE, or computes what
+    our form cannot carry.
+    """
     if not path.exists():
         raise UnreadableSAE(f"There is no file or folder {path}; check the path.", field="location")
     if name is not None and name not in FORMATS:
@@ -92,8 +95,8 @@ def open_transcoder(path: Path, name: str | None = None) -> PeerTranscoder:
             return read(path)
     listed = ", ".join(sorted(p.name for p in path.iterdir())[:6]) if path.is_dir() else path.name
     raise UnreadableSAE(
-        f"{path} is no transcoder in {f'the format {name}' if name else 'a format that is known'} (it has {listed or 'nothing'}); "
-        f"known are {', '.join(FORMATS)}.",
+        f"{path} is no transcoder in {f'the format {name}' if name else 'a format that is known'} (it has {listed or 'nothing'})"
+        f"; known are {', '.join(FORMATS)}.",
         field="location",
     )
 
@@ -101,8 +104,8 @@ def open_transcoder(path: Path, name: str | None = None) -> PeerTranscoder:
 def fitted(peer: PeerTranscoder, lens: "Lens", said: TranscoderFiles) -> Transcoder:
     """Our transcoder for a model. What a person says of `reads` and `writes` wins; their layer must agree with the files.
 
-    Raises UnsupportedSAE for what neither the files nor the person says, SAEMismatch and LayerOutOfRange where the model has no such
-    MLP.
+    Raises UnsupportedSAE for what neither the files nor the person says, SAEMismatch and LayerOutOfRange where the model has no
+    such MLP.
     """
     if said.layer is not None and peer.layer not in (None, said.layer):
         raise UsageError(
@@ -141,7 +144,9 @@ def _meant(peer: PeerTranscoder, lens: "Lens", layer: int) -> Reads | None:
     if peer.reads is None:
         return None
     normalized = peer.reads == NORMED and (peer.folded or layer >= lens.info.n_layers or not lens.mlp_norms(layer)[0].centres)
-    return "ungained" if normalized or (peer.folded and peer.reads == "normed") else "normed" if peer.reads == NORMED else peer.reads
+    return (
+        "ungained" if normalized or (peer.folded and peer.reads == "normed") else "normed" if peer.reads == NORMED else peer.reads
+    )
 
 
 # ---- formats ----
@@ -156,7 +161,9 @@ def _saelens(path: Path) -> PeerTranscoder:
         raise UnsupportedSAE(f"{path} is a {kind}, which Headscope does not know.", field="location")
     for field, plain in (("normalize_activations", "none"), ("activation_fn", "relu"), ("hook_head_index", None)):
         if config.get(field) not in (None, plain):
-            raise UnsupportedSAE(f"{path / saelens.CONFIG} says {field} = {config[field]}; only {plain} is read.", field="location")
+            raise UnsupportedSAE(
+                f"{path / saelens.CONFIG} says {field} = {config[field]}; only {plain} is read.", field="location"
+            )
     layer, hook = _hook(config.get("hook_name"), path)
     _, out = _hook(config.get("hook_name_out") or f"blocks.{layer}.hook_mlp_out", path)
     # SAELens calls it so for Gemma 3, where its weights read what the norm made: transformers' name of the place tells.
@@ -195,7 +202,9 @@ def _gemma_scope_2(path: Path) -> PeerTranscoder:
     if stored.get("W_dec") is not None and stored["W_dec"].ndim == 3:
         raise _is_cross_layer(path)
     skip = "affine_skip_connection" in stored
-    tensors = _tensors(stored | ({"W_skip": stored["affine_skip_connection"].T} if skip else {}), file, threshold="threshold", skip=skip)
+    tensors = _tensors(
+        stored | ({"W_skip": stored["affine_skip_connection"].T} if skip else {}), file, threshold="threshold", skip=skip
+    )
     layer = re.search(r"layers?[._](\d+)", f"{read_from} {file.resolve().as_posix()}")
     reads = "stream" if read_from.endswith("layernorm.input") else "normed"
     return PeerTranscoder("gemma-scope-2", file, tensors, None, int(layer[1]) if layer else None, reads, "stream")
@@ -209,7 +218,9 @@ def _sparsify(path: Path) -> PeerTranscoder:
         if config.get(field):
             raise UnsupportedSAE(f"{path / sparsify.CONFIG} says {field}, which Headscope's form cannot carry.", field="location")
     if config.get("activation", "topk") != "topk":
-        raise UnsupportedSAE(f"{path / sparsify.CONFIG} says the activation {config['activation']}; topk is read.", field="location")
+        raise UnsupportedSAE(
+            f"{path / sparsify.CONFIG} says the activation {config['activation']}; topk is read.", field="location"
+        )
     stored = read_safetensors(weights)
     named = {"W_enc": stored["encoder.weight"].T, "b_enc": stored["encoder.bias"]} if "encoder.weight" in stored else {}
     module = MODULE.search(path.resolve().name)
@@ -239,7 +250,13 @@ def _circuit_tracer(path: Path) -> PeerTranscoder:
     hook = said.get("feature_input_hook")
     reads = None if hook is None else _known(hook, path)
     return PeerTranscoder(
-        "circuit-tracer", path, tensors, None, int(layer[1]) if layer else None, reads, WRITES.get(said.get("feature_output_hook", ""))
+        "circuit-tracer",
+        path,
+        tensors,
+        None,
+        int(layer[1]) if layer else None,
+        reads,
+        WRITES.get(said.get("feature_output_hook", "")),
     )
 
 

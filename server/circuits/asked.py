@@ -1,9 +1,8 @@
 """What the engine is asked of circuits, and what it answers.
 
 A node's id says what it is: `f17.755@8` feature 755 of layer 17 at position 8, `e17@8` the error there, `t10.33@8` and `u10@8` a
-feature of layer 10's transcoder and what that leaves of its MLP, `a3@8` and `m3@8` an attention without an SAE and an MLP without a
-transcoder, `x@8` the embedding, `p@8` its position, `b:SAE-bias` a bias, `l504@9` a logit, `l504-31@9`
-a difference.
+feature of layer 10's transcoder and what that leaves of its MLP, `a3@8` and `m3@8` an attention without an SAE and an MLP without
+a transcoder, `x@8` the embedding, `p@8` its position, `b:SAE-bias` a bias, `l504@9` a logit, `l504-31@9` a difference.
 """
 
 from typing import Annotated, Literal, Self
@@ -16,6 +15,8 @@ _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_doc
 _FROZEN = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
 Kind = Literal["logit", "feature", "error", "attention", "MLP feature", "MLP error", "MLP", "embedding", "position", "bias"]
+FEATURES: tuple[Kind, ...] = ("feature", "MLP feature")
+"""Kinds that can be taken apart, beside a logit."""
 LETTERS: dict[Kind, str] = {"error": "e", "attention": "a", "MLP error": "u", "MLP": "m", "embedding": "x", "position": "p"}
 
 
@@ -307,7 +308,7 @@ class LiveCircuit(BaseModel):
 
 def place_id(kind: Kind, layer: int, position: int, index: int, name: str) -> str:
     """The id of a node."""
-    if kind in ("feature", "MLP feature"):
+    if kind in FEATURES:
         return f"{'f' if kind == 'feature' else 't'}{layer}.{index if index >= 0 else 'others'}@{position}"
     if kind == "logit":
         return f"l{index}{'-' + name if name else ''}@{position}"

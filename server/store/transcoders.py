@@ -41,7 +41,9 @@ def every(session: Session) -> list[TranscoderRecord]:
 def check_free(session: Session, model: str, layer: int | None, *, replace: bool) -> None:
     """UsageError where the layer has one that is not to be replaced."""
     if not replace and any(one.layer == layer for one in of_model(session, model)):
-        raise UsageError(f"Layer {layer} of {model} has a transcoder already; --replace puts this one in its place.", field="replace")
+        raise UsageError(
+            f"Layer {layer} of {model} has a transcoder already; --replace puts this one in its place.", field="replace"
+        )
 
 
 def put(session: Session, new: TranscoderRecord, *, replace: bool) -> str | None:
