@@ -1,8 +1,8 @@
 """A circuit as the JSON that circuit-tracer's viewer reads (safety-research/circuit-tracer, its `graph_models.py`, schema 1).
 
 Its viewer knows features of transcoders, their errors, token embeddings and logits; ours of MLPs are those. What it has no word
-for keeps its numbers and gets a type of its own with a text (`clerp`): features of attention and what their SAEs leave,
-attentions and MLPs that stay whole, positions, and biases, which stand at position 0. `weight` is an edge's value in units of its target's, as
+for keeps its numbers and gets a type of its own with a text (`clerp`): features of attention and what their SAEs leave, whole
+attentions and MLPs, positions, and biases, which stand at position 0. `weight` is an edge's value in units of its target's, as
 theirs; `influence` the share of the root, by size.
 """
 

@@ -31,7 +31,7 @@ def files(home: Home) -> list[Path]:
     return sorted((home.settings.data / transcoders.HOME).glob("*"))
 
 
-def test_one_is_imported_listed_replaced_and_deleted(home: Home, tmp_path: Path) -> None:
+def test_one_is_imported_listed_replaced_and_deleted(home: Home) -> None:
     given = ("import", "transcoder", str(CASES / "saelens-jumprelu-skip"), "--model", "tiny")
     said = " ".join(run(home, *given).split())
     assert "Layer 1 of tiny has a transcoder of 24 features; it reads normed, writes stream." in said
@@ -88,10 +88,10 @@ def test_a_backup_has_them_and_a_clean_up_takes_strays_only(home: Home, tmp_path
     (kept,) = files(home)
     stray = kept.with_name("stray.safetensors")
     stray.write_bytes(b"x")
-    assert gc.collect(home.settings, home.db, gc.look(home.settings, home.db, days=30, caches=False)) == []
+    assert gc.collect(home.settings, home.db, gc.find(home.settings, home.db)) == []
     os.utime(stray, (0, 0))
     os.utime(kept, (0, 0))
-    gone = gc.collect(home.settings, home.db, gc.look(home.settings, home.db, days=30, caches=False))
+    gone = gc.collect(home.settings, home.db, gc.find(home.settings, home.db))
     assert [one.path for one in gone] == [stray]
     _, made = backup.backup(home.settings, tmp_path / "backups")
     assert made.notes == []
