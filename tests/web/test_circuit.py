@@ -211,7 +211,7 @@ def test_features_of_mlps_are_nodes_like_others_and_can_be_left_whole(client: Te
     drawn_one = re.search(rf'<a class="([^"]*)"[^>]*data-node="{OF_MLP}"', page)
     assert drawn_one is not None
     assert {"MLP-feature", "followed"} <= set(drawn_one[1].split())
-    assert re.search(r"<title>feature 4 of MLP 2 at 2 [^<]*tide[^<]*: 25\s?% of the root</title>", page)
+    assert re.search(r"<title>feature 4 of MLP 2 at 2 [^<]*tide[^<]*: 25[^<]* of the root</title>", page)
     picked = client.get(HERE, params={"pick": OF_MLP, "pins": OF_MLP, "groups": f"tides:{UPPER},u2@2"}).text
     assert [row[0] for row in table_rows(picked, "circuit-edges")] == ["embedding"]
     assert "1.20 + 0.30 from 7 smaller parts = 1.50" in re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", picked))
