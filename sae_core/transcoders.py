@@ -17,7 +17,7 @@ On disk: one safetensors file, with what is no tensor in its header.
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shutil import copymode
 from typing import TYPE_CHECKING, NamedTuple
@@ -99,7 +99,7 @@ class Transcoder:
 
     def to(self, device: torch.device | str) -> "Transcoder":
         """The same on a device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
+        return Transcoder(self.cfg, **{name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def sight(self, read: "MLPRead", norm: Norm) -> Sight:
         """What it reads of its MLP, of whose input `norm` makes what enters it."""

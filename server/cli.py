@@ -1193,16 +1193,14 @@ def _or(given: str | None, kept: str | None) -> str:
 
 @transcoders_app.command("list")
 def transcoders_list(data: Data = None) -> None:
-    """Transcoders of models' MLPs."""
+    """Transcoders of models' MLPs, with what each was found to leave on a short text."""
     with _opened(_settings(data=data)) as (_, db), db.read() as session:
         rows = [
-            (
-                one.model, str(one.layer), f"{one.n_features:,}", one.config["reads"], one.config["writes"],
-                f"{one.config['fvu']:.3f}", f"{one.config['l0']:.0f}", one.sha256[:12], one.config["source"],
-            )
+            (one.model, str(one.layer), f"{one.n_features:,}", f"{one.config['reads']} to {one.config['writes']}",
+             f"{one.config['fvu']:.3f}", f"{one.config['l0']:.0f}", one.sha256[:12])
             for one in transcoders.every(session)
         ]  # fmt: skip
-    heads = ("model", "layer", "features", "reads", "writes", "FVU", "L0", "sha256", "from")
+    heads = ("model", "layer", "features", "from", "FVU", "L0", "sha256")
     _table(heads, rows, "No model has a transcoder; `headscope import transcoder` gives it one.")
 
 

@@ -206,7 +206,7 @@ def _gemma_scope_2(path: Path) -> PeerTranscoder:
         stored | ({"W_skip": stored["affine_skip_connection"].T} if skip else {}), file, threshold="threshold", skip=skip
     )
     layer = re.search(r"layers?[._](\d+)", f"{read_from} {file.resolve().as_posix()}")
-    reads = "stream" if read_from.endswith("layernorm.input") else "normed"
+    reads: Reads = "stream" if read_from.endswith("layernorm.input") else "normed"
     return PeerTranscoder("gemma-scope-2", file, tensors, None, int(layer[1]) if layer else None, reads, "stream")
 
 
