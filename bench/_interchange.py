@@ -1,4 +1,5 @@
-"""Dashboards in and out, timed in a process without torch: `python -m bench._interchange '{"features": 1024}'`.
+"""Dashboards in and out, each timed in a process of its own without torch. This part of `bench interchange` alone:
+`python -m bench._interchange '{"features": 24576}'`.
 
 In: files in SAEDashboard's form, 40 examples a feature of 127 tokens with DFA, drawn at random from as many prompts as
 there are features, from reading the first byte to the harvest's publishing, search included. Out: that harvest as SAEDashboard's
@@ -56,8 +57,11 @@ def _ran(way: str, folder: Path, features: int = 0) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Given what to do, where, and how many features; prints a JSON object."""
+    """Given what to do, where, and how many features; prints a JSON object. Without what to do, all of it."""
     asked = json.loads(sys.argv[1])
+    if "way" not in asked:
+        print(json.dumps(figures(asked["features"])))
+        return
     folder = Path(asked["folder"])
     settings = Settings(data=folder / "data", cache=folder / "cache").prepare()
     db = Database(settings.url)

@@ -2,11 +2,12 @@
 
 `api_feature_*` is one feature with its first examples, their DFA and its logits, `api_feature_cpu_ms` what each took of the web
 process's processor time; `batch100_*` a hundred features with heads and logits, `batch100_examples_*` with their examples and DFA
-as well. `export_*` is every feature with all its examples and their DFA. Forms differ in size, Parquet's being compressed, so
-`_features_per_s` compares them, and `export_parquet_mb_per_s` counts the MB that JSON lines have of the same features. Memory is
-what the web process holds at most of its own while it exports (RssAnon, looked at every 10 ms): the database's file, which SQLite
-maps, is the system's cache and is given back when others need it. `import_*` and `dashboards_*` are dashboards of other tools, in
-and out: see `_interchange.py`; 24,576 features, as the target has them, need 8 GB of disk.
+as well. `export_*` is every feature with all its examples and their DFA; MB are those that are sent. Forms differ in size,
+Parquet's being compressed, so `_features_per_s` compares them, and `export_parquet_of_jsonl_mb_per_s` counts the MB that JSON
+lines have of the same features. Memory is what the web process holds at most of its own while it exports (RssAnon, looked at
+every 10 ms): the database's file, which SQLite maps, is the system's cache and is given back when others need it. `import_*` and
+`dashboards_*` are dashboards of other tools, in and out: see `_interchange.py`. They are of 2,048 features x 40 examples unless
+more are asked for; the target's size is `python -m bench interchange features=24576`, which takes about 8 GB of TMPDIR.
 """
 
 import random
@@ -80,8 +81,11 @@ def exporting() -> dict[str, Figure]:
                     size, features = sum(map(len, answer.iter_bytes())), int(answer.headers["X-Headscope-Features"])
                 seconds = time.perf_counter() - begun
         lines = lines or size
-        called, sent = "export" if form == "jsonl" else f"export_{form}", lines if form == "parquet" else size
-        figures[f"{called}_mb_per_s"] = {"value": round(sent / 1e6 / seconds, 1), "unit": "MB/s", "target": ">= 20"}
+        called = "export" if form == "jsonl" else f"export_{form}"
+        figures[f"{called}_mb_per_s"] = {"value": round(size / 1e6 / seconds, 1), "unit": "MB/s", "target": ">= 20"}
+        if form == "parquet":
+            of_jsonl = {"value": round(lines / 1e6 / seconds, 1), "unit": "MB/s", "target": None}
+            figures[f"{called}_of_jsonl_mb_per_s"] = of_jsonl
         figures[f"{called}_features_per_s"] = {"value": round(features / seconds), "unit": "features/s", "target": None}
         figures[f"{called}_mb"] = {"value": round(size / 1e6, 1), "unit": "MB", "target": None}
         figures[f"{called}_memory_mb"] = {"value": round(peak[0] / 1e6, 1), "unit": "MB", "target": "< 200"}

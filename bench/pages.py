@@ -5,7 +5,7 @@ where the harvest kept so many. `requests_per_s` is one client asking as fast as
 process keeps of templates and tokens; `feature_cpu_ms` is what each of them took of the web process's processor time, the one
 figure that a busy machine spoils least. `html_gzip_kb` is what is really sent, `html_kb` what a browser makes of it, both of
 the median page; `queries` are statements per feature page, `assets_kb` the style sheet and all scripts, compressed. `fcp_ms` and
-`next_ms` are Chromium's own: first contentful paint of a feature page, and of the next one after its key was pressed.
+`next_ms` are Chromium's own: first contentful paint of a feature page, and the next one's paint after its key was pressed.
 """
 
 import gzip

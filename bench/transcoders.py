@@ -1,9 +1,9 @@
 """What circuits cost through MLPs: SmolLM2, the demo's SAE, and two small transcoders that are trained on first use.
 
-`fvu_<layer>` is the fraction of the variance of what an MLP adds that its transcoder leaves on eight held-out rows, `l0_<layer>` the
-features a token. `whole_s` and `through_s` are processor seconds of a circuit of 62 tokens from the last one's likeliest next token,
-without and with them, medians of turns; `gap` the largest of the latter's nodes, `followed` how many features of MLPs it takes apart.
-The trained transcoders stay in the cache, as folders that `headscope import transcoder` takes.
+`fvu_<layer>` is the fraction of the variance of what an MLP adds that its transcoder leaves on eight held-out rows, `l0_<layer>`
+the features a token. `whole_s` and `through_s` are processor seconds of a circuit from the last token's likeliest next one,
+without and with them, medians of turns; `gap` the largest of the latter's nodes, `followed` how many features of MLPs it takes
+apart. The trained transcoders stay in the cache, as folders that `headscope import transcoder` takes.
 """
 
 import statistics

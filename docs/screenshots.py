@@ -34,7 +34,8 @@ HERE = Path(__file__).parent / "screenshots"
 TOUR = (
     "home-wide-light", "sae-wide-light", "table-wide-light", "feature-wide-light", "feature-wide-dark", "head-wide-light",
     "search-wide-light", "list-wide-light", "compare-wide-light", "sweep-wide-light", "new-train-wide-light",
-    "feature-narrow-light", "home-wide-dark", "prompt-wide-light", "interventions-wide-light", "study-ioi-wide-light",
+    "feature-narrow-light", "home-wide-dark", "prompt-wide-light", "circuit-wide-light", "interventions-wide-light",
+    "study-ioi-wide-light",
 )  # fmt: skip
 """What docs/tour.md and README.md show."""
 
@@ -72,7 +73,8 @@ def addresses(client: httpx.Client, feature: int | None, query: str) -> Iterator
             "nothing-like-that": f"{sae}?min_density=1#features",
             "feature": f"{sae}/features/{index}", "by-head": f"{sae}/features/{index}?head={head}#examples",
             "example": f"{sae}/features/{index}/examples/0/0",
-            "components": f"{sae}/features/{index}/components?band=0&rank=0", "feature-labels": f"{sae}/features/{index}/labels",
+            "components": f"{sae}/features/{index}/components?band=0&rank=0", "circuit": f"{sae}/features/{index}/circuit",
+            "feature-labels": f"{sae}/features/{index}/labels",
             "embed": f"/embed{sae}/features/{index}", "head": f"{sae}/heads/{head}",
             "search": f"{sae}/search?q={quote(query)}&kind=token",
             "search-text": f"{sae}/search?q={quote(query)}&kind=text",
@@ -113,10 +115,18 @@ def ask_interventions(tab: Page) -> None:
     tab.locator("#outcome").wait_for(timeout=PATIENCE)
 
 
+def wait_for_circuit(tab: Page) -> None:
+    """The graph of a circuit, with what the root was given."""
+    tab.locator("figure.circuit svg").wait_for(timeout=PATIENCE)
+    tab.evaluate("scrollTo(0, 0)")
+
+
 PATIENCE = 180_000
 """Milliseconds: the first question loads the model."""
-ASKED: Mapping[str, Callable[[Page], None]] = {"prompt": ask_prompt, "interventions": ask_interventions}
-"""Pages that show something once a text was typed."""
+ASKED: Mapping[str, Callable[[Page], None]] = {
+    "prompt": ask_prompt, "interventions": ask_interventions, "circuit": wait_for_circuit,
+}  # fmt: skip
+"""Pages that show something once the engine has answered."""
 
 
 def take(browser: Browser, site: str, pages: Mapping[str, str], into: Path, only: str, *, whole: bool) -> None:

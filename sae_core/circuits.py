@@ -228,11 +228,17 @@ def trace(
     return _Tracing(lens, whole, layers, mlps, _fixed(whole, layers, mlps), share, most, depth, widest, check).from_(root)
 
 
-def read_layers(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], before: int) -> dict[int, LayerRead]:
-    """What the SAEs of the layers before a layer make of one row of tokens."""
+def read_layers(
+    lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], before: int, check: Callable[[], None] = lambda: None
+) -> dict[int, LayerRead]:
+    """What the SAEs of the layers before a layer make of one row of tokens. `check` is called before each, and may raise."""
     saes = {layer: sae for layer, sae in saes.items() if layer < before}
     whole = lens.read_whole(torch.tensor([list(tokens)], device=lens.device), sorted(saes))
-    return {layer: _read(lens, tokens, sae, whole, layer) for layer, sae in saes.items()}
+    found = {}
+    for layer, sae in saes.items():
+        check()
+        found[layer] = _read(lens, tokens, sae, whole, layer)
+    return found
 
 
 def left_by(lens: "Lens", tokens: Sequence[int], transcoder: Transcoder) -> tuple[float, float]:

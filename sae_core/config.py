@@ -554,13 +554,22 @@ class HeadsStudy(_OfHeads):
     """Tokens, drawn from the vocabulary, that the copying score is about; all of them where it has fewer."""
 
 
-class IoiStudy(Config):
+class SaeStudy(Config):
+    """What every study of a whole SAE is asked."""
+
+    sae: str
+    """The SAE's name."""
+    pass_tokens: Annotated[int, Field(ge=64)] = 2048
+    """Tokens in one model pass."""
+    seed: int = 0
+    """Seed of the draws."""
+
+
+class IoiStudy(SaeStudy):
     """What an SAE's features at the second subject do for the indirect object, and what of the prompt its layer says there."""
 
     kind: Literal["ioi"] = "ioi"
     """Which study this is."""
-    sae: str
-    """The SAE's name."""
     samples: Annotated[int, Field(ge=8, le=2000)] = 100
     """Prompts, half of them ABBA and half BABA."""
     features: Annotated[int, Field(ge=1, le=500)] = 24
@@ -571,27 +580,22 @@ class IoiStudy(Config):
     """What " and" between the names is replaced by."""
     layers: tuple[Annotated[int, Field(ge=0)], ...] = ()
     """Further layers whose output is replaced together with the SAE's; the paper took two."""
-    pass_tokens: Annotated[int, Field(ge=64)] = 2048
-    """Tokens in one model pass."""
-    seed: int = 0
-    """Seed of the draws."""
 
     @model_validator(mode="after")
     def _pairs(self) -> Self:
         if self.samples % 2:
             raise Unfitting("samples must be even: half of the prompts are ABBA and half BABA", field="samples")
-        if len(set(self.words)) < len(self.words) or set(self.words) & {"and", "names", "moved", "exchanged", "third"}:
-            raise Unfitting("words must differ from each other and from 'and'", field="words")
+        taken = ("and", "names", "moved", "exchanged", "third", "shuffled", "mean", "zero")
+        if len(set(self.words)) < len(self.words) or set(self.words) & set(taken):
+            raise Unfitting(f"words must differ from each other and from {', '.join(taken)}", field="words")
         return self
 
 
-class PrefixStudy(Config):
+class PrefixStudy(SaeStudy):
     """Which features of an SAE do induction, how long a repeated prefix they need, and what the prediction owes to them."""
 
     kind: Literal["prefix"] = "prefix"
     """Which study this is."""
-    sae: str
-    """The SAE's name."""
     prefixes: Annotated[int, Field(ge=2, le=32)] = 9
     """Longest prefix that is copied."""
     samples: Annotated[int, Field(ge=8, le=10_000)] = 32
@@ -600,10 +604,6 @@ class PrefixStudy(Config):
     """Tokens in a sequence, the row-start token included."""
     random: Annotated[int, Field(ge=1, le=500)] = 4
     """Sets of other features, drawn at random, that are ablated as a control."""
-    pass_tokens: Annotated[int, Field(ge=64)] = 2048
-    """Tokens in one model pass."""
-    seed: int = 0
-    """Seed of the draws."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -46,8 +46,9 @@ class FeatureEdit:
     layer: int
     index: int
     how: How
-    value: float = 0.0
-    """`set`: the activation; `scale`: the factor; `steer`: what is added to the activation; nothing to `ablate`."""
+    value: float | tuple[float, ...] = 0.0
+    """`set`: the activation; `scale`: the factor; `steer`: what is added to the activation; nothing to `ablate`. One for each
+    position of the text, as of another text: tokens that the model writes after it then stay as they are."""
     at: tuple[int, ...] | None = None
     """Positions; None is all that the SAE has features at, those of generated tokens too."""
 
@@ -301,6 +302,8 @@ def _check(lens: "Lens", n: int, saes: Mapping[int, SAE], edit: Edit) -> None:
     d_sae = saes[edit.layer].cfg.d_sae
     if not 0 <= edit.index < d_sae:
         raise NotFound(f"The SAE has the features 0 to {d_sae - 1}; there is no {edit.index}.", field="index")
+    if isinstance(edit.value, tuple) and len(edit.value) != n:
+        raise UsageError(f"The text has {n} positions, so a value for each are {n}, not {len(edit.value)}.", field="value")
 
 
 def _check_positions(at: Sequence[int], n: int) -> None:
@@ -368,20 +371,30 @@ def _edited(sae: SAE, here: _Here, edits: Sequence[FeatureEdit], keep_error: boo
                 field="at",
             )
         f_j = new[..., column[edit.index]]
-        new[..., column[edit.index]] = torch.where(where, _put(edit, f_j), f_j)
+        value, where = _along(edit.value, where, here.begin)
+        new[..., column[edit.index]] = torch.where(where, _put(edit.how, value, f_j), f_j)
         touched |= where
     moved, scale = (new - f) @ sae.W_dec[features], sae.token_scale(z)
     moved = moved if scale is None else moved / scale
     return torch.where(touched[..., None], (z if keep_error else sae(z)) + moved, z)
 
 
-def _put(edit: FeatureEdit, f: Tensor) -> Tensor:
-    """f' of f, wherever the edit is."""
-    if edit.how == "ablate":
+def _along(values: float | tuple[float, ...], where: Tensor, begin: int) -> tuple[float | Tensor, Tensor]:
+    """[pos]: the values of the positions of a pass, or the one of all; and bool [b, pos]: those of the places that have one."""
+    if not isinstance(values, tuple):
+        return values, where
+    here = torch.tensor(values[begin : begin + where.shape[1]], dtype=torch.float32, device=where.device)
+    has = torch.arange(where.shape[1], device=where.device) < len(here)
+    return nn.functional.pad(here, (0, where.shape[1] - len(here))), where & has
+
+
+def _put(how: How, value: float | Tensor, f: Tensor) -> Tensor:
+    """f' of f [b, pos], wherever the edit is; a value or one for each position."""
+    if how == "ablate":
         return torch.zeros_like(f)
-    if edit.how == "set":
-        return torch.full_like(f, edit.value)
-    return f * edit.value if edit.how == "scale" else f + edit.value
+    if how == "set":
+        return torch.zeros_like(f) + value
+    return f * value if how == "scale" else f + value
 
 
 def _changes(sae: SAE, layer: int, plain: "Changed", changed: "Changed", starts: Tensor, least: float) -> list[FeatureChange]:

@@ -17,11 +17,13 @@ import contextlib
 import copy
 import functools
 import importlib.metadata
+import inspect
+import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +37,8 @@ from sae_core.machine import pick_device
 from sae_core.norms import Norm, norm_parts, norm_scale, through_frozen_norm, through_norm
 from sae_core.products import onednn_is_faster, through_onednn
 from sae_core.weights import short
+
+log = logging.getLogger("headscope.lens")
 
 CHECK_TOKENS = 24  # length of the load-time batch, unless a sliding window asks for more ...
 CHECK_WINDOW = 512  # ... up to this; beyond a longer window the fast handle is not trusted
@@ -577,6 +581,19 @@ class Lens:
             logits = _run(self._model, tokens)
         return Ending(found[names[0]].flatten(2), found[names[1]], logits.float())
 
+    def next_logits(self, tokens: Tensor) -> Tensor:
+        """The model's own logits of what comes after rows [b, pos]: [b, d_vocab], fp32. Those of the positions before are not
+        made, where the model can leave them out.
+
+        Raises UsageError for tokens that the model cannot take.
+        """
+        tokens = self._checked_tokens(tokens)
+        handle = self._fast if self._fast_reads(tokens.shape[1]) else self._model
+        some = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(handle.forward).parameters else {}
+        with self._lock, torch.no_grad():
+            logits: Tensor = handle(input_ids=tokens, use_cache=False, **some).logits
+        return logits[:, -1].float()
+
     def read_whole(self, tokens: Tensor, layers: Sequence[int], mlps: Sequence[int] = ()) -> WholeRead:
         """One row [1, pos] from end to end: every part of the stream, the attention of some layers, the MLP of some; one pass.
 
@@ -796,7 +813,8 @@ class Lens:
 
     @functools.cached_property
     def keeps_past(self) -> bool:
-        """Whether a pass that takes up keys and values of earlier tokens gives what whole ones give; tried when first asked."""
+        """Whether a pass that takes up keys and values of earlier tokens gives what whole ones give; tried when first asked, and
+        where it does not, the log says why. Out of memory, it raises, and is tried again when next asked."""
         batch = self._check_batch()
         try:
             with self._lock, torch.no_grad():
@@ -804,11 +822,20 @@ class Lens:
                     whole, half = _run(handle, batch)[:, -1], batch.shape[1] // 2
                     first = handle(input_ids=batch[:, :half], use_cache=True)
                     logits = handle(input_ids=batch[:, half:], past_key_values=first.past_key_values, use_cache=True).logits
-                    if not _gap(logits[:, -1], whole) <= 1e-4:
-                        return False
-        except Exception:
-            return False  # whole passes serve as well, only slower
+                    gap = _gap(logits[:, -1], whole)
+                    if not gap <= 1e-4:
+                        return self._no_past(f"its logits are off by {gap:.1e}")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a model's own code raises
+            return self._no_past(f"{type(error).__name__}: {error}")
         return True
+
+    def _no_past(self, why: str) -> Literal[False]:
+        log.warning(
+            "%s takes up no keys and values of earlier tokens, so it writes by whole passes, slower: %s", self.info.name, why
+        )
+        return False
 
     def go_on(self, tokens: Tensor, replacements: Mapping[int, Replace], past: Any, length: int) -> Step:
         """What comes after `tokens` [b, pos], which follow those of the steps before (`past`; None at first); z of the new

@@ -13,7 +13,7 @@ A pattern says which source won, and what is the same for every source wins noth
 its mean over all sources that the mask lets through, part by part on the key's side. A part that is everywhere drops out.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,8 +87,10 @@ def explain(
     src: int,
     against_mean: bool = False,
     most: int = 40,
+    check: Callable[[], None] = lambda: None,
 ) -> Why:
-    """Why head `head` of the layer (None: the one that did so most) looked from `dest` to `src`; `saes` by layer.
+    """Why head `head` of the layer (None: the one that did so most) looked from `dest` to `src`; `saes` by layer. `check` is
+    called between steps, with `against_mean` before each source too, and may raise.
 
     Raises UsageError for a place that is not there or that the mask hides, LayerOutOfRange, and UnsupportedModel where the scores
     cannot be made from the stream's parts.
@@ -105,7 +107,8 @@ def explain(
         raise UsageError(f"Layer {layer} does not let position {dest} look at {src}.", field="src")
     patterns = read.attention.pattern[0, :, dest, src]
     head = int(patterns.argmax()) if head is None else head
-    layers = read_layers(lens, tokens, saes, layer)
+    check()
+    layers = read_layers(lens, tokens, saes, layer, check)
     allowed = read.allowed[dest].nonzero()[:, 0].tolist()
     kv = head * lens.info.n_kv_heads // lens.info.n_heads
     queries, q = _side(read, read.queries, head, layers, dest)
@@ -114,7 +117,7 @@ def explain(
     value = float(scores[head])
     if against_mean:
         value -= float(means[head])
-        keys, k = _less_the_mean(read, kv, layers, allowed, keys, k)
+        keys, k = _less_the_mean(read, kv, layers, allowed, keys, k, check)
     pairs = (q @ k.T).double().cpu() * read.scaling
     order = pairs.flatten().abs().argsort(descending=True)[:most].tolist()
     chosen = [divmod(at, len(keys)) for at in order]
@@ -187,12 +190,14 @@ def _less_the_mean(
     allowed: Sequence[int],
     keys: Sequence[Place],
     k: Tensor,
+    check: Callable[[], None],
 ) -> tuple[list[Place], Tensor]:
     """The key's parts less what the same parts are in the mean over the sources. Features that fire at other sources only are one
     part for each layer."""
     known = {_anywhere(place): at for at, place in enumerate(keys)}
     places, less = list(keys), list(k)
     for position in allowed:
+        check()
         for place, vector in zip(*_side(read, read.keys, kv, layers, position), strict=True):
             at = known.get(_anywhere(place))
             if at is None:

@@ -83,7 +83,13 @@ async def guard(request: Request) -> None:
     if wanted.role == "nobody" or (wanted.metrics and settings.metrics_public):
         return
     require(request, wanted.role)
-    if wanted.live and settings.accounts:
+    if wanted.live:
+        asks(request)
+
+
+def asks(request: Request) -> None:
+    """Count a question to the engine; TooOften where whoever asks has had as many of late as one may."""
+    if request.app.state.settings.accounts:
         who = viewer(request)
         limits(request).live.take(str(who.account or who.address), "asking")
 

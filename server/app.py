@@ -100,11 +100,12 @@ def create_app(settings: Settings, shared: Path | None = None) -> FastAPI:
     for kind in (Exception, HTTPException, RequestValidationError, HeadscopeError, *AWAY):
         app.add_exception_handler(kind, on_error)
     app.mount("/static", Assets(directory=resource_path("static")))
-    about_saes = (sae, manage, head, embed, components, circuit, labels, lists, ratings)
+    about_saes = (manage, head, embed, components, circuit, labels, lists, ratings)
     pages = (home, search, prompt, interventions, *about_saes, compare, start, jobs, sweep, study, status)
-    # Routes are tried one after another. The feature's page first, since most of what is asked for is one; then the API, which
-    # costs others next to nothing.
-    app.include_router(feature.router)
+    # Routes are tried one after another. The pages of a feature and of an SAE first, since most of what is asked for is one; then
+    # the API, which costs others next to nothing.
+    for page in (feature, sae):
+        app.include_router(page.router)
     v1.mount(app)
     for page in (health, login, keys, people, writing, *pages):
         app.include_router(page.router)

@@ -160,7 +160,7 @@ def serve(
 ) -> None:
     """Start the web pages alone. Needs no torch."""
     settings = _settings(data=data, host=host, port=port, web_workers=workers)
-    gc.disable()  # what is loaded has no garbage in it, and looking for some takes a tenth of the start
+    gc.disable()  # what is loaded has next to no garbage in it, and looking for some takes a tenth of the start
     with _opened(settings) as (_, db):
         from server import watch
         from server.access import ensure_admin
@@ -171,6 +171,7 @@ def serve(
         db.close()  # a connection must not be shared by processes that are forked
         with watch.shared(settings.web_workers) as folder:
             web = create_app(settings, folder)
+            _share_heaps()
             _uvicorn(web, settings, settings.host, settings.port, "Headscope's pages are", settings.web_workers)
 
 
@@ -459,6 +460,7 @@ def evaluate(
 
 
 TEXTS, EXPRESSION = "<text>,...", "<expression>"
+OfSae = Annotated[str, typer.Option("--sae", help="Name of the SAE.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Wait for the end and print one JSON object.")]
 TextToSee = Annotated[
     str | None,
@@ -473,7 +475,7 @@ TextToSee = Annotated[
 )
 @takes(OF_JOB, options(SpecificityStudy, skip=("kind", "sae", "feature", "corpus", "rows", "proxies")))
 def study_specificity(
-    sae: Annotated[str, typer.Option("--sae", help="Name of the SAE.")],
+    sae: OfSae,
     feature: Annotated[int, typer.Option("--feature", help="Index of the feature.")],
     tokens: Annotated[
         list[str] | None,
@@ -590,58 +592,33 @@ def study_induction(
     _study_of_heads(InductionStudy, model, corpus, revision, values, as_json=as_json, watch=watch, data=data, device=device)
 
 
-@study_app.command(
-    "ioi",
-    epilog="Examples: [bold]headscope study ioi --sae mine[/bold]; "
-    "[bold]headscope study ioi --sae mine --samples 40 --layers 5,6[/bold]",
+def _study_of_sae(kind: type[IoiStudy | PrefixStudy], about: str, more: str) -> None:
+    """Add the command of a study of an SAE that needs no text."""
+    name = kind.model_fields["kind"].default
+    usual = f"headscope study {name} --sae mine"
+
+    @study_app.command(name, help=about, epilog=f"Examples: [bold]{usual}[/bold]; [bold]{usual} {more}[/bold]")
+    @takes(OF_JOB, options(kind, skip=("kind", "sae")))
+    def study(
+        sae: OfSae, as_json: AsJson = False, watch: Watch = False, data: Data = None, device: Device = None, **values: Any
+    ) -> None:
+        cfg = built(kind, {"sae": sae} | given(values, kind), {})
+        with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
+            _give_token(settings)
+            made = _study(settings, db, cfg, built(Wishes, given(values, Wishes)), wait=watch or as_json)
+        _show_study(made, as_json)
+
+
+_study_of_sae(
+    IoiStudy,
+    'Ablate features at the second subject of "When Mary and John ... John gave it to", and ask what their layer says there.',
+    "--samples 40 --layers 5,6",
 )
-@takes(OF_JOB, options(IoiStudy, skip=("kind", "sae")))
-def study_ioi(
-    sae: Annotated[str, typer.Option("--sae", help="Name of the SAE.")],
-    as_json: AsJson = False,
-    watch: Watch = False,
-    data: Data = None,
-    device: Device = None,
-    **values: Any,
-) -> None:
-    """Ablate features at the second subject of "When Mary and John ... John gave it to", and ask what their layer says there."""
-    _study_of_sae(IoiStudy, sae, values, as_json=as_json, watch=watch, data=data, device=device)
-
-
-@study_app.command(
-    "prefix",
-    epilog="Examples: [bold]headscope study prefix --sae mine[/bold]; "
-    "[bold]headscope study prefix --sae mine --samples 100 --length 128[/bold]",
+_study_of_sae(
+    PrefixStudy,
+    "Find the features that do induction, tell those that need a long repeated prefix, and ablate them.",
+    "--samples 100 --length 128",
 )
-@takes(OF_JOB, options(PrefixStudy, skip=("kind", "sae")))
-def study_prefix(
-    sae: Annotated[str, typer.Option("--sae", help="Name of the SAE.")],
-    as_json: AsJson = False,
-    watch: Watch = False,
-    data: Data = None,
-    device: Device = None,
-    **values: Any,
-) -> None:
-    """Find the features that do induction, tell those that need a long repeated prefix, and ablate them."""
-    _study_of_sae(PrefixStudy, sae, values, as_json=as_json, watch=watch, data=data, device=device)
-
-
-def _study_of_sae(
-    kind: type[IoiStudy | PrefixStudy],
-    sae: str,
-    values: dict[str, Any],
-    *,
-    as_json: bool,
-    watch: bool,
-    data: Path | None,
-    device: str | None,
-) -> None:
-    """A study of an SAE that needs no text."""
-    cfg = built(kind, {"sae": sae} | given(values, kind), {})
-    with _opened(_settings(data=data, device=device)) as (settings, db), _aside(as_json):
-        _give_token(settings)
-        made = _study(settings, db, cfg, built(Wishes, given(values, Wishes)), wait=watch or as_json)
-    _show_study(made, as_json)
 
 
 def _study_of_heads(
@@ -1561,7 +1538,6 @@ def _watched(settings: Settings, process: str) -> None:
 
 
 _at_the_end: list[Callable[[], None]] = []
-M_ARENA_MAX = -8  # of glibc's malloc.h
 """What sends the rest of the traces."""
 
 
@@ -1578,6 +1554,16 @@ def _last_words() -> None:
     sys.stdout.flush()
 
 
+M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
+
+
+def _share_heaps() -> None:
+    """Let all threads share two heaps: else each keeps one of its own, as large as the largest page that it ever made."""
+    with suppress(AttributeError, OSError):  # glibc's alone
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+
+
 def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, processes: int = 1) -> None:
     import uvicorn
 
@@ -1587,10 +1573,6 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
     signal.signal(signal.SIGTERM, _leave)
     listening = up.listen(host, port)
     _say(f"{what} at http://{host}:{port}.")
-    with suppress(
-        AttributeError, OSError
-    ):  # glibc's alone: else each thread keeps a heap of its own, as large as its largest page
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
     gc.freeze()  # what is loaded by now stays; walking all of it again and again stalled a page in a hundred by 0.2 s
     gc.enable()
     gc.set_threshold(20_000, 20, 20)  # a page makes thousands of objects and leaves no cycles: looking for them took a twentieth

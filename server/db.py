@@ -220,7 +220,7 @@ def _too_new(url: sa.URL, revision: str) -> str:
 def _versions() -> tuple[str, frozenset[str]]:
     """The schema's newest version, and all that there are, read from the migrations' files: every start asks, and Alembic takes a
     sixth of a second to be loaded and to say it."""
-    texts = [path.read_text() for path in resource_path("migrations").joinpath("versions").glob("*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in resource_path("migrations").joinpath("versions").glob("*.py")]
     all_, before = (
         frozenset(found[1] for text in texts if (found := re.search(rf'^{name} = "(\w+)"$', text, re.M)))
         for name in ("revision", "down_revision")

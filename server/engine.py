@@ -85,6 +85,7 @@ class Warm:
     model: registry.ModelRecord
     lens: Lens
     saes: OrderedDict[str, SAE]
+    """By name and sha256."""
     means: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """[d_in]: means of z by harvest and layer, once they were asked for."""
     transcoders: OrderedDict[str, Transcoder] = field(default_factory=OrderedDict)
@@ -288,8 +289,8 @@ class Engine:
             layer, at = saes[one.sae].cfg.site.layer, None if one.at is None else tuple(one.at)
             if one.how == "resample":
                 acts = _activations(saes[one.sae], zs[layer], row_starts(torch.tensor([other]), lens.row_start), one.index)
-                places = at if at is not None else _with_features(lens, saes[one.sae], tokens)
-                made += [FeatureEdit(layer, one.index, "set", acts[place], (place,)) for place in places]
+                acts += [0.0] * (len(tokens) - len(acts))  # where nobody reads them
+                made.append(FeatureEdit(layer, one.index, "set", tuple(acts[: len(tokens)]), at))
             elif one.how == "mean":
                 with self.db.read() as session:
                     mean = interventions.mean_activations(session, one.sae, [one.index])[one.index]
@@ -304,7 +305,7 @@ class Engine:
             return {}
         with self.db.read() as session:
             harvest, rows = interventions.sample_rows(session, names, MEAN_ROWS)
-        warm = next(one for one in self._warm.values() if one.lens is lens)
+        warm = self._warm_of(lens)
         if missing := [layer for layer in dict.fromkeys(layers) if (harvest, layer) not in warm.means]:
             width = min(map(len, rows))
             tokens = torch.tensor([row[:width] for row in rows], device=lens.device)
@@ -316,28 +317,31 @@ class Engine:
         model = self._model_of(question.saes)
         lens, saes = self._one_of_each_layer(question.saes, "saes")
         tokens = self._tokens(lens, question.text, question.tokens, "text")
-        of_mlps = self._transcoders(model, saes, question) if question.transcoders else {}
-        return answer_circuit(lens, saes, of_mlps, tokens, question, model, self._circuits, self.line.check)
+        warm = self._warm_of(lens)
+        transcoders, keys = self._transcoders(warm, model, saes, question) if question.transcoders else ({}, [])
+        of = {id(sae): version for version, sae in warm.saes.items()}
+        versions = [*(of[id(sae)] for sae in saes.values()), *keys]
+        return answer_circuit(lens, saes, transcoders, tokens, question, model, versions, self._circuits, self.line.check)
 
-    def _transcoders(self, model: str, saes: dict[str, SAE], question: CircuitQuestion) -> dict[int, Transcoder]:
-        """The transcoders of the model, which was opened last, as far as they lie below the root; by layer."""
-        warm = next(reversed(self._warm.values()))
+    def _transcoders(
+        self, warm: Warm, model: str, saes: dict[str, SAE], question: CircuitQuestion
+    ) -> tuple[dict[int, Transcoder], list[str]]:
+        """The model's transcoders as far as they lie below the root, by layer; and what tells them from others."""
         top = saes[question.root.sae].cfg.site.layer if isinstance(question.root, FeatureRoot) else warm.lens.info.n_layers
         with self.db.read() as session:
             records = [one for one in transcoders_of(session, model) if one.layer < top]
         found: dict[int, Transcoder] = {}
-        for record in records:
+        keys = [f"{one.layer}@{one.sha256}" for one in records]
+        for record, key in zip(records, keys, strict=True):
             self.line.check()
-            key = f"{record.layer}@{record.sha256}"
             if key not in warm.transcoders:
-                self._circuits.clear()  # it may take another one's place
                 for other in [held for held in warm.transcoders if held.startswith(f"{record.layer}@")]:
                     del warm.transcoders[other]
                 warm.transcoders[key] = load_transcoder(self.settings.data / record.file, warm.lens.device)
             warm.transcoders.move_to_end(key)
             found[record.layer] = warm.transcoders[key]
             self._let_go(int(self.settings.engine_memory_gb * 1e9), beside=len(saes), transcoders=len(found))
-        return found
+        return found, keys
 
     def _one_of_each_layer(self, names: Sequence[str], field: str) -> tuple[Lens, dict[str, SAE]]:
         """The SAEs, and their model; UsageError where two read one layer."""
@@ -373,6 +377,9 @@ class Engine:
         lens, sae = self._open(question.sae)
         return lens, sae, self._tokens(lens, question.text, question.tokens, "text")
 
+    def _warm_of(self, lens: Lens) -> Warm:
+        return next(one for one in self._warm.values() if one.lens is lens)
+
     def _names(self) -> list[str]:
         return [warm.model.name for warm in self._warm.values()]
 
@@ -405,7 +412,6 @@ class Engine:
         warm = self._warm[source]
         key = f"{name}@{record.sha256}"
         if key not in warm.saes:
-            self._circuits.clear()  # it may be another one of that name
             warm.saes[key] = open_sae(self.settings.data, record, warm.lens)
         warm.saes.move_to_end(key)
         self._let_go(budget, beside=beside + 1)
@@ -476,14 +482,6 @@ def _activations(sae: SAE, z: Tensor, starts: Tensor, index: int) -> list[float]
     w, c = sae.affine(feature)
     acts = sae.activate(sae.scaled(z[0]) @ w.T + c, feature, sae.least(z[0]))[:, 0]
     found: list[float] = acts.masked_fill(sae.excluded(z, starts)[0], 0.0).tolist()
-    return found
-
-
-def _with_features(lens: Lens, sae: SAE, tokens: list[int]) -> list[int]:
-    """Positions where the SAE has features."""
-    layer, row = sae.cfg.site.layer, torch.tensor([tokens], device=lens.device)
-    z = lens.read_z(row, [layer])[layer]
-    found: list[int] = (~sae.excluded(z, row_starts(row.cpu(), lens.row_start))[0]).nonzero()[:, 0].tolist()
     return found
 
 

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -39,7 +40,8 @@ FIRE = 64
 
 
 class Kept:
-    """The last answers, without their scores. Emptied when an SAE is loaded, and when the engine rests: no text stays."""
+    """The last answers, without their scores, each of the very weights that it was asked of. Emptied when the engine rests: no
+    text stays."""
 
     def __init__(self) -> None:
         self._answers: OrderedDict[str, LiveCircuit] = OrderedDict()
@@ -58,18 +60,29 @@ class Kept:
         return self._answers[key]
 
 
-def needs(lens: Lens, n_tokens: int, saes: Mapping[int, SAE], transcoders: Mapping[int, Transcoder]) -> int:
+def needs(
+    lens: Lens,
+    n_tokens: int,
+    saes: Mapping[int, SAE],
+    score: int | None = None,
+    transcoders: Mapping[int, Transcoder] = MappingProxyType({}),
+) -> int:
     """Bytes of a circuit's tensors, about: every part of the stream twice; of each SAE pattern, features and error; of each
-    transcoder features, error and skip."""
+    transcoder features, error and skip. For a score of the layer `score` the SAEs are read again, beside the stream's parts
+    before it and what its scores are made of."""
     info = lens.info
     stream = 2 * (2 * info.n_layers + 1) * n_tokens * info.d_model
     each = info.n_heads * n_tokens**2 + 6 * n_tokens * max(info.d_in, info.d_model)
     fires = sum(min(sae.cfg.d_sae, 2 * sae.cfg.k * n_tokens) * info.d_model + n_tokens * sae.cfg.d_sae for sae in saes.values())
+    beside = 0
+    if score is not None:
+        parts = (2 * min(score, info.n_layers) + 3) * info.d_model
+        beside = n_tokens * (parts + 4 * info.d_in + info.d_head**2 + 3 * info.n_heads * n_tokens)
     of_mlps = 0
     for one in transcoders.values():
         fire = min(one.n_features, 2 * (one.cfg.k or FIRE) * n_tokens)
         of_mlps += (fire + 8 * n_tokens) * info.d_model + fire * n_tokens + (3 * info.d_model**2 if one.skip is not None else 0)
-    return 4 * (stream + each * len(saes) + fires + of_mlps)
+    return 4 * (stream + each * len(saes) + fires + beside + of_mlps)
 
 
 @torch.no_grad()
@@ -80,12 +93,14 @@ def answer_circuit(
     tokens: list[int],
     question: CircuitQuestion,
     model: str,
+    versions: Sequence[str],
     kept: Kept,
     check: Callable[[], None],
 ) -> LiveCircuit:
-    """The circuit on these tokens; `saes` by name, `transcoders` by layer. `check` is called between steps."""
+    """The circuit on these tokens; `saes` by name, `transcoders` by layer, and `versions` what tells the weights of both from
+    others. `check` is called between steps."""
     by_layer = {sae.cfg.site.layer: sae for sae in saes.values()}
-    size = needs(lens, len(tokens), by_layer, transcoders)
+    size = needs(lens, len(tokens), by_layer, None if question.score is None else question.score.layer, transcoders)
     if size > LARGEST:
         through = f"{len(saes)} SAEs" + (f" and {len(transcoders)} transcoders" if transcoders else "")
         raise UsageError(
@@ -93,12 +108,12 @@ def answer_circuit(
             f"{LARGEST / 1e9:.0f} are taken, so shorten the text or choose fewer SAEs.",
             field="text",
         )
-    key = repr((question.model_dump_json(exclude={"score", "text"}), tokens, sorted(transcoders)))
+    key = repr((question.model_dump_json(exclude={"score", "text"}), tokens, lens.info.fingerprint, versions))
     found = kept.get(key, lambda: _graph(lens, saes, by_layer, transcoders, tokens, question, model, check))
     if question.score is None:
         return found
     check()
-    return found.model_copy(update={"score": _score(lens, by_layer, tokens, question.score)})
+    return found.model_copy(update={"score": _score(lens, by_layer, tokens, question.score, check)})
 
 
 def _graph(
@@ -159,7 +174,7 @@ def _logit(lens: Lens, tokens: list[int], asked: LogitRoot) -> tuple[circuits.Lo
     dest = len(tokens) - 1 if asked.dest is None else asked.dest
     if not 0 <= dest < len(tokens):
         raise UsageError(f"The text has the positions 0 to {len(tokens) - 1}; there is no {dest}.", field="dest")
-    probabilities = lens.read_ending(torch.tensor([tokens], device=lens.device), 0).logits[0, dest].softmax(-1)
+    probabilities = lens.next_logits(torch.tensor([tokens[: dest + 1]], device=lens.device))[0].softmax(-1)
     token = _token(lens, asked.token, asked.text)
     token = int(probabilities.argmax()) if token is None else token
     against = _token(lens, asked.against, asked.against_text)
@@ -205,10 +220,11 @@ def _nodes(found: Circuit) -> list[CircuitNode]:
     return nodes
 
 
-def _score(lens: Lens, by_layer: Mapping[int, SAE], tokens: Sequence[int], at: ScoreAt) -> LiveScore:
+def _score(lens: Lens, by_layer: Mapping[int, SAE], tokens: Sequence[int], at: ScoreAt, check: Callable[[], None]) -> LiveScore:
     why = scores.explain(
-        lens, tokens, by_layer, layer=at.layer, head=at.head, dest=at.dest, src=at.src, against_mean=at.against_mean, most=at.most
-    )
+        lens, tokens, by_layer, layer=at.layer, head=at.head, dest=at.dest, src=at.src, against_mean=at.against_mean,
+        most=at.most, check=check,
+    )  # fmt: skip
 
     def parts(all_parts: Sequence[scores.Part]) -> list[ScorePart]:
         return [ScorePart(**_place(part.place).model_dump(), value=part.value) for part in all_parts[: at.most]]

@@ -24,7 +24,7 @@ from sae_core.config import (
     ImportJob,
     InductionStudy,
     IoiStudy,
-    PrefixStudy,
+    SaeStudy,
     SpecificityStudy,
     SweepConfig,
     TrainConfig,
@@ -182,10 +182,9 @@ class Jobs:
             if isinstance(cfg, SpecificityStudy):
                 check_feature(registry.sae(session, cfg.sae), cfg.feature)
                 title = f"Feature {cfg.feature} of {cfg.sae} against: {said(cfg.proxies)}"
-            elif isinstance(cfg, IoiStudy | PrefixStudy):
-                of = registry.sae(session, cfg.sae)
+            elif isinstance(cfg, SaeStudy):
+                model = registry.model_by_id(session, registry.sae(session, cfg.sae).model_id)
                 for layer in cfg.layers if isinstance(cfg, IoiStudy) else ():
-                    model = registry.model_by_id(session, of.model_id)
                     check_layer(model.name, model, layer)
                 what = "Indirect object" if isinstance(cfg, IoiStudy) else "Induction features and their prefixes"
                 title = f"{what}: {cfg.sae}"
@@ -195,7 +194,7 @@ class Jobs:
                     check_layer(model.name, model, layer)
                 what = "Induction heads" if isinstance(cfg, InductionStudy) else "What heads do: those"
                 title = f"{what} of {cfg.model}, {_named(cfg.layers)}"
-            corpus = None if isinstance(cfg, IoiStudy | PrefixStudy) else cfg.corpus
+            corpus = None if isinstance(cfg, SaeStudy) else cfg.corpus
             if corpus is not None:
                 registry.corpus(session, corpus)
             shown = title if len(title) <= TITLE_LENGTH else f"{title[: TITLE_LENGTH - 1]}…"
@@ -456,7 +455,7 @@ def study_id(cfg: AnyStudy) -> str:
     if isinstance(cfg, SpecificityStudy):
         of = f"{cfg.sae}-{cfg.feature}"
     else:
-        of = slug(cfg.sae if isinstance(cfg, IoiStudy | PrefixStudy) else cfg.model)
+        of = slug(cfg.sae if isinstance(cfg, SaeStudy) else cfg.model)
     return f"study-{of}-{cfg.hash()}"
 
 

@@ -1,6 +1,7 @@
 """Lines of the feature table as HTML, each a string made at once: a page has fifty to two hundred of a dozen cells, and a
 template takes three times as long over them. What is text is escaped here or by `markup`; the addresses come escaped."""
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 from markupsafe import Markup, escape
@@ -14,9 +15,13 @@ BAR = 44
 """Pixels of a bar in a cell."""
 
 
-def feature_line(row: FeatureRow, features: str, chosen: str, head: int | None, no_family: str) -> Markup:
-    """A feature's line. `features` is the address that indices stand behind, `chosen` what stands behind an index, and `head`
-    the one whose shares are shown; None for each feature's own leading heads. `no_family` stands where it has none."""
+def feature_lines(rows: Iterable[FeatureRow], features: str, chosen: str, head: int | None, no_family: str) -> Markup:
+    """A line of each feature. `features` is the address that indices stand behind, `chosen` what stands behind an index, and
+    `head` the one whose shares are shown; None for each feature's own leading heads. `no_family` stands where one has none."""
+    return made("".join(_line(row, features, chosen, head, no_family) for row in rows))
+
+
+def _line(row: FeatureRow, features: str, chosen: str, head: int | None, no_family: str) -> str:
     alive = row.n_fired > 0
     strongest, mean, fires = (num(row.max_act), num(row.mean_act), percent(row.density, 2)) if alive else ("", "", "")
     said = f' title="{escape(" ".join(visible(row.verdict).split()))}"' if row.verdict else ""
@@ -24,7 +29,7 @@ def feature_line(row: FeatureRow, features: str, chosen: str, head: int | None, 
     back = "" if row.distance is None else num(row.distance, 2)
     label = "" if row.label is None else written(row.label)
     leading = "" if head is not None else f'<span class="quiet">h{row.head}</span> '
-    return made(
+    return (
         f'<tr{"" if alive else " class=dead"}><td class="n"><a href="{features}{row.index}{chosen}">{row.index}</a>'
         f'<td class="label">{label}<td class="snip">{_words(row.snippet, alive)}<td class="from">{_source(row.snippet)}'
         f'<td class="n">{strongest}<td class="n">{mean}<td class="n">{fires}'

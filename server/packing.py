@@ -194,9 +194,9 @@ def fold(histogram: dict[str, Any]) -> dict[str, Any]:
 
 
 def unfold(histogram: dict[str, Any], *, log: bool) -> tuple[tuple[float, ...], tuple[int, ...]]:
-    """(edges, counts) of what `fold` left, or of a histogram in full; bins are equal, or equal in `log`."""
+    """(edges, counts) of what `fold` left, or of a histogram in full; bins are equal, in `log` if all edges are above 0."""
     edges, counts = histogram.get("edges", ()), histogram.get("counts", ())
-    log = log and histogram.get("spacing") != "equal"
+    log = log and histogram.get("spacing") != "equal" and min(edges, default=0) > 0
     if len(edges) == 2 and len(counts) > 1:
         low, high = map(math.log, edges) if log else edges
         between = [low + (high - low) * i / len(counts) for i in range(len(counts) + 1)]

@@ -58,6 +58,7 @@ from sae_core.config import (
     InductionStudy,
     IoiStudy,
     PrefixStudy,
+    SaeStudy,
     SpecificityStudy,
     SweepConfig,
     TrainConfig,
@@ -106,7 +107,7 @@ from server.keeping import room
 from server.settings import Settings
 from server.store import harvests, imports, registry, removals, search, studies
 from server.store import jobs as store
-from server.store.chunks import Chunk
+from server.store.foreign import Chunk
 from server.store.jobs import JobRecord
 from server.store.sweeps import run_names
 from server.tracking import Tracker
@@ -776,7 +777,7 @@ def _heads(
 
 def _store_study(run: Run, cfg: AnyStudy, result: dict[str, Any]) -> None:
     with run.write() as session:
-        of_sae = registry.sae(session, cfg.sae) if isinstance(cfg, SpecificityStudy | IoiStudy | PrefixStudy) else None
+        of_sae = registry.sae(session, cfg.sae) if isinstance(cfg, SpecificityStudy | SaeStudy) else None
         study_id = studies.write(
             session,
             job_id=run.id,

@@ -231,15 +231,23 @@ document.addEventListener("keydown", (event) => {
 // --- the feature that most likely comes next, asked for ahead ---
 
 // One page: the next, or the one before when that is the way one is going. The browser keeps the answer, and when it goes there
-// asks by its ETag whether it still holds: so it need not be made then, and is never out of date.
+// asks by its ETag whether it still holds: so it need not be made then, and is never out of date. It is asked for as htmx will,
+// since answers vary with these headers.
 let sent = null;
+let came = document.referrer;
 const ahead = () => {
   const [next, previous] = ["next", "prev"].map((way) => document.querySelector(`main a[rel=${way}]`));
-  const link = next && document.referrer !== next.href ? next : previous;
+  const link = next && came !== next.href ? next : previous;
   if (!link || link.href === sent || document.hidden || navigator.connection?.saveData) return;
   sent = link.href;
-  fetch(sent, { priority: "low" }).catch(() => {});
+  const headers = link.closest("[hx-boost\\:inherited]") ? { "HX-Request": "true", "HX-Request-Type": "full" } : {};
+  fetch(sent, { priority: "low", headers }).catch(() => {});
 };
+let walks = false; // to another page in this one's place
+document.addEventListener("htmx:before:history:update", () => {
+  came = location.href;
+  walks = true;
+});
 const inIdleTime = window.requestIdleCallback ?? ((then) => setTimeout(then, 200));
 window.addEventListener("load", () => inIdleTime(ahead));
 document.addEventListener("visibilitychange", () => document.readyState === "complete" && inIdleTime(ahead));
@@ -293,12 +301,23 @@ document.addEventListener("keydown", (event) => {
   event.preventDefault();
 });
 
-document.getElementById("help-open")?.addEventListener("click", () => document.getElementById("help").showModal());
+document.addEventListener("click", (event) => event.target.closest?.("#help-open") && document.getElementById("help").showModal());
+
+// Going to another page in place: where it cannot be had so, the browser goes, and says why it could not.
+document.addEventListener("htmx:error", ({ detail }) => {
+  const link = detail.ctx?.sourceElement;
+  if (link?.matches?.("a[href]")) location.assign(link.href);
+});
 
 // After a swap the heads table says which head is painted, the ways to other features keep the view that was chosen, and
 // a held token is gone with the old text.
-document.addEventListener("htmx:after:swap", () => {
+document.addEventListener("htmx:after:swap", ({ detail }) => {
   if (held && !held.isConnected) hold(null);
+  if (walks && detail.ctx?.select === "#page") {
+    scrollTo(0, 0);
+    if (document.activeElement === document.body) document.getElementById("main").focus({ preventScroll: true });
+  }
+  walks = false;
   const head = new URLSearchParams(location.search).get("head");
   for (const link of document.querySelectorAll(".heads a[data-head]")) {
     link.closest("tr").classList.toggle("chosen", link.dataset.head === head);

@@ -2,8 +2,9 @@
 
 import os
 import shutil
+import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     again = [node for node, times in Counter(item.nodeid for item in items).items() if times > 1]
     if again:
         raise pytest.UsageError(f"Several tests have one id, so xdist would run one of them alone: {', '.join(again)}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Where a test fails, what its commands said is shown."""
+    report = yield
+    if report.failed and "tests.processes" in sys.modules:
+        report.sections.extend(sys.modules["tests.processes"].told())
+    return report
 
 
 @pytest.fixture

@@ -111,6 +111,7 @@ LARGE = ("feature", "feature_detail", "feature_head", "example", "context", "con
 @pytest.mark.parametrize("read", READS.values(), ids=READS)
 def test_what_scripts_read_is_read_by_indexes(database: Database, read: Callable[[Session, Door], object]) -> None:
     asked: list[tuple[str, Any]] = []
+    search.put_words_in(database)  # as whatever writes a harvest's words does
 
     def note(_connection: object, _cursor: object, statement: str, given: Any, *_: object) -> None:
         asked.append((statement, given))
@@ -128,7 +129,6 @@ def test_what_scripts_read_is_read_by_indexes(database: Database, read: Callable
             # Of tables this small all is read, and joined by hashes, whatever indexes there are, unless that is made dear.
             for way in ("seqscan", "hashjoin", "mergejoin"):
                 session.execute(sa.text(f"set local enable_{way} = off"))
-            session.execute(sa.text("select gin_clean_pending_list('ix_context_text_words')"))  # as `search.write` does
         assert asked
         for statement, given in asked:
             found = session.connection().exec_driver_sql(f"{explain} {statement}", given).all()
@@ -136,11 +136,44 @@ def test_what_scripts_read_is_read_by_indexes(database: Database, read: Callable
             assert not walked_whole(plan), f"{statement}\n{plan}"
 
 
+def test_new_words_are_put_into_their_index_by_whoever_owns_it(database: Database) -> None:
+    if database.is_file:
+        return search.put_words_in(database)  # SQLite has no such list
+
+    def waiting() -> int:
+        with database.read() as session:
+            found: int = session.scalars(sa.text("select pending_tuples from pgstatginindex('ix_context_text_words')")).one()
+            return found
+
+    def run(*statements: str) -> None:
+        with database.write() as session:
+            for statement in statements:
+                session.execute(sa.text(statement))
+
+    run(
+        "create extension pgstattuple",
+        "create role stranger login",
+        "grant all on all tables in schema public to stranger",
+        "alter table context_text set (autovacuum_enabled = false)",
+    )
+    search.put_words_in(database)
+    other = Database(database.url.set(username="stranger"))
+    try:
+        run("insert into context_text (context_id, words) values (1000000000, cast('tide' as tsvector))")
+        assert waiting() == 1
+        search.put_words_in(other)
+        assert waiting() == 1, "PostgreSQL would have refused it"
+        search.put_words_in(database)
+        assert waiting() == 0
+    finally:
+        other.close()
+        run("delete from context_text where context_id = 1000000000", "drop owned by stranger", "drop role stranger")
+
+
 def walked_whole(plan: str) -> set[str]:
     """Large tables that a plan reads from end to end, be it by an index: SQLite says SCAN, PostgreSQL names no condition."""
-    found = re.findall(
-        r"\bSCAN (\w+)(?! VIRTUAL TABLE)|Seq Scan on (\w+)|Index(?: Only)? Scan .* on (\w+).*\n(?!\s*Index Cond)", plan
-    )
+    postgresql = r"Seq Scan on (\w+)|Index(?: Only)? Scan .* on (\w+).*\n(?!\s*Index Cond)"
+    found = re.findall(rf"\bSCAN (\w+)(?! VIRTUAL TABLE)|{postgresql}", f"{plan}\n")  # the scan may be the last line
     return {name for names in found for name in names} & set(LARGE)
 
 
@@ -152,6 +185,8 @@ def test_a_walk_from_end_to_end_is_seen(database: Database) -> None:
             session.execute(sa.text("set local enable_seqscan = off"))
             found = session.execute(sa.text("explain select count(*) from feature where n_fired + 0 > 9")).all()
     assert walked_whole("\n".join(str(row[-1]) for row in found)) == {"feature"}
+    assert walked_whole("Aggregate\n  ->  Index Only Scan using ix_f on feature  (cost=1)") == {"feature"}
+    assert walked_whole("Index Scan using ix_f on feature  (cost=1)\n  Index Cond: (idx = 3)") == set()
 
 
 def test_what_lies_beyond_the_reach_is_found_as_well(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The command line as a user meets it: real processes, their sentences and exit codes."""
 
 import contextlib
+import ctypes
 import json
 import os
 import re
@@ -26,7 +27,7 @@ from server.settings import Settings
 from server.store import jobs as store
 from tests.core.tiny_models import save_gguf, save_tiny
 from tests.jobs.conftest import wait_for, write_text
-from tests.processes import Command, Said, ran
+from tests.processes import Command, Said, fresh, ran
 
 SMALL = ["--layer", "1", "--context", "32", "--tokens", "8192", "--heldout-tokens", "1024", "--expansion", "2", "--k", "8"]
 SMALL += ["--batch", "256", "--harvest-tokens", "4096", "--harvest-top-k", "3", "--harvest-per-band", "1"]
@@ -104,6 +105,30 @@ def test_the_light_half_never_imports_torch(command: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_info"), reason="only glibc has arenas, and tells of them")
+def test_threads_share_two_heaps_once_that_is_asked_for() -> None:
+    code = """
+import ctypes, sys, threading
+from server import cli
+if sys.argv[1] == "shared":
+    cli._share_heaps()
+libc, all_there = ctypes.CDLL(None), threading.Barrier(8)
+def work():
+    libc.malloc(1000)
+    all_there.wait()
+threads = [threading.Thread(target=work) for _ in range(8)]
+[thread.start() for thread in threads], [thread.join() for thread in threads]
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+"""
+    command = [sys.executable, "-c", code]
+    heaps = {
+        how: subprocess.run([*command, how], capture_output=True, text=True, check=True).stdout.count("<heap nr=")
+        for how in ("shared", "own")
+    }
+    assert heaps["shared"] == 2
+    assert heaps["own"] > 4
+
+
 def test_help_names_every_command_with_an_example(headscope: Callable[..., Said]) -> None:
     said = headscope("--help").stdout
     for command in ("demo", "up", "serve", "worker", "engine", "train", "harvest", "doctor", "db", "model", "corpus"):
@@ -134,7 +159,8 @@ def test_only_what_was_given_reaches_the_config() -> None:
 def test_train_without_a_worker_runs_here_and_publishes(
     headscope: Callable[..., Said], environment: dict[str, str], model: Path, text: Path
 ) -> None:
-    done = headscope("train", "--model", model, "--corpus", text, "--name", "first", *SMALL)
+    # In a process that has loaded nothing: it finds all that training and harvesting need by itself.
+    done = fresh("train", "--model", model, "--corpus", text, "--name", "first", *SMALL, env=environment)
     assert done.returncode == 0, done
     assert "train-first-1 is done." in done.stdout
     assert re.search(r"harvest-first-\w+ is done\.", done.stdout)

@@ -170,6 +170,9 @@ def test_a_histogram_of_equal_bins_is_kept_by_its_ends() -> None:
     assert (edges, counts) == (pytest.approx(whole["edges"], rel=1e-5), tuple(whole["counts"]))
     even = {"edges": [-1.5, -0.5, 0.5, 1.5], "counts": [4, 5, 6]}
     assert unfold(fold(even), log=False) == unfold(even, log=False) == ((-1.5, -0.5, 0.5, 1.5), (4, 5, 6))
+    below = {"edges": [-1.0, 1.0], "counts": [4, 5]}  # of which there is no log
+    assert unfold(below, log=True) == unfold(below, log=False) == ((-1.0, 0.0, 1.0), (4, 5))
+    assert unfold(below | {"edges": [0.0, 1.0]}, log=True) == ((0.0, 0.5, 1.0), (4, 5))
     for none in ({}, {"edges": [], "counts": []}, {"edges": [1.0, 2.0], "counts": [3]}):
         assert unfold(fold(none), log=True) == (tuple(none.get("edges", ())), tuple(none.get("counts", ())))
 

@@ -64,6 +64,8 @@ def read_pt(path: Path) -> Tensors:
             f"{path} holds more than tensors, and opening it could run code, so it was not opened ({said[:200]}); "
             "save its state_dict() alone."
         ) from error
+    except MemoryError:
+        raise  # of the machine, not of the file
     except Exception as error:  # damaged bytes are taken for calls with any arguments, which fail in as many ways as there are
         raise UnreadableSAE(f"{path} cannot be read ({str(error)[:200] or 'it is empty'}); copy it again.") from error
     if not isinstance(found, dict) or not found or not all(isinstance(value, Tensor) for value in found.values()):

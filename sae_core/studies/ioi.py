@@ -319,28 +319,28 @@ def ioi(lens: "Lens", sae: SAE, cfg: IoiStudy) -> Generator[Progress, None, Ioi]
     rows = rows_of(lens, names, every)
     measure, templates = _Measure(lens, rows, cfg), [prompt.template for prompt in every]
     changed = changed_prompts(cfg, every, list(names))
-    clock = Clock("prompts", 4 + cfg.features + TESTED * cfg.random + 2 * len(changed) + 3, "passes")
     zs = measure.at_s2(rows, layers)
     z, f = zs[layer], codes_at(sae, zs[layer])
     candidates = f.mean(0).topk(min(cfg.features, f.shape[1])).indices.tolist()
     candidates = [index for index in candidates if f[:, index].any()]
-    yield clock.at(1)
-    # In groups, so that a cancel is heard and one pass of the layers before serves many.
-    done, found = 1, list[Tensor]()
-    wanted: list[Tensor | None] = [None, sae(z), z - f @ sae.W_dec / _scale(sae, z)]
-    wanted += [_without(sae, z, f, index) for index in candidates]
-    for low in range(0, len(wanted), GROUP):
-        found += measure.differences(layer, wanted[low : low + GROUP])
-        done += len(wanted[low : low + GROUP])
+    drawn = min(cfg.random, len(_others(f, candidates[0]))) if candidates else 0
+    passes = 4 + len(candidates) + min(TESTED, len(candidates)) * drawn + 2 * len(changed) + 3
+    done, clock, ablated = 4, Clock("prompts", passes, "passes"), list[Tensor]()
+    reconstructed = sae(z.to(sae.W_enc.device)).cpu()
+    clean, no_error, none = measure.differences(layer, [None, reconstructed, z - f @ sae.W_dec.cpu() / _scale(sae, z)])
+    yield clock.at(done)
+    # In groups, so that a cancel is heard, one pass of the layers before serves many, and the z of few are held.
+    for low in range(0, len(candidates), GROUP):
+        some = [_without(sae, z, f, index) for index in candidates[low : low + GROUP]]
+        ablated += measure.differences(layer, some)
+        done += len(some)
         yield clock.at(done)
-    clean, no_error, none, *ablated = found
     order = sorted(range(len(candidates)), key=lambda i: -_largest(ablated[i] - clean, templates)[0])
     controls = []
     for i in order[:TESTED]:
-        control = yield from _control(measure, sae, z, f, candidates[i], ablated[i] - clean, clean, templates, cfg)
-        controls.append(control)
-        done += cfg.random
-        yield clock.at(done)
+        about = candidates[i], ablated[i] - clean
+        controls.append((yield from _control(measure, sae, z, f, *about, clean, templates, cfg, clock, done)))
+        done += drawn
     conditions, codes = [], dict[str, Tensor]()
     for name, (says, those) in changed.items():
         there = measure.at_s2(rows_of(lens, names, those), layers)
@@ -405,11 +405,10 @@ def _without(sae: SAE, z: Tensor, f: Tensor, index: int, direction: Tensor | Non
 
 def _control(
     measure: _Measure, sae: SAE, z: Tensor, f: Tensor, index: int, change: Tensor, clean: Tensor,
-    templates: Sequence[Template], cfg: IoiStudy,
+    templates: Sequence[Template], cfg: IoiStudy, clock: Clock, done: int,
 ) -> Generator[Progress, None, Control]:  # fmt: skip
     """The feature beside directions of other features, made as long as its own."""
-    draw = np.random.default_rng((cfg.seed % 2**63, 2, index))
-    others = [i for i in (~(f > 0).any(0)).nonzero()[:, 0].tolist() if i != index] or [i for i in range(f.shape[1]) if i != index]
+    draw, others = np.random.default_rng((cfg.seed % 2**63, 2, index)), _others(f, index)
     chosen = draw.choice(others, min(cfg.random, len(others)), replace=False).tolist()
     length = sae.W_dec[index].norm()
     size, template = _largest(change, templates)
@@ -418,7 +417,7 @@ def _control(
     for low in range(0, len(chosen), GROUP):
         some = [_without(sae, z, f, index, length * sae.W_dec[i] / sae.W_dec[i].norm()) for i in chosen[low : low + GROUP]]
         moved += [float((found - clean)[mask].mean()) for found in measure.differences(sae.cfg.site.layer, some)]
-        yield Progress("controls", len(moved), len(chosen), "passes")
+        yield clock.at(done + len(moved))
     spread = torch.tensor(moved, dtype=torch.float64)
     return Control(
         index=index,
@@ -428,6 +427,12 @@ def _control(
         random_spread=short(float(spread.std(correction=0))),
         as_large=share(int((spread.abs() >= size).sum()), len(moved)),
     )
+
+
+def _others(f: Tensor, index: int) -> list[int]:
+    """Features whose directions a live one is held against: those that fire at no S2, or all but it where there are none."""
+    silent: list[int] = (~(f > 0).any(0)).nonzero()[:, 0].tolist()
+    return silent or [i for i in range(f.shape[1]) if i != index]
 
 
 def _derangement(every: Sequence[Prompt], cfg: IoiStudy) -> Tensor:

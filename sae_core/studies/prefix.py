@@ -18,7 +18,7 @@ stands its control: the same row with other random tokens in the place of the fi
 All that is read or replaced is at each row's own d.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from sae_core import attribution
 from sae_core.config import PrefixStudy
+from sae_core.errors import UsageError
 from sae_core.evaluate import Interval, interval
 from sae_core.progress import Clock, Progress
 from sae_core.saes import SAE
@@ -38,8 +39,11 @@ if TYPE_CHECKING:
     from sae_core.lens import Lens, Replace
 
 Role = Literal["short-prefix", "long-prefix"]
+ROLES: tuple[Role, Role] = ("short-prefix", "long-prefix")
 LISTED = 100
-"""Features that are told of one by one."""
+"""Features that are told of one by one; all that do induction are ablated."""
+LARGEST = 4e9
+"""Bytes that the rows of a study may need."""
 
 
 class PrefixFeature(Record):
@@ -122,8 +126,9 @@ def controls_of(copies: Copies, ids: Sequence[int], seed: int) -> Tensor:
 
 
 def prefix(lens: "Lens", sae: SAE, cfg: PrefixStudy) -> Generator[Progress, None, Prefix]:
-    """All parts. Raises UsageError where the model takes no such rows."""
+    """All parts. Raises UsageError where the model takes no such rows, or where they are too many to hold."""
     layer = sae.cfg.site.layer
+    _check_size(sae, cfg)
     copies = copied_prefixes(cfg, lens)
     # As many tokens again as a row has must be left for the control.
     controls = controls_of(copies, row_tokens(cfg, lens, cfg.length - 1 + cfg.prefixes).tolist(), cfg.seed)
@@ -131,22 +136,35 @@ def prefix(lens: "Lens", sae: SAE, cfg: PrefixStudy) -> Generator[Progress, None
     for name, tokens in (("rows", copies.tokens), ("controls", controls)):
         zs.append((yield from _z_at(lens, layer, tokens, copies.dest, cfg, name)))
     rows = _Rows(copies, controls, *zs)
-    features, counts = yield from _features(lens, sae, rows, cfg)
-    losses, changes = yield from _losses(lens, sae, rows, features, cfg)
+    features, roles = yield from _features(lens, sae, rows, cfg)
+    losses, changes = yield from _losses(lens, sae, rows, roles, cfg)
     return Prefix(
-        summary=_summary(features, counts, changes),
+        summary=_summary(roles, changes),
         layer=layer,
         prefixes=list(range(1, cfg.prefixes + 1)),
         samples=cfg.samples,
         tokens=copies.tokens.numel(),
         length=cfg.length,
         features=features,
-        n_features=counts,
+        n_features={role: sum(one == role for one in roles.values()) for role in ROLES},
         losses=losses,
         changes=changes,
         random=cfg.random,
         notes=[] if features else ["No feature of this SAE does induction on random tokens, so there was none to ablate."],
     )
+
+
+def _check_size(sae: SAE, cfg: PrefixStudy) -> None:
+    """UsageError where what is held of all rows at once is too large: tokens, z at d as it is and with each set taken off, and
+    every feature there."""
+    n = cfg.samples * cfg.prefixes
+    size = n * (3 * 8 * cfg.length + 4 * ((cfg.random + 6) * sae.cfg.d_in + 2 * sae.cfg.d_sae))
+    if size > LARGEST:
+        raise UsageError(
+            f"{n:,} rows of {cfg.length} tokens through {sae.cfg.d_sae:,} features need about {size / 1e9:.0f} GB, and at most "
+            f"{LARGEST / 1e9:.0f} are taken; lower --samples, --prefixes or --random.",
+            field="samples",
+        )
 
 
 def _z_at(
@@ -167,8 +185,8 @@ def _z_at(
 
 def _features(
     lens: "Lens", sae: SAE, rows: _Rows, cfg: PrefixStudy
-) -> Generator[Progress, None, tuple[list[PrefixFeature], dict[str, int]]]:
-    """Parts (a) and (b)."""
+) -> Generator[Progress, None, tuple[list[PrefixFeature], dict[int, Role]]]:
+    """Parts (a) and (b): the features that are listed, and of all that do induction the role, largest rise first."""
     n = cfg.prefixes
     rise, error, fires, without = (torch.zeros(n, sae.cfg.d_sae, dtype=torch.float64) for _ in range(4))
     for p in range(1, n + 1):
@@ -184,7 +202,6 @@ def _features(
     reach = ((often >= DOES) & (seldom < often / 2) & (best > 0)).nonzero()[:, 0]
     does: list[int] = reach[best[reach].argsort(descending=True)].tolist()
     roles: dict[int, Role] = {i: "long-prefix" if rises[0, i] < WEAK * rises[1, i] else "short-prefix" for i in does}
-    counts = {role: sum(one == role for one in roles.values()) for role in ("short-prefix", "long-prefix")}
     sources = yield from _sources(lens, sae, rows, does[:LISTED], cfg)
     found = [
         PrefixFeature(
@@ -201,7 +218,7 @@ def _features(
         )
         for i, (source, head, share) in zip(does[:LISTED], sources, strict=True)
     ]
-    return found, counts
+    return found, roles
 
 
 def _list(values: Tensor) -> list[float]:
@@ -248,26 +265,21 @@ def _sources(
 
 
 def _losses(
-    lens: "Lens", sae: SAE, rows: _Rows, features: Sequence[PrefixFeature], cfg: PrefixStudy
+    lens: "Lens", sae: SAE, rows: _Rows, roles: Mapping[int, Role], cfg: PrefixStudy
 ) -> Generator[Progress, None, tuple[list[Loss], list[Loss]]]:
     """Part (c)."""
     f = codes_at(sae, rows.z)
     scale = sae.token_scale(rows.z)
     scale = torch.ones(()) if scale is None else scale.cpu()
-    sets: dict[str, list[int]] = {
-        "short-prefix features": [one.index for one in features if one.role == "short-prefix"],
-        "long-prefix features": [one.index for one in features if one.role == "long-prefix"],
-        "both": [one.index for one in features],
-    }
-    if not sets["short-prefix features"] or not sets["long-prefix features"]:
-        del sets["both"]  # it would be one of them again
+    sets = {f"{role} features": [index for index, one in roles.items() if one == role] for role in ROLES}
     sets = {name: indices for name, indices in sets.items() if indices}
+    if len(sets) == 2:
+        sets["both"] = list(roles)
     given = {name: f[:, indices] @ sae.W_dec[indices].cpu() / scale for name, indices in sets.items()}
-    whole = given.get("both", next(iter(given.values()), None))
     swaps = {name: rows.z - part for name, part in given.items()}
-    if whole is not None:
-        for i, part in enumerate(_random(sae, f, whole, sets, scale, cfg)):
-            swaps[f"random {i}"] = rows.z - part
+    whole = given.get("both", next(iter(given.values()), None))
+    draws = [] if whole is None else _random(sae, f, whole, list(roles), scale, cfg)
+    swaps |= {f"random {i}": rows.z - draw.given for i, draw in enumerate(draws)}
     swaps["resampled"] = rows.z_control
     found = yield from _right_losses(lens, sae.cfg.site.layer, rows, list(swaps.values()), cfg)
     clean, changed = found[0], dict(zip(swaps, found[1:], strict=True))
@@ -279,26 +291,35 @@ def _losses(
     changes = [
         _loss(name, "ablated at d, error kept", len(indices), changed[name] - clean, rows, cfg) for name, indices in sets.items()
     ]
-    if whole is not None:
-        drawn = torch.stack([loss for name, loss in changed.items() if name.startswith("random ")]).mean(0)
-        size = len(sets.get("both", next(iter(sets.values()))))
-        changes.append(_loss("other features", f"mean of {cfg.random} draws, as long in sum", size, drawn - clean, rows, cfg))
+    if draws:
+        drawn = torch.stack([changed[f"random {i}"] for i in range(len(draws))]).mean(0)
+        says = f"mean of {len(draws)} draws, as long in sum"
+        changes.append(_loss("other features", says, len(draws[0].indices), drawn - clean, rows, cfg))
     changes.append(_loss("resampled", "z at d taken from the control", 0, changed["resampled"] - clean, rows, cfg))
     return losses, changes
 
 
-def _random(sae: SAE, f: Tensor, whole: Tensor, sets: dict[str, list[int]], scale: Tensor, cfg: PrefixStudy) -> list[Tensor]:
-    """[n, d_in] for each draw: what as many other features that fire at d give, made as long in each row as `whole`."""
-    draw = np.random.default_rng((cfg.seed % 2**63, 5))
-    taken = {index for indices in sets.values() for index in indices}
-    others = [i for i in f.any(0).nonzero()[:, 0].tolist() if i not in taken]
+class _Draw(NamedTuple):
+    """Features that do no induction, ablated as a control."""
+
+    indices: list[int]
+    given: Tensor
+    """[n, d_in]: what is taken off z."""
+
+
+def _random(sae: SAE, f: Tensor, whole: Tensor, taken: Sequence[int], scale: Tensor, cfg: PrefixStudy) -> list[_Draw]:
+    """Draws of as many other features that fire at d, with what they give made as long in each row as `whole` [n, d_in]; none
+    where no other fires."""
+    draw, known = np.random.default_rng((cfg.seed % 2**63, 5)), set(taken)
+    others = [i for i in f.any(0).nonzero()[:, 0].tolist() if i not in known]
     found = []
-    for _ in range(cfg.random):
-        chosen = draw.choice(others, min(len(taken), len(others)), replace=False).tolist()
+    for _ in range(cfg.random if others else 0):
+        chosen = draw.choice(others, min(len(known), len(others)), replace=False).tolist()
         part = f[:, chosen] @ sae.W_dec[chosen].cpu() / scale
         # Where none of them fires, the mean direction of what they are serves.
         part = torch.where(part.norm(dim=1, keepdim=True) > 0, part, sae.W_dec[chosen].cpu().sum(0))
-        found.append(part * (whole.norm(dim=1, keepdim=True) / part.norm(dim=1, keepdim=True)))
+        length = whole.norm(dim=1, keepdim=True) / part.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        found.append(_Draw(chosen, part * length))
     return found
 
 
@@ -345,12 +366,12 @@ def _loss(name: str, says: str, features: int, values: Tensor, rows: _Rows, cfg:
     return Loss(name=name, says=says, features=features, values=[one(p) for p in range(1, cfg.prefixes + 1)])
 
 
-def _summary(features: Sequence[PrefixFeature], counts: dict[str, int], changes: Sequence[Loss]) -> str:
+def _summary(roles: Mapping[int, Role], changes: Sequence[Loss]) -> str:
     parts = []
-    for role, n in counts.items():
-        named = ", ".join(str(one.index) for one in features if one.role == role and n)
-        named = ", ".join(named.split(", ")[:5]) + (", ..." if n > 5 else "")
-        parts.append(f"{n} {role} feature{'' if n == 1 else 's'}{f' ({named})' if n else ''}")
+    for role in ROLES:
+        mine = [index for index, one in roles.items() if one == role]
+        named = ", ".join([*map(str, mine[:5]), *(["..."] if len(mine) > 5 else ())])
+        parts.append(f"{len(mine)} {role} feature{'' if len(mine) == 1 else 's'}{f' ({named})' if mine else ''}")
     last = {one.name: one.values[-1].mean or 0.0 for one in changes}
     whole = [last[name] for name in ("both", "short-prefix features", "long-prefix features") if name in last][:1]
     said = [f"without them the loss after the longest prefix changes by {one:+.3f}" for one in whole]

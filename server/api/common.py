@@ -16,6 +16,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import Field, TypeAdapter
 from sqlalchemy.orm import Session
+from starlette._utils import get_route_path
 from starlette.concurrency import run_in_threadpool
 from starlette.routing import Match
 from starlette.types import Scope
@@ -119,8 +120,9 @@ async def _asked(request: Request) -> Request:
     return request
 
 
-Read = Annotated[Session, Depends(_asked)]
-"""A session that reads, for as long as the route's function runs. `ApiRouter` opens it."""
+BriefRead = Annotated[Session, Depends(_asked)]
+"""A session that reads, for as long as the route's function runs and no longer: `ApiRouter` opens it, in that function's thread.
+The pages' `Read` is a dependency, which lasts until the answer is sent."""
 
 
 class ApiRouter(APIRouter):
@@ -132,14 +134,19 @@ class ApiRouter(APIRouter):
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         """Whether one of its routes takes the address."""
-        return super().matches(scope) if scope["path"].startswith(PREFIX) else (Match.NONE, {})
+        return super().matches(scope) if get_route_path(scope).startswith(PREFIX) else (Match.NONE, {})
 
     def add_api_route(self, path: str, endpoint: Callable[..., Any], **about: Any) -> None:
         """A route, as every decorator adds it."""
-        super().add_api_route(path, _reading(endpoint) if "read" in inspect.signature(endpoint).parameters else endpoint, **about)
+        read = inspect.signature(endpoint).parameters.get("read")
+        super().add_api_route(path, _reading(endpoint, read) if read else endpoint, **about)
 
 
-def _reading(endpoint: Callable[..., Any]) -> Callable[..., Any]:
+def _reading(endpoint: Callable[..., Any], parameter: inspect.Parameter) -> Callable[..., Any]:
+    where = f"{endpoint.__module__}.{endpoint.__name__}"
+    assert parameter.annotation is BriefRead, f"`read` of {where} is no BriefRead: it would be given the request."
+    assert not inspect.iscoroutinefunction(endpoint), f"{where} is async: its session would be closed before it has begun."
+
     def reads(read: Request, given: Mapping[str, Any]) -> Any:
         with known_schema(read).read() as session:
             return endpoint(read=session, **given)

@@ -136,7 +136,9 @@ def _field(value: Any) -> bytes:
     """A cell of a CSV file: nothing where there is nothing, JSON where it is more than one value."""
     if value is None:
         return b""
-    if isinstance(value, int | float):
+    if isinstance(value, float):
+        return float.__repr__(value).encode()  # numpy's floats have a repr of their own
+    if isinstance(value, int):
         return repr(value).encode()
     text = str(cell(value)).encode() if isinstance(value, str) else parts.to_json(value)
     return b'"' + text.replace(b'"', b'""') + b'"'

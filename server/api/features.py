@@ -6,11 +6,12 @@ from typing import Annotated
 
 from fastapi import Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.orm import Session
 
 from sae_core.errors import NotFound
 from server.access import needs
 from server.api import parts
-from server.api.common import LONGEST_NAME, Index, Read, SaeName, api_router, facts, quick, replies, respond
+from server.api.common import LONGEST_NAME, BriefRead, Index, SaeName, api_router, facts, quick, replies, respond
 from server.api.export import MEDIA, Selection, Source, exported
 from server.api.parts import FeatureParts, Include
 from server.pages.reply import etag, known_schema, unchanged
@@ -29,7 +30,7 @@ MOST = 100
     responses=replies(304, 404),
     summary="A page of the feature table",
 )
-def list_features(request: Request, sae: SaeName, query: Annotated[TablePart, Query()], read: Read) -> Response:
+def list_features(request: Request, sae: SaeName, query: Annotated[TablePart, Query()], read: BriefRead) -> Response:
     """Features in the order and with the filters of the SAE's page. `next` is the cursor of the page after this one: give it
     as `after`, with everything else as it was; it is null on the last page. `n_matching` counts all that the filters select."""
     door = find_sae(read, sae)
@@ -50,7 +51,7 @@ def list_features(request: Request, sae: SaeName, query: Annotated[TablePart, Qu
     },
     summary="All features of a selection, as a file",
 )
-def export_features(request: Request, sae: SaeName, query: Annotated[Selection, Query()], read: Read) -> Response:
+def export_features(request: Request, sae: SaeName, query: Annotated[Selection, Query()], read: BriefRead) -> Response:
     """All that the filters select, in the order asked for, streamed: memory stays small however many there are. JSON lines hold
     what `GET .../features/{index}` answers; CSV and Parquet have the same columns, where CSV writes lists as JSON and Parquet has
     them as nested columns. The header `X-Headscope-Features` says how many come; a stream that breaks off is not complete."""
@@ -68,7 +69,7 @@ def export_features(request: Request, sae: SaeName, query: Annotated[Selection, 
     summary="One feature",
 )
 @quick
-def read_feature(request: Request, sae: SaeName, index: Index, query: Annotated[Include, Query()], read: Read) -> Response:
+def read_feature(request: Request, sae: SaeName, index: Index, query: Annotated[Include, Query()], read: BriefRead) -> Response:
     """A feature's numbers, and the parts that `include` names; parts that are not asked for are null. Without `all_examples`
     the strongest examples and some of each band of activation come; `kept` says how many there are."""
     door = find_sae(read, sae)
@@ -126,7 +127,7 @@ class Features:
     },
 )
 @needs("anonymous")
-def read_batch(batch: Batch, read: Read) -> Response:
+def read_batch(batch: Batch, read: BriefRead) -> Response:
     """The features named, in their order, with the parts that `include` names. It reads only; POST is for the size of the
     question. A feature that is not there makes the whole answer a 404 that says which."""
     doors: dict[str, Door] = {}
@@ -147,7 +148,7 @@ def read_batch(batch: Batch, read: Read) -> Response:
     return respond(Features(tuple(found[key.sae, key.index] for key in batch.features)), write=parts.to_json)
 
 
-def read_parts(read: Read, door: Door, indices: list[int], query: Include) -> list[FeatureParts]:
+def read_parts(read: Session, door: Door, indices: list[int], query: Include) -> list[FeatureParts]:
     """The features that are there, each with the parts asked for."""
     asked = query.parts
     pages = feature_pages(

@@ -23,7 +23,7 @@ from sae_core.config import (
     Wishes,
 )
 from sae_core.errors import UsageError
-from server.api.common import LONGEST_NAME, PREFIX, Read, api_router, queue, replies, respond
+from server.api.common import LONGEST_NAME, PREFIX, BriefRead, api_router, queue, replies, respond
 from server.jobs import Jobs
 from server.pages.jobs import SECONDS_BETWEEN_LOOKS, JobPage, look
 from server.pages.reply import to_json
@@ -163,7 +163,7 @@ WRITES = replies(400, 403, 404, 413, 415)
 
 
 @router.get("/jobs", response_model=JobsList, responses=replies(404), summary="Every job")
-def list_jobs(query: Annotated[JobsQuery, Query()], read: Read) -> Response:
+def list_jobs(query: Annotated[JobsQuery, Query()], read: BriefRead) -> Response:
     """Jobs, newest first."""
     found = store.newest(read, query.limit + 1, status=query.status, kind=query.kind, after=query.after)
     shown = tuple(found[: query.limit])
@@ -222,7 +222,7 @@ def _placed(config: Placed, *, hub: bool) -> Placed:
 
 
 @router.get("/jobs/{job}", response_model=JobPage, responses=replies(404), summary="One job")
-def read_job(job: JobId, read: Read) -> Response:
+def read_job(job: JobId, read: BriefRead) -> Response:
     """How far it is, its curves, its log, and what it made."""
     return respond(look(read, job))
 

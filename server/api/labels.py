@@ -7,7 +7,7 @@ from fastapi import Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from server.api.common import Id, Index, Read, SaeName, Signed, api_router, replies, respond
+from server.api.common import BriefRead, Id, Index, SaeName, Signed, api_router, replies, respond
 from server.pages.writing import reading, writing
 from server.store import labels as store
 from server.store.features import check_index
@@ -42,13 +42,13 @@ class NoteText(BaseModel):
 
 
 @router.get("/labels", response_model=LabelsPage, summary="Labels of all SAEs")
-def list_labels(query: Annotated[LabelQuery, Query()], read: Read) -> Response:
+def list_labels(query: Annotated[LabelQuery, Query()], read: BriefRead) -> Response:
     """Labels that hold, newest first, or features that were starred. `next` is `before` of the next page."""
     return respond(store.labels_page(read, query))
 
 
 @router.get(f"{OF}/labels", response_model=FeatureLabels, responses=replies(404), summary="What people wrote about a feature")
-def read_labels(sae: SaeName, index: Index, read: Read) -> Response:
+def read_labels(sae: SaeName, index: Index, read: BriefRead) -> Response:
     """Its labels, those that ended with who ended them, notes, stars and lists."""
     door = find_sae(read, sae)
     check_index(door, index)

@@ -7,7 +7,7 @@ from fastapi import Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.orm import Session
 
-from server.api.common import LONGEST_NAME, Id, Read, Signed, api_router, replies, respond
+from server.api.common import LONGEST_NAME, BriefRead, Id, Signed, api_router, replies, respond
 from server.pages.writing import reading, writing
 from server.store import lists as store
 from server.store.features import check_index
@@ -61,7 +61,7 @@ class Order(_Body):
 
 
 @router.get("/lists", response_model=ListsPage, summary="Every list")
-def list_lists(read: Read) -> Response:
+def list_lists(read: BriefRead) -> Response:
     """Lists that are not deleted, the last changed first."""
     return respond(store.lists_page(read))
 
@@ -75,7 +75,7 @@ def create_list(request: Request, body: ListTexts, author: Signed) -> Response:
 
 
 @router.get("/lists/{list_id}", response_model=ListPage, responses=replies(404), summary="One list")
-def read_list(list_id: ListId, read: Read) -> Response:
+def read_list(list_id: ListId, read: BriefRead) -> Response:
     """A list with its features in order, each with its strongest examples; a deleted one too."""
     return respond(store.list_page(read, list_id))
 

@@ -4,10 +4,11 @@ from typing import Annotated
 
 from fastapi import Path as InPath
 from fastapi import Request
+from sqlalchemy.orm import Session
 
 from sae_core.errors import UsageError
 from server.access import needs
-from server.api.common import Read, api_router, replies
+from server.api.common import BriefRead, api_router, replies
 from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit
 from server.live import (
     ComponentsQuestion,
@@ -35,7 +36,7 @@ ASKS = replies(403, 404, 413, 415)
 
 @router.post("/live/firings", responses=ASKS, summary="What fires on a text")
 @needs("reader", live=True)
-def firings(request: Request, question: FiringQuestion, read: Read) -> LiveFirings:
+def firings(request: Request, question: FiringQuestion, read: BriefRead) -> LiveFirings:
     """The strongest features at each position of a typed text and of all of it, and the activations of chosen ones. Asked of
     the engine, which loads the model on the first question; nothing is stored."""
     _checked(read, question, *question.features)
@@ -44,7 +45,7 @@ def firings(request: Request, question: FiringQuestion, read: Read) -> LiveFirin
 
 @router.post("/live/attribution", responses=ASKS, summary="Which heads and tokens make a feature fire")
 @needs("reader", live=True)
-def attribution(request: Request, question: LiveQuestion, read: Read) -> LiveAttribution:
+def attribution(request: Request, question: LiveQuestion, read: BriefRead) -> LiveAttribution:
     """One feature's activations on a typed text, and its whole DFA at one destination: what each head and source token gave,
     with the bias terms the pre-activation, to within `gap`."""
     _checked(read, question, question.index)
@@ -53,7 +54,7 @@ def attribution(request: Request, question: LiveQuestion, read: Read) -> LiveAtt
 
 @router.post("/live/components", responses=ASKS, summary="Which earlier parts of the model make a feature fire")
 @needs("reader", live=True)
-def components(request: Request, question: ComponentsQuestion, read: Read) -> LiveComponents:
+def components(request: Request, question: ComponentsQuestion, read: BriefRead) -> LiveComponents:
     """The same DFA by component: what the embedding and each earlier attention and MLP put into each source."""
     _checked(read, question, question.index)
     return engine(request).components(question)
@@ -61,7 +62,7 @@ def components(request: Request, question: ComponentsQuestion, read: Read) -> Li
 
 @router.post("/live/prompt", responses=ASKS, summary="What fires on a text in many SAEs")
 @needs("reader", live=True)
-def prompt(request: Request, question: PromptQuestion, read: Read) -> LivePrompt:
+def prompt(request: Request, question: PromptQuestion, read: BriefRead) -> LivePrompt:
     """A text through some SAEs of one model: how many features fire at each token and layer, the strongest of them, every one at
     a token `at`; the same of a second text `against`; and one `feature` taken apart by head and source, with what it writes to
     the next token's logits. Nothing is stored."""
@@ -71,7 +72,7 @@ def prompt(request: Request, question: PromptQuestion, read: Read) -> LivePrompt
 
 @router.post("/live/steer", responses=ASKS, summary="What becomes of a text when features are changed")
 @needs("reader", live=True)
-def steer(request: Request, question: SteerQuestion, read: Read) -> LiveSteered:
+def steer(request: Request, question: SteerQuestion, read: BriefRead) -> LiveSteered:
     """Features ablated (to zero, to their mean, or to what they are in another text), set, scaled or steered while the model
     reads, and z of layers or heads taken out, on several layers at once: the loss of each token, what comes next, which later
     features change, and how the text goes on, each as the model is and with the change. Nothing is stored."""
@@ -81,7 +82,7 @@ def steer(request: Request, question: SteerQuestion, read: Read) -> LiveSteered:
 
 @router.post("/live/circuit", responses=ASKS, summary="What made a feature or a logit, from feature to feature")
 @needs("reader", live=True)
-def circuit(request: Request, question: CircuitQuestion, read: Read) -> LiveCircuit:
+def circuit(request: Request, question: CircuitQuestion, read: BriefRead) -> LiveCircuit:
     """Recursive direct feature attribution, patterns and norms frozen: from a feature at a token, a logit or a logit difference
     back through the features of earlier attention layers, and of MLPs where the model has transcoders of them, with errors, MLPs
     that stay whole, embeddings and biases. Each node's edges and `rest` sum to its value. With `score`, why one head looked from
@@ -95,7 +96,7 @@ InTheLine = Annotated[Ticket, InPath(description="A random word of yours.", exam
 
 @router.put("/live/line/{ticket}", responses=ASKS, summary="Ask a prompt without waiting for it")
 @needs("reader", live=True)
-def leave_prompt(request: Request, ticket: InTheLine, question: PromptQuestion, read: Read) -> InLine:
+def leave_prompt(request: Request, ticket: InTheLine, question: PromptQuestion, read: BriefRead) -> InLine:
     """The same question, put in the engine's line under a ticket. It comes with its answer where that is there at once, else
     with the number of questions before it. One that nobody asks about for half a minute is dropped."""
     _checked_prompt(read, question)
@@ -104,7 +105,7 @@ def leave_prompt(request: Request, ticket: InTheLine, question: PromptQuestion, 
 
 @router.put("/live/line/{ticket}/steer", responses=ASKS, summary="Ask what becomes of a text without waiting for it")
 @needs("reader", live=True)
-def leave_steer(request: Request, ticket: InTheLine, question: SteerQuestion, read: Read) -> InLine:
+def leave_steer(request: Request, ticket: InTheLine, question: SteerQuestion, read: BriefRead) -> InLine:
     """The question of `/live/steer`, put in the engine's line under a ticket, as a prompt is; looked for and cancelled alike."""
     _checked_steer(read, question)
     return engine(request).leave_steer(ticket, question, 0.0)
@@ -112,7 +113,7 @@ def leave_steer(request: Request, ticket: InTheLine, question: SteerQuestion, re
 
 @router.put("/live/line/{ticket}/circuit", responses=ASKS, summary="Ask for a circuit without waiting for it")
 @needs("reader", live=True)
-def leave_circuit(request: Request, ticket: InTheLine, question: CircuitQuestion, read: Read) -> InLine:
+def leave_circuit(request: Request, ticket: InTheLine, question: CircuitQuestion, read: BriefRead) -> InLine:
     """As a prompt is asked without waiting; the answer then comes as `circuit`."""
     _checked_circuit(read, question)
     return engine(request).leave_circuit(ticket, question, 0.0)
@@ -133,7 +134,7 @@ def cancel_prompt(request: Request, ticket: InTheLine) -> InLine:
     return InLine(ticket=ticket, place=None, answer=None)
 
 
-def _checked_prompt(read: Read, question: PromptQuestion) -> None:
+def _checked_prompt(read: Session, question: PromptQuestion) -> None:
     for name in question.saes:
         door = find_sae(read, name)
         if question.feature is not None and question.feature.sae == name:
@@ -143,7 +144,7 @@ def _checked_prompt(read: Read, question: PromptQuestion) -> None:
             raise UsageError(f"That is {len(text)} characters; at most {LONGEST} can be tried at once.", field="text")
 
 
-def _checked_steer(read: Read, question: SteerQuestion) -> None:
+def _checked_steer(read: Session, question: SteerQuestion) -> None:
     for name in question.watch:
         find_sae(read, name)
     for one in question.features:
@@ -153,7 +154,7 @@ def _checked_steer(read: Read, question: SteerQuestion) -> None:
             raise UsageError(f"That is {len(text)} characters; at most {LONGEST} can be tried at once.", field="text")
 
 
-def _checked_circuit(read: Read, question: CircuitQuestion) -> None:
+def _checked_circuit(read: Session, question: CircuitQuestion) -> None:
     for name in question.saes:
         door = find_sae(read, name)
         if isinstance(question.root, FeatureRoot) and question.root.sae == name:
@@ -162,7 +163,7 @@ def _checked_circuit(read: Read, question: CircuitQuestion) -> None:
         raise UsageError(f"That is {len(question.text or '')} characters; at most {LONGEST} can be tried at once.", field="text")
 
 
-def _checked(read: Read, question: TextQuestion, *features: int) -> None:
+def _checked(read: Session, question: TextQuestion, *features: int) -> None:
     """Refuse, without the engine, what there is not and what is too long."""
     door = find_sae(read, question.sae)
     for index in features:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from fastapi import Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from server.api.common import LONGEST_NAME, Read, api_router, replies, respond
+from server.api.common import LONGEST_NAME, BriefRead, api_router, replies, respond
 from server.live import FeatureAt
 from server.pages.writing import reading, writing
 from server.store import prompts as store
@@ -46,7 +46,7 @@ class NewPrompt(BaseModel):
 @router.post(
     "/prompts", status_code=201, response_model=SharedPrompt, responses=replies(403, 404, 413, 415), summary="Share a text"
 )
-def share_prompt(request: Request, body: NewPrompt, read: Read) -> Response:
+def share_prompt(request: Request, body: NewPrompt, read: BriefRead) -> Response:
     """Store a text under a random id. The header `Location` is its address."""
     doors = store.asked_doors(read, body.saes)
     feature = body.feature
@@ -64,7 +64,7 @@ def share_prompt(request: Request, body: NewPrompt, read: Read) -> Response:
 
 
 @router.get("/prompts/{prompt_id}", response_model=SharedPrompt, responses=replies(404), summary="A shared text")
-def read_prompt(prompt_id: PromptId, read: Read) -> Response:
+def read_prompt(prompt_id: PromptId, read: BriefRead) -> Response:
     """The text, and what was looked at in it. SAEs that you do not see are not named."""
     return respond(store.shared(read, prompt_id))
 

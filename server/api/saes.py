@@ -7,7 +7,7 @@ from fastapi import Path, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import NotFound
-from server.api.common import LONGEST_NAME, Read, SaeName, api_router, facts, replies, respond
+from server.api.common import LONGEST_NAME, BriefRead, SaeName, api_router, facts, replies, respond
 from server.pages.reply import etag, unchanged
 from server.store import manage, registry
 from server.store.heads import HeadLine, HeadPage, ModelHeads, head_page, head_summaries, model_heads
@@ -52,19 +52,19 @@ def _model(record: registry.ModelRecord) -> ModelInfo:
 
 
 @models.get("/models", response_model=Models, summary="Every model")
-def list_models(read: Read) -> Response:
+def list_models(read: BriefRead) -> Response:
     """Registered models with their shapes."""
     return respond(Models(tuple(map(_model, registry.models(read)))))
 
 
 @models.get("/models/{model:path}/heads", response_model=ModelHeads, responses=replies(404), summary="Every head of a model")
-def read_model_heads(model: ModelName, read: Read) -> Response:
+def read_model_heads(model: ModelName, read: BriefRead) -> Response:
     """What the features of the newest published SAE of each layer say of its heads."""
     return respond(model_heads(read, model))
 
 
 @models.get("/models/{model:path}", response_model=ModelInfo, responses=replies(404), summary="One model")
-def read_model(model: ModelName, read: Read) -> Response:
+def read_model(model: ModelName, read: BriefRead) -> Response:
     """A model's shape."""
     for record in registry.models(read):
         if record.name == model:
@@ -100,7 +100,7 @@ class Saes:
 
 
 @router.get("/saes", response_model=Saes, summary="Every SAE")
-def list_saes(query: Annotated[SaesQuery, Query()], read: Read) -> Response:
+def list_saes(query: Annotated[SaesQuery, Query()], read: BriefRead) -> Response:
     """SAEs by name, those of sweeps too."""
     found = sae_cards(
         read, model=query.model, layer=query.layer, archived=query.archived, after=query.after, limit=query.limit + 1
@@ -110,7 +110,7 @@ def list_saes(query: Annotated[SaesQuery, Query()], read: Read) -> Response:
 
 
 @router.get("/saes/{sae}", response_model=SaeOverview, responses=replies(304, 404), summary="One SAE")
-def read_sae(request: Request, sae: SaeName, read: Read) -> Response:
+def read_sae(request: Request, sae: SaeName, read: BriefRead) -> Response:
     """How good it is, how it was trained, and what its features are like as a whole. A former name leads to the present one."""
     door = find_sae(read, sae)
     tag = etag(request, facts(door), door.metrics) if door.sae.harvest else None  # without one it tells how the running one goes
@@ -126,21 +126,21 @@ class Harvests:
 
 
 @harvests.get("/harvests", response_model=Harvests, summary="Every harvest")
-def list_harvests(read: Read) -> Response:
+def list_harvests(read: BriefRead) -> Response:
     """Harvests of all SAEs, newest first; of each SAE at most one is published, and its pages show that one."""
     return respond(Harvests(manage.harvest_lines(read)))
 
 
 @harvests.get("/harvests/{harvest}", response_model=HarvestLine, responses=replies(404), summary="One harvest")
 def read_harvest(
-    harvest: Annotated[int, Path(description="Id of the harvest.", ge=0, le=2**31 - 1, examples=[1])], read: Read
+    harvest: Annotated[int, Path(description="Id of the harvest.", ge=0, le=2**31 - 1, examples=[1])], read: BriefRead
 ) -> Response:
     """What was swept, and what became of it."""
     return respond(manage.harvest_line(read, harvest))
 
 
 @harvests.get("/saes/{sae}/harvests", response_model=Harvests, responses=replies(404), summary="The harvests of an SAE")
-def list_harvests_of(sae: SaeName, read: Read) -> Response:
+def list_harvests_of(sae: SaeName, read: BriefRead) -> Response:
     """Newest first."""
     return respond(Harvests(manage.harvest_lines(read, find_sae(read, sae))))
 
@@ -155,7 +155,7 @@ class Heads:
 
 
 @heads.get("/saes/{sae}/heads", response_model=Heads, responses=replies(304, 404), summary="The heads of an SAE's site")
-def list_heads(request: Request, sae: SaeName, read: Read) -> Response:
+def list_heads(request: Request, sae: SaeName, read: BriefRead) -> Response:
     """How many features each head leads, of which families, and how many things it seems to do."""
     door = find_sae(read, sae)
     tag = etag(request, facts(door))
@@ -164,7 +164,7 @@ def list_heads(request: Request, sae: SaeName, read: Read) -> Response:
 
 @heads.get("/saes/{sae}/heads/{head}", response_model=HeadPage, responses=replies(404), summary="One head")
 def read_head(
-    sae: SaeName, head: Annotated[int, Path(description="The head.", ge=0, le=10_000, examples=[4])], read: Read
+    sae: SaeName, head: Annotated[int, Path(description="The head.", ge=0, le=10_000, examples=[4])], read: BriefRead
 ) -> Response:
     """Its features by both shares, where it looks, and what studies of the model found of it."""
     return respond(head_page(read, find_sae(read, sae), head))
@@ -183,7 +183,7 @@ class FamilyCounts:
 
 
 @heads.get("/saes/{sae}/families", response_model=FamilyCounts, responses=replies(304, 404), summary="The families of an SAE")
-def list_families(request: Request, sae: SaeName, read: Read) -> Response:
+def list_families(request: Request, sae: SaeName, read: BriefRead) -> Response:
     """What the features of an SAE do, counted."""
     door = find_sae(read, sae)
     tag = etag(request, facts(door))

@@ -6,7 +6,7 @@ from fastapi import Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from sae_core.errors import UsageError
-from server.api.common import Read, SaeName, api_router, replies, respond
+from server.api.common import BriefRead, SaeName, api_router, replies, respond
 from server.store.saes import find_sae
 from server.store.search import Found, Overall, check_kind, search, search_all
 
@@ -37,14 +37,14 @@ class Within(Everywhere):
 
 
 @router.get("/search", response_model=Overall, summary="Search everything")
-def search_everywhere(query: Annotated[Everywhere, Query()], read: Read) -> Response:
+def search_everywhere(query: Annotated[Everywhere, Query()], read: BriefRead) -> Response:
     """Models and SAEs by name, features of every SAE by token, SAEs by text; of the 40 newest published harvests."""
     found = search_all(read, query.q)
     return _found(found)
 
 
 @router.get("/saes/{sae}/search", response_model=Found, responses=replies(404), summary="Search one SAE")
-def search_within(sae: SaeName, query: Annotated[Within, Query()], read: Read) -> Response:
+def search_within(sae: SaeName, query: Annotated[Within, Query()], read: BriefRead) -> Response:
     """Features of one SAE, best first. `next` is `after` of the next page; texts have one page."""
     kind = check_kind("promotes" if query.kind == LOGIT else query.kind)
     return _found(search(read, find_sae(read, sae), query.q, kind, query.after))

@@ -86,12 +86,14 @@ def _node(node: CircuitNode, answer: LiveCircuit, id_: str, label: str) -> dict[
 
 
 def _id(node: CircuitNode, answer: LiveCircuit) -> str:
-    """As theirs where they have one: layer, feature, position. Where MLPs have features theirs are those, else attention's."""
+    """As theirs where they have one, but for errors: layer, feature, position. Where MLPs have features theirs are those, else
+    attention's."""
     mlps = bool(answer.transcoders)
     if node.kind == ("MLP feature" if mlps else "feature"):
         return f"{node.layer}_{node.index}_{node.position}"
     if node.kind == ("MLP error" if mlps else "error"):
-        return f"0_{node.layer}_{node.position}"
+        # Theirs begins with 0_, as does that of a feature of layer 0, which the index may make the same.
+        return f"error_{node.layer}_{node.position}"
     if node.kind == "embedding":
         return f"E_{answer.tokens[node.position]}_{node.position}"
     if node.kind == "logit":

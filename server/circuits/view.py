@@ -165,7 +165,7 @@ def drawn(answer: LiveCircuit, view: View, most: int = DRAWN) -> Drawn:
             break
         kept.add(node.id)
     into = {one: f"g:{name}" for name, members in view.grouped.items() for one in members if one in nodes and one != answer.root}
-    whole = abs(nodes[answer.root].effect) or 1.0
+    whole = nodes[answer.root].effect or 1.0
     together: dict[str, list[CircuitNode]] = {}
     for node in answer.nodes:
         if node.id in kept or node.id in into:
@@ -226,7 +226,8 @@ def strongest_paths(answer: LiveCircuit, most: int = PATHS) -> tuple[Path, ...]:
         found = [
             Path((node.id, *below.ids), share * below.share)
             for source, share in edges.get(node.id, ())
-            for below in best.get(source, (Path((source,), 1.0),))
+            # A followed node of which nothing is listed ends a way, as a leaf does.
+            for below in best.get(source) or (Path((source,), 1.0),)
         ]
         found.sort(key=lambda path: -abs(path.share))
         longer = [path for path in found if len(path.ids) > 2] if node.id == answer.root else []

@@ -28,7 +28,7 @@ from pydantic_core import from_json
 
 from sae_core.errors import UnreadableDashboards
 from sae_core.records import FeatureRecord
-from server.store.chunks import ForeignExamples, ForeignFeature, ForeignLabel, text_key
+from server.store.foreign import ForeignExamples, ForeignFeature, ForeignLabel, text_key
 
 try:
     import simdjson

@@ -13,7 +13,7 @@ from types import TracebackType
 
 from sae_core.errors import ProcessLost
 from server.exchange.dashboards import About, Layout, Prompts, read
-from server.store.chunks import Chunk, chunks
+from server.store.foreign import Chunk, chunks
 
 SMALL = 32 * 2**20
 """Bytes of files that are read sooner than processes are started."""

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from sqlalchemy.orm import Session
 
 from sae_core.errors import HeadscopeError, NotFound, UsageError
-from server.access import needs
+from server.access import asks, needs
 from server.circuits import drawing, tracer
 from server.circuits.asked import (
     CircuitEdge,
@@ -133,7 +133,7 @@ class Shown:
 
 @router.get("/saes/{sae}/features/{index:int}/circuit", include_in_schema=False)
 @router.get("/saes/{sae}/features/{index:int}/circuit.json", response_model=CircuitPage)
-@needs("reader", live=True)
+@needs("reader")
 def show_of_example(
     request: Request, sae: str, index: int, read: Read, view: Annotated[View, Query()], band: Annotated[int, Query(ge=0)] = 0,
     rank: Annotated[int, Query(ge=0)] = 0,
@@ -144,7 +144,7 @@ def show_of_example(
 
 @router.get("/prompts/{prompt_id}/circuit", include_in_schema=False)
 @router.get("/prompts/{prompt_id}/circuit.json", response_model=CircuitPage)
-@needs("reader", live=True)
+@needs("reader")
 def show_of_prompt(request: Request, prompt_id: str, read: Read, view: Annotated[View, Query()]) -> Response:
     """What made a feature or a logit of a shared prompt."""
     return _by_address(request, read, _of_prompt(read, prompt_id), view)
@@ -191,6 +191,7 @@ def _by_address(request: Request, read: Session, source: Source, view: View) -> 
     if "do" in params or "go" in params:
         # A step leads to the address of what it made, which is the permalink.
         return see(link(source.address, **_with(source, _view(params).asked())))
+    asks(request)  # only now: a step on the way to an address is no question
     export = params.get("as") == "circuit-tracer"
     whole = export or "figure" in params or wants_json(request)
     try:
@@ -213,7 +214,7 @@ def _answered(request: Request, read: Session, source: Source, view: View, found
         slug = file_name(f"{answer.model} {said(answer.nodes[0], answer)}")
         labels = {one: row.label for one, row in rows.items() if row.label is not None}
         body = to_json(tracer.as_tracer(answer, view, slug=slug, labels=labels))
-        headers = {"Content-Disposition": f'attachment; filename="{slug}.json"', "Cache-Control": "private, no-store"}
+        headers = {"Content-Disposition": f'attachment; filename="{slug}.json"', "Cache-Control": "private, no-cache"}
         return Response(body, headers=headers, media_type="application/json")
     nodes = {node.id: node for node in answer.nodes}
     picked = nodes.get(view.pick, nodes[answer.root])

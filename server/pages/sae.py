@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
 from sae_core.errors import UsageError
 from server.pages.csv_file import csv_stream
 from server.pages.feature import View
-from server.pages.reply import Read, etag, feature_path, known_schema, link, reply, sae_path, unchanged, wants_part
+from server.pages.reply import Read, etag, feature_path, known_schema, link, made_quickly, reply, sae_path, unchanged, wants_part
 from server.store.features import FeatureQuery, FeatureTable, beside, check_index, feature_table, random_feature, walk_of
 from server.store.heads import HeadLine, head_summaries
 from server.store.labels import ListName, lists_of
@@ -38,15 +37,17 @@ class SaePage:
 @router.get("/saes/{sae}.json", response_model=SaePage)
 async def sae_page(request: Request, sae: str, query: Annotated[FeatureQuery, Query()]) -> Response:
     """The overview and the part of the feature table that the address asks for."""
-    return await run_in_threadpool(_sae, request, sae, query)
+    return await made_quickly(_sae, request, sae, query)
 
 
 def _sae(request: Request, sae: str, query: FeatureQuery) -> Response:
-    # One step into a thread, with a session of its own, as for a feature's page.
+    # With a session of its own, as for a feature's page.
     with known_schema(request).read() as read:
         door = find_sae(read, sae)
         # Without a published harvest the page tells how the running one goes, which no tag can follow.
-        tag = etag(request, door.sae.harvest.id, door.sae.sha256, door.metrics, door.revision) if door.sae.harvest else None
+        tag = (
+            etag(request, door.sae.harvest.id, door.sae.sha256, door.stored_metrics, door.revision) if door.sae.harvest else None
+        )
         if tag and (known := unchanged(request, tag)):
             return known
         table = feature_table(read, door, query)

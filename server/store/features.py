@@ -4,7 +4,7 @@ import math
 import secrets
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from itertools import groupby, islice
 from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, Self, overload
@@ -92,10 +92,14 @@ class FeatureFilter(BaseModel):
         """Largest first."""
         return self.order.startswith("-")
 
+    @cached_property
+    def _given(self) -> dict[str, Any]:
+        return self.model_dump(exclude_defaults=True)  # a page of the table asks a score of times
+
     def asked(self, **changes: Any) -> dict[str, Any]:
         """What differs from the defaults, ready for an address. Any change begins at the first page, unless it names another."""
         here = {} if not changes else {"after": None, "before": None}
-        values = {**self.model_dump(exclude_defaults=True), **here, **changes}
+        values = {**self._given, **here, **changes}
         return {key: str(value).lower() if isinstance(value, bool) else value for key, value in values.items()}
 
 
@@ -489,7 +493,7 @@ class DfaColumns(Sequence[DfaEntry]):
         return DfaEntry(int(self.src[at]), int(self.head[at]), float(self.value[at]))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+        return tuple(self) == tuple(other) if isinstance(other, tuple | DfaColumns) else NotImplemented
 
     def __hash__(self) -> int:
         return hash(tuple(self))

@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 
 from sae_core.records import FeatureRecord
 from server.db import Database
-from server.store.chunks import EXAMPLES_AT_ONCE, Chunk, cut, text_key
+from server.store.chunks import cut
+from server.store.foreign import EXAMPLES_AT_ONCE, Chunk, text_key
 from server.store.harvests import Fence, insert_examples, insert_features, write_chunks, write_heads
 from server.store.labels import touch
 from server.store.people import LONGEST_LABEL

@@ -15,10 +15,9 @@ def mean_activations(session: Session, sae: str, indices: Sequence[int]) -> dict
 
     NotFound where the SAE has none.
     """
-    _harvest_of(session, sae)
-    of_sae = sa.select(Feature.idx, Feature.mean_act, Feature.density).join(SAE, SAE.harvest_id == Feature.harvest_id)
-    rows = session.execute(of_sae.where(SAE.name == sae, Feature.idx.in_(list(indices))))
-    return dict.fromkeys(indices, 0.0) | {idx: (mean or 0.0) * density for idx, mean, density in rows}
+    fired = sa.select(Feature.idx, Feature.mean_act, Feature.density).where(Feature.harvest_id == _harvest_of(session, sae))
+    rows = session.execute(fired.where(Feature.idx.in_(list(indices))))
+    return dict.fromkeys(indices, 0.0) | {idx: mean * density for idx, mean, density in rows}
 
 
 def sample_rows(session: Session, saes: Sequence[str], most: int) -> tuple[int, list[list[int]]]:

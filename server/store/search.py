@@ -98,14 +98,25 @@ def word(token: str) -> str:
 def write(db: Database, harvest_id: int, fence: Fence) -> None:
     """Store what is searched of a harvest whose parts are written. Broken off, it is to be called again."""
     write_chunks(db, harvest_id, TEXTS_WRITTEN, cut(_texts(db, harvest_id), lambda _: 1, CONTEXTS_AT_ONCE), _insert_texts, fence)
-    with db.write() as session:
-        if not _is_sqlite(session):
-            # PostgreSQL first puts new words into a list that every search walks through, and so thinks little of the index.
-            session.execute(sa.text("select gin_clean_pending_list('ix_context_text_words')"))
+    put_words_in(db)
+    with db.read() as session:
         done = is_searched(session, harvest_id)
     if not done:
         rows = _with_token_ids(db, _token_rows(db, harvest_id), fence)
         write_chunks(db, harvest_id, TOKENS_WRITTEN, cut(rows, lambda _: 1, ROWS_AT_ONCE), _insert_tokens, fence)
+
+
+def put_words_in(db: Database) -> None:
+    """Let PostgreSQL put new words into their index now. First it puts them into a list, which every search walks through and
+    for which it thinks little of the index. Only whoever owns the index may ask for it; for others autovacuum does it, later."""
+    if not db.is_file:
+        with db.write() as session:
+            session.execute(
+                sa.text(
+                    "select gin_clean_pending_list(cast(oid as regclass)) from pg_class "
+                    "where oid = to_regclass('ix_context_text_words') and pg_has_role(relowner, 'USAGE')"
+                )
+            )
 
 
 def index_texts(session: Session, harvest_id: int) -> None:

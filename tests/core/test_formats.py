@@ -319,6 +319,15 @@ def test_tensors_that_are_missing_misshapen_or_not_numbers_are_named(tmp_path: P
     assert "no state dict" in refusal(path)
 
 
+def test_a_want_of_memory_is_not_laid_to_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(MemoryError):
+        open_peer(place("kissane"))
+
+
 def test_what_is_no_sae_is_refused_with_what_is_there(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("x")
     assert "notes.txt" in refusal(tmp_path)

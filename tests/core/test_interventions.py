@@ -132,6 +132,28 @@ def test_edits_of_one_feature_act_in_order(tiny_lens: Callable[[str], Lens]) -> 
     same(replacements(lens, ROW, saes, both)[layer](z), replacements(lens, ROW, saes, once)[layer](z))
 
 
+@pytest.mark.parametrize("how", ["set", "scale", "steer"])
+@pytest.mark.parametrize("at", [None, (2, 5)])
+def test_a_value_for_each_position_is_an_edit_of_each(
+    tiny_lens: Callable[[str], Lens], how: How, at: tuple[int, ...] | None
+) -> None:
+    lens, layer = tiny_lens("llama"), 1
+    saes, z = {layer: random_sae(lens, layer)}, z_of(lens, layer)
+    values = tuple(8.0 * (-1) ** i * i + 3 for i in range(len(TOKENS)))
+    index = int(saes[layer].encode(z[0, 5]).argmax())
+    one = [FeatureEdit(layer, index, how, values, at)]
+    each = [FeatureEdit(layer, index, how, values[i], (i,)) for i in at or range(1, len(TOKENS))]
+    for keep_error in (True, False):
+        found, expected = (replacements(lens, ROW, saes, some, keep_error=keep_error)[layer](z) for some in (one, each))
+        assert torch.equal(found, expected)
+        assert not torch.equal(found, z)
+        for past in (True, False):
+            texts = [write(lens, TOKENS, saes, some, 6, keep_error=keep_error, seed=5, keep_past=past) for some in (one, each)]
+            assert texts[0] == texts[1], "new tokens stay as they are"
+    with pytest.raises(UsageError, match="has 10 positions, so a value for each are 10, not 3"):
+        measure(lens, TOKENS, saes, [FeatureEdit(layer, index, how, values[:3], at)])
+
+
 # ---- against hooks in plain TransformerLens ----
 
 
@@ -338,6 +360,36 @@ def test_a_lens_that_keeps_no_past_writes_with_whole_passes(
     assert write(lens, TOKENS, {}, [], 4, seed=1) == kept
     with pytest.raises(ValueError, match="no keys and values"):
         lens.go_on(ROW, {}, None, 12)
+
+
+@pytest.mark.parametrize("why", ["it raises", "it is off", "out of memory"])
+def test_why_no_past_is_kept_is_in_the_log_and_a_full_device_says_nothing_of_the_model(
+    tiny_lens: Callable[[str], Lens], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, why: str
+) -> None:
+    lens = tiny_lens("llama")
+    monkeypatch.delitem(lens.__dict__, "keeps_past", raising=False)
+    forward = lens._model.forward
+
+    def broken(*given: Any, **options: Any) -> Any:
+        if options.get("past_key_values") is None:
+            return forward(*given, **options)
+        if why == "it is off":
+            found = forward(*given, **options)
+            found.logits = found.logits * 1.01
+            return found
+        raise torch.OutOfMemoryError("full") if why == "out of memory" else TypeError("no such thing")
+
+    with monkeypatch.context() as patched, caplog.at_level("WARNING", "headscope"):
+        patched.setattr(lens._model, "forward", broken)
+        if why == "out of memory":
+            with pytest.raises(torch.OutOfMemoryError):
+                _ = lens.keeps_past
+        else:
+            assert not lens.keeps_past
+            lens.__dict__.pop("keeps_past")
+    said = {"it raises": ["slower: TypeError: no such thing"], "it is off": ["slower: its logits are off by 1.0e-02"]}
+    assert [record.getMessage().partition("passes, ")[2] for record in caplog.records] == said.get(why, [])
+    assert lens.keeps_past, "asked again, it is tried again"
 
 
 def test_writing_stops_where_it_is_told_to(tiny_lens: Callable[[str], Lens]) -> None:

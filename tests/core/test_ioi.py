@@ -3,6 +3,7 @@
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -22,12 +23,17 @@ LAYER = 2
 
 
 def done(reports: Generator[Progress, None, R]) -> R:
-    """What a study returns; its reports go up to their total."""
+    """What a study returns; the reports of each of its phases go up to their total."""
+    last: dict[str, Progress] = {}
     while True:
         try:
             report = next(reports)
-            assert 0 <= report.done <= report.total
+            before = last.get(report.phase)
+            assert (0 if before is None else before.done) < report.done <= report.total
+            assert before is None or before.total == report.total
+            last[report.phase] = report
         except StopIteration as end:
+            assert all(report.done == report.total for report in last.values())
             found: R = end.value
             return found
 
@@ -55,7 +61,7 @@ def small(**changed: object) -> IoiStudy:
 
 
 def made(lens: Lens, **changed: object) -> tuple[SAE, IoiStudy, Ioi]:
-    sae, cfg = random_sae(lens, LAYER, norm="token" if changed.pop("norm", None) else "none"), small(**changed)
+    sae, cfg = random_sae(lens, LAYER), small(**changed)
     return sae, cfg, done(ioi(lens, sae, cfg))
 
 
@@ -116,10 +122,14 @@ def test_prompts_alternate_and_hold_each_name_as_often_as_their_template_says(ti
             assert (f" {name} " in now.text) == (name in ("or", "with"))
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_every_change_is_that_of_a_hook_at_each_prompts_own_second_subject(tiny_lens: Callable[[str], Lens], norm: bool) -> None:
-    lens = tiny_lens("llama")
-    sae, cfg, found = made(lens, norm=norm)
+@pytest.mark.parametrize(("norm", "d_sae", "rate"), [("none", 96, 0.1), ("token", 96, 0.1), ("none", 5, 0.9)])
+def test_every_change_is_that_of_a_hook_at_each_prompts_own_second_subject(
+    tiny_lens: Callable[[str], Lens], norm: str, d_sae: int, rate: float
+) -> None:
+    """Of five features all fire, and there are fewer others than directions are asked for."""
+    lens, cfg = tiny_lens("llama"), small(random=7)
+    sae = random_sae(lens, LAYER, d_sae, rate=rate, norm=norm)
+    found = done(ioi(lens, sae, cfg))
     names = list(single_names(lens))
     every = prompts(cfg, names)
     places = at_each(lens, every)
@@ -132,28 +142,76 @@ def test_every_change_is_that_of_a_hook_at_each_prompts_own_second_subject(tiny_
     codes = [sae.encode(z[None])[0] for z in zs]
     by_size = torch.stack(codes).mean(0).argsort(descending=True)[:3].tolist()
     assert {one.index for one in found.features} == set(by_size)
+    scales = [lens.info.d_in**0.5 / float(z.norm()) if norm == "token" else 1.0 for z in zs]
+
+    def changes(directions: Callable[[Tensor], Tensor]) -> list[float]:
+        """Of the logit difference of each prompt, less what its features give along some directions."""
+        vectors = [z - directions(f) / scale for z, f, scale in zip(zs, codes, scales, strict=True)]
+        return changed_by(lens, places, plain, vectors)
+
     for one in found.features:
-        vectors = []
-        for z, f in zip(zs, codes, strict=True):
-            scale = lens.info.d_in**0.5 / float(z.norm()) if norm else 1.0
-            vectors.append(z - f[one.index] * sae.W_dec[one.index] / scale)
-        check(lens, places, every, plain, vectors, one.change)
+        holds(one.change, changes(lambda f, index=one.index: f[index] * sae.W_dec[index]), every)
         acts = [float(f[one.index]) for f in codes]
-        assert pytest.approx(mean(acts, every, "ABBA"), rel=1e-4) == one.activation.ABBA
-    check(lens, places, every, plain, [sae(z[None])[0] for z in zs], found.error)
+        for template in ("ABBA", "BABA"):
+            assert getattr(one.activation, template) == pytest.approx(mean(acts, every, template), rel=1e-4)
+    holds(found.error, changed_by(lens, places, plain, [sae(z[None])[0] for z in zs]), every)
+    holds(found.every, changes(lambda f: f @ sae.W_dec), every)
+    fires = [any(f[index] > 0 for f in codes) for index in range(d_sae)]
+    assert found.n_live == sum(fires)
     sizes = [max(abs(one.change.ABBA.mean or 0), abs(one.change.BABA.mean or 0)) for one in found.features]
     assert sizes == sorted(sizes, reverse=True)
 
+    # Other directions, as long as the feature's own: of features that are silent here, or of all others where none is.
+    assert [one.index for one in found.controls] == [one.index for one in found.features]
+    for one in found.controls:
+        others = [index for index in range(d_sae) if not fires[index]] or [index for index in range(d_sae) if index != one.index]
+        drawn = np.random.default_rng((cfg.seed, 2, one.index)).choice(others, min(7, len(others)), replace=False)
+        own = changes(lambda f, index=one.index: f[index] * sae.W_dec[index])
+        size, template = max((abs(mean(own, every, name)), name) for name in ("ABBA", "BABA"))
+        moved = []
+        for other in drawn.tolist():
+            along = sae.W_dec[other] * float(sae.W_dec[one.index].norm()) / float(sae.W_dec[other].norm())
+            moved.append(mean(changes(lambda f, index=one.index, along=along: f[index] * along), every, template))
+        assert (one.template, one.as_large.n) == (template, min(7, d_sae - 1))
+        assert one.change == pytest.approx(mean(own, every, template), abs=1e-5)
+        assert one.random_mean == pytest.approx(np.mean(moved), abs=1e-5)
+        assert one.random_spread == pytest.approx(np.std(moved), abs=1e-5)
+        assert one.as_large.hits == sum(abs(value) >= size for value in moved)
 
-def check(
-    lens: Lens, places: list[Any], every: list[Prompt], plain: list[float], vectors: list[Tensor], said: study.Changes
-) -> None:
-    now = [
-        difference(lens, row, io, s, {LAYER: put(s2, vector)}) for (row, s2, io, s), vector in zip(places, vectors, strict=True)
+
+def changed_by(lens: Lens, places: list[Any], plain: list[float], vectors: list[Tensor]) -> list[float]:
+    """What each prompt's logit difference changes by when a vector is put in the place of z at its S2."""
+    return [
+        difference(lens, row, io, s, {LAYER: put(s2, vector)}) - before
+        for (row, s2, io, s), vector, before in zip(places, vectors, plain, strict=True)
     ]
-    change = [after - before for after, before in zip(now, plain, strict=True)]
+
+
+def holds(said: study.Changes, change: list[float], every: list[Prompt]) -> None:
     for template in ("ABBA", "BABA"):
-        assert getattr(said, template).mean == pytest.approx(mean(change, every, template), abs=2e-4)
+        assert getattr(said, template).mean == pytest.approx(mean(change, every, template), rel=1e-3, abs=1e-5)
+    assert max(map(abs, change)) > 1e-3, "something changed"
+
+
+def test_of_few_ablations_the_z_is_held_at_once(tiny_lens: Callable[[str], Lens], monkeypatch: pytest.MonkeyPatch) -> None:
+    """z of all prompts with each feature ablated would fill the memory: a group's is made, put in, and let go."""
+    monkeypatch.setattr(study, "GROUP", 2)
+    waiting, most = [0], [0]
+    without, differences = study._without, study._Measure.differences
+
+    def make(*given: Any) -> Tensor:
+        waiting[0] += 1
+        most[0] = max(most[0], waiting[0])
+        return without(*given)
+
+    def put_in(self: study._Measure, layer: int, z_at_s2: Any) -> list[Tensor]:
+        waiting[0] = 0
+        return differences(self, layer, z_at_s2)
+
+    monkeypatch.setattr(study, "_without", make)
+    monkeypatch.setattr(study._Measure, "differences", put_in)
+    _, _, found = made(tiny_lens("llama"), features=5, random=5)
+    assert (len(found.features), most) == (5, [2])
 
 
 @pytest.mark.parametrize("layers", [(), (1,)])
@@ -178,15 +236,28 @@ def test_z_of_changed_prompts_is_put_from_their_second_subject_to_ours(
             now.append(difference(lens, row, io, s, {one: put(s2, zs[one][0, other_s2]) for one in replaced}))
             acts.append(float(sae.encode(zs[LAYER][0, other_s2][None])[0, found.features[0].index]))
         for template in ("ABBA", "BABA"):
-            left = mean(now, every, template) / mean(plain, every, template)
-            assert getattr(known[name].left, template) == pytest.approx(left, rel=1e-2, abs=1e-3)
+            there_now, before = mean(now, every, template), mean(plain, every, template)
+            assert getattr(known[name].difference, template).mean == pytest.approx(there_now, abs=1e-5)
+            assert getattr(known[name].left, template) == pytest.approx(there_now / before, rel=1e-4, abs=1e-4)
             in_it = getattr(found.features[0].in_conditions[name], template)
             assert in_it == pytest.approx(mean(acts, every, template), rel=1e-3, abs=1e-5)
-    zero = [
-        difference(lens, row, io, s, {one: put(s2, torch.zeros(lens.info.d_in)) for one in replaced}) for row, s2, io, s in places
-    ]
-    assert known["zero"].difference.ABBA.mean == pytest.approx(mean(zero, every, "ABBA"), abs=2e-4)
+        assert max(abs(after - before) for after, before in zip(now, plain, strict=True)) > 1e-3
     assert [one.name for one in found.conditions][-3:] == ["shuffled", "mean", "zero"]
+    zs = [{one: z[0, s2] for one, z in lens.read_z(row, replaced).items()} for row, s2, _, _ in places]
+    means = {one: sum(z[one] for z in zs) / len(zs) for one in replaced}
+    instead = {
+        "shuffled": [zs[other] for other in study._derangement(every, cfg).tolist()],
+        "mean": [means] * len(zs),
+        "zero": [{one: torch.zeros(lens.info.d_in) for one in replaced}] * len(zs),
+    }
+    for name, there_z in instead.items():
+        now = [
+            difference(lens, row, io, s, {one: put(s2, z[one]) for one in replaced})
+            for (row, s2, io, s), z in zip(places, there_z, strict=True)
+        ]
+        for template in ("ABBA", "BABA"):
+            assert getattr(known[name].difference, template).mean == pytest.approx(mean(now, every, template), abs=1e-5)
+        assert max(abs(after - before) for after, before in zip(now, plain, strict=True)) > 1e-3
 
 
 def test_another_prompts_z_is_never_ones_own() -> None:
@@ -203,7 +274,11 @@ def test_a_model_without_names_and_a_config_without_pairs_get_a_sentence(
     monkeypatch.setattr(study, "NAMES", ("Mary", "John", "C"))
     with pytest.raises(UsageError, match="only 1 are single tokens"):
         done(ioi(lens, random_sae(lens, LAYER), small()))
-    for change, says in (({"samples": 9}, "even"), ({"words": ("and",)}, "differ"), ({"words": ("a b",)}, "pattern")):
+    taken = ("and", "names", "moved", "exchanged", "third", "shuffled", "mean", "zero")
+    for word in taken:
+        with pytest.raises(ValueError, match=f"must differ from each other and from {', '.join(taken)}"):
+            small(words=("or", word))
+    for change, says in (({"samples": 9}, "even"), ({"words": ("or", "or")}, "differ"), ({"words": ("a b",)}, "pattern")):
         with pytest.raises(ValueError, match=says):
             small(**change)
 

@@ -266,6 +266,21 @@ def test_losses_are_the_models_own(tiny_lens: TinyLens, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_next_logits_are_the_models_own_and_made_of_no_other_position(tiny_lens: TinyLens, kind: str) -> None:
+    lens, tokens, seen = tiny_lens(kind), rows(2, 9), []
+    with torch.no_grad():
+        expected = tiny_model(kind)(input_ids=tokens).logits[:, -1]
+    head = (lens._model if lens._fast is None else lens._fast).get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    found = lens.next_logits(tokens)
+    handle.remove()
+    assert close(found, expected, 1e-4)
+    assert seen == [1]
+    with pytest.raises(UsageError):
+        lens.next_logits(tokens + D_VOCAB)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_losses_with_a_replaced_z_are_those_of_a_model_whose_z_is_replaced(tiny_lens: TinyLens, kind: str) -> None:
     lens, model = tiny_lens(kind), tiny_model(kind)
 

@@ -18,7 +18,7 @@ from server.jobs import Jobs
 from server.settings import Settings
 from server.store import registry
 from tests.jobs.conftest import Home, tiny_folder, tiny_text  # noqa: F401 - fixtures
-from tests.processes import CONTEXT
+from tests.processes import CONTEXT, work
 
 BEAT, SILENT = 0.25, 2.0
 """Seconds, in tests: a worker that is stopped for longer than `SILENT` loses its job."""
@@ -52,19 +52,6 @@ def new_database(postgres: sa.URL, request: pytest.FixtureRequest) -> Iterator[s
     with admin.connect() as connection:
         connection.execute(sa.text(f"drop database {name} with (force)"))
     admin.dispose()
-
-
-def work(settings: Settings, said: Path) -> None:
-    """A worker, in a process of its own."""
-    with said.open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    import torch
-
-    from server.worker import run_worker
-
-    torch.set_num_threads(1)  # so that every run rounds alike
-    run_worker(settings, Database(settings.url))
 
 
 class Crew:

@@ -46,9 +46,9 @@ from tests.web.peer import client_finds
 QUESTION = LiveQuestion(sae="hand", index=3, text="the cat sat on the mat")
 
 
-def add_sae(home: Home, lens: Lens, name: str, cfg: SAEConfig) -> None:
+def add_sae(home: Home, lens: Lens, name: str, cfg: SAEConfig, seed: int = 0) -> None:
     """An SAE drawn at random, registered."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {part: torch.randn(shape, generator=generator) for part, shape in shapes(cfg).items()}
     sha256 = save_sae(ARCHITECTURES[cfg.arch](cfg, tensors), home.settings.data / "saes" / name)
     with home.db.write() as session:
@@ -597,6 +597,40 @@ def test_what_is_resampled_is_what_the_other_text_has_there(two: Engine) -> None
         two.steer(SteerQuestion(features=[FeatureChanged(sae="hand", index=5, how="mean")], text=TEXT))
     with pytest.raises(NotFound, match="of hand none was harvested"):
         two.steer(SteerQuestion(ablations=[LayerAblated(layer=2, how="mean")], watch=["hand"], text=TEXT))
+
+
+def test_what_another_edit_drives_beyond_the_sae_is_not_resampled(two: Engine, home: Home) -> None:
+    """Who names no position gets no error of one: features are read, and left out, as the edits before have left z."""
+    lens, hand = two._open("hand")
+    tokens, other = (two._tokens(lens, text, None, "text") for text in (TEXT, OTHER))
+    row, foreign = torch.tensor([tokens]), lens.read_z(torch.tensor([other]), [3])[3][0]
+
+    def steered(z: Tensor) -> Tensor:
+        plus = torch.zeros_like(z)
+        plus[:, 1:] = 9 * hand.W_dec[3]
+        return z + plus
+
+    before, after = (lens.run_with(row, edits, [3]).z[3][0].norm(dim=1) for edits in ({}, {1: steered}))
+    limit = float(after[1:].median()) + 1e-3
+    assert ((before < limit) & (after > limit))[1:].any()
+    assert (after[1:] < limit).any()
+    _, wide = two._open("other")
+    add_sae(home, lens, "narrow", wide.cfg.model_copy(update={"max_norm": limit}))
+    _, narrow = two._open("narrow")
+    theirs = narrow.encode(foreign)[: len(tokens), 5] * (foreign.norm(dim=1) <= limit)[: len(tokens)]
+
+    def moved(z: Tensor) -> Tensor:
+        has = z[0].norm(dim=1) <= limit
+        has[0] = False
+        return z + (has * (theirs - narrow.encode(z[0])[:, 5]))[None, :, None] * narrow.W_dec[5]
+
+    features = [FeatureChanged(sae="hand", index=3, value=9.0), FeatureChanged(sae="narrow", index=5, how="resample")]
+    asked = SteerQuestion(features=features, text=TEXT, other=OTHER)
+    logits = lens.run_with(row, {1: steered, 3: moved}).logits[0]
+    expected = torch.nn.functional.cross_entropy(logits[:-1], row[0, 1:], reduction="none")
+    alone = two.steer(asked.model_copy(update={"features": features[:1]})).changed_losses
+    assert two.steer(asked).changed_losses == pytest.approx(expected.tolist(), rel=1e-4)
+    assert alone != pytest.approx(expected.tolist(), rel=1e-3)
 
 
 def test_a_question_for_a_steered_text_waits_in_the_line_and_is_cancelled_between_tokens(

@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import astuple
 from typing import Any
 
 import pytest
+import torch
 
-from sae_core import circuits
+from sae_core import circuits, scores
 from sae_core.config import SAEConfig, Site
 from sae_core.errors import Cancelled, NotFound, UnreadableSAE, UsageError
 from sae_core.lens import load_lens
 from sae_core.transcoders import save_transcoder
 from server import engine_circuits
-from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit, LogitRoot, ScoreAt
+from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit, LogitRoot, ScoreAt, place_id
 from server.engine import Engine
-from server.live import Live
+from server.engine_circuits import needs
+from server.live import Live, TextQuestion
 from server.store import registry, transcoders
 from tests.core.test_transcoders import random_transcoder
 from tests.jobs.conftest import Home
@@ -76,7 +79,15 @@ def test_an_answer_is_the_circuit_itself_and_adds_up(engine: Engine) -> None:
         lens, answer.tokens, {1: hand, 3: upper}, circuits.LogitRoot(token, dest), share=0.001, most=40, widest=25
     )
     assert answer.nodes[0].value == pytest.approx(own.nodes[own.root].value)
-    assert len(answer.edges) == sum(len(node.edges) for node in own.nodes.values())
+    told = {(edge.source, edge.target): (edge.value, edge.heads) for edge in answer.edges}
+    known = {
+        (place_id(*astuple(edge.source)), place_id(*astuple(node.place))): (edge.value, list(edge.heads))
+        for node in own.nodes.values()
+        for edge in node.edges
+    }
+    assert len(told) == len(answer.edges) > 20
+    assert told == known
+    assert answer.gap == own.gap
 
 
 def test_a_difference_and_a_feature_are_roots_too(engine: Engine) -> None:
@@ -126,9 +137,22 @@ def test_the_same_graph_is_traced_once_and_forgotten_when_the_engine_rests(
     engine.circuit(LOGIT.model_copy(update={"text": "the cat sat on the rat"}))
     engine.circuit(LOGIT.model_copy(update={"share": 0.002}))
     assert len(traced) == 3
+    engine.codes(TextQuestion(sae="second", text=TEXT))
+    assert engine.circuit(LOGIT) == first
+    assert len(traced) == 3, "that another SAE was loaded changes nothing"
     engine.settings.engine_idle_seconds = 0.0
     assert engine.rest()
     assert not engine._circuits._answers, "no text stays"
+
+
+def test_another_sae_of_that_name_is_traced_anew(engine: Engine, home: Home) -> None:
+    first = engine.circuit(LOGIT)
+    lens, upper = engine._open("upper")
+    add_sae(home, lens, "upper", upper.cfg, seed=1)
+    second = engine.circuit(LOGIT)
+    assert (second.saes, second.tokens) == (first.saes, first.tokens)
+    assert second.edges != first.edges
+    assert second == Engine(engine.settings, home.db).circuit(LOGIT)
 
 
 @pytest.mark.parametrize(
@@ -152,12 +176,49 @@ def test_what_cannot_be_asked_gets_a_sentence(
 
 
 def test_more_than_there_is_memory_for_is_refused_before_it_is_tried(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_circuits, "LARGEST", 1e5)
-    with pytest.raises(UsageError, match=r"through 2 SAEs needs about .* GB; at most 0 are taken"):
-        engine.circuit(LOGIT)
+    lens, upper = engine._open("upper")
+    tokens, score = engine._tokens(lens, TEXT, None, "text"), ScoreAt(layer=3, dest=5, src=3)
+    least, more = (needs(lens, len(tokens), {1: upper, 3: upper}, layer) for layer in (None, 3))
+    read = lens.read_scores(torch.tensor([tokens]), 3)
+    held = [read.parts, read.turn, read.scores, read.queries.own_scale, read.keys.own_scale, *read.attention]
+    assert more - least >= sum(part.nbytes for part in held), "what is held beside a second reading of the SAEs"
+    monkeypatch.setattr(engine_circuits, "LARGEST", (least + more) / 2)
+    engine.circuit(LOGIT)
+    for bound, asked in (((least + more) / 2, LOGIT.model_copy(update={"score": score})), (least - 1, LOGIT)):
+        monkeypatch.setattr(engine_circuits, "LARGEST", bound)
+        with pytest.raises(UsageError, match=r"through 2 SAEs needs about .* GB; at most 0 are taken"):
+            engine.circuit(asked)
 
 
-def test_a_circuit_waits_in_the_line_and_is_cancelled_between_its_steps(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("inside", "calls"), [("trace", 1), ("trace", 4), ("explain", 1), ("explain", 6)])
+def test_a_circuit_is_cancelled_between_its_steps(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, inside: str, calls: int
+) -> None:
+    asked = LOGIT.model_copy(update={"score": ScoreAt(layer=3, head=2, dest=5, src=3, against_mean=True)})
+    module = circuits if inside == "trace" else scores
+    real, entered, heard = getattr(module, inside), [], []
+
+    def enter(*given: Any, **options: Any) -> Any:
+        entered.append(inside)
+        return real(*given, **options)
+
+    def check() -> None:
+        if entered:
+            heard.append(1)
+            if len(heard) == calls:
+                raise Cancelled("The question was cancelled.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, inside, enter)
+        patched.setattr(engine.line, "check", check)
+        with pytest.raises(Cancelled):
+            engine.circuit(asked)
+        assert (entered, len(heard)) == ([inside], calls)
+    assert len(engine._circuits._answers) == (inside == "explain"), "half a graph is not kept"
+    assert engine.circuit(asked).score is not None
+
+
+def test_a_circuit_waits_in_the_line(engine: Engine) -> None:
     with on_a_port(engine) as settings, closing(Live(settings)) as live:
         found = live.leave_circuit("a-ticket-of-the-test", LOGIT, 60.0)
         assert found.circuit is not None
@@ -165,9 +226,6 @@ def test_a_circuit_waits_in_the_line_and_is_cancelled_between_its_steps(engine: 
         assert found.circuit.edges == live.circuit(LOGIT).edges == engine.circuit(LOGIT).edges
         with pytest.raises(NotFound, match="features 0 to 15"):
             live.circuit(LOGIT.model_copy(update={"root": FeatureRoot(sae="hand", index=99, dest=2)}))
-        monkeypatch.setattr(engine.line, "check", lambda: (_ for _ in ()).throw(Cancelled("The question was cancelled.")))
-        with pytest.raises(Cancelled):
-            engine.circuit(LOGIT.model_copy(update={"share": 0.003}))
 
 
 # ---- through MLPs ----

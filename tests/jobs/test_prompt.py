@@ -14,6 +14,7 @@ import torch
 import uvicorn
 from fastapi.testclient import TestClient
 
+from sae_core.corpus import Rows
 from sae_core.saes import row_starts
 from server.app import create_app
 from server.db import Database
@@ -26,7 +27,7 @@ from server.store.features import feature_page
 from server.store.saes import find_sae
 from server.tables import Context, Example, Feature
 from server.worker import Worker
-from tests.jobs.conftest import Home, start, tiny_config
+from tests.jobs.conftest import HARVEST, Home, start, tiny_config
 
 
 @contextmanager
@@ -102,10 +103,17 @@ def test_means_are_those_of_the_harvest(harvested: Home) -> None:
     lens, sae = engine._open("mine")
     layer = sae.cfg.site.layer
     with harvested.db.read() as session:
-        feature = session.scalars(sa.select(Feature).order_by(Feature.n_fired.desc())).first()
+        often = sa.select(Feature.idx).where(Feature.density < 0.9).order_by(Feature.n_fired.desc())
+        index = session.scalars(often).first()
         rows = session.scalars(sa.select(Context.tokens).order_by(Context.row).limit(16)).all()
-    assert feature is not None
-    index, mean = feature.idx, feature.mean_act * feature.density
+    assert index is not None
+    # By the dictionary itself on all rows that were harvested, those of a silent feature too.
+    swept = Rows.open(next((harvested.settings.data / "rows").glob("*/rows.json")).parent).train[: HARVEST.tokens // 32]
+    whole = torch.from_numpy(swept.astype("int64"))
+    zs = lens.read_z(whole, [layer])[layer]
+    acts = sae.encode(zs)[~sae.excluded(zs, row_starts(whole, lens.row_start))][:, index]
+    assert (acts == 0).double().mean() > 0.1
+    mean = float(acts.double().mean())
     text = "the cat sat on a mat and then it ran home"
     row = torch.tensor([engine._tokens(lens, text, None, "text")])
     asked = SteerQuestion(features=[FeatureChanged(sae="mine", index=index, how="mean", at=[2, 3])], text=text)

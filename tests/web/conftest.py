@@ -12,6 +12,7 @@ import pytest
 import sqlalchemy as sa
 import uvicorn
 from fastapi.testclient import TestClient
+from playwright.sync_api import Page
 from starlette.types import ASGIApp
 
 from sae_core.config import SAEConfig, Site
@@ -22,6 +23,7 @@ from server.settings import Settings
 from server.tables import SAE as SaeRow
 from tests.upgraded import upgraded
 from tests.web.factory import Shape, fill
+from tests.web.walk import listening
 
 SAE = "/saes/smollm2-l17"
 
@@ -43,6 +45,12 @@ def client(filled: Settings) -> Iterator[TestClient]:
     """The web process on the filled database."""
     with TestClient(create_app(filled), base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
         yield client
+
+
+@pytest.fixture
+def quiet_page(page: Page) -> Iterator[Page]:
+    """A page on which any complaint of the browser fails the test."""
+    yield from listening(page)
 
 
 @pytest.fixture

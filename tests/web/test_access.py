@@ -265,6 +265,13 @@ def test_to_wait_for_a_circuit_is_no_question(lab: Lab, monkeypatch: pytest.Monk
         assert [people["Rita"].post("/circuit/look", data=waiting).status_code for _ in range(8)] == [200] * 8
 
 
+def test_a_step_to_a_circuit_s_address_is_no_question_and_its_page_is_one(lab: Lab) -> None:
+    here = f"/saes/{NAMES['public']}/features/3/circuit"
+    with visitors(lab_app(lab.settings.model_copy(update={"live_per_minute": 2}))) as people:
+        assert [people["Rita"].get(f"{here}?pins=x@1&do=show").status_code for _ in range(5)] == [303] * 5
+        assert [people["Rita"].get(here).status_code for _ in range(3)] == [503, 503, 429]  # no engine runs here
+
+
 def test_a_reader_stores_no_text_of_a_circuit(lab: Lab) -> None:
     asked = {**CIRCUIT, "visibility": "public", "days": "3"}
     with visitors(lab_app(lab.settings)) as people:

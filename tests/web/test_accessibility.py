@@ -35,9 +35,9 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @contextmanager
-def visited(browser: Browser) -> Iterator[Page]:
+def visited(browser: Browser, width: int = 1280) -> Iterator[Page]:
     """A page of a browser of its own. The policy is lifted for axe alone, which must be put into the page to look at it."""
-    context = browser.new_context(bypass_csp=True, reduced_motion="reduce")
+    context = browser.new_context(bypass_csp=True, reduced_motion="reduce", viewport={"width": width, "height": 844})
     yield context.new_page()
     context.close()
 

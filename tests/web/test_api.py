@@ -9,9 +9,11 @@ import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
 from server.api import export, saes
+from server.api.common import BriefRead, api_router
 from server.api.parts import PARTS
 from server.app import create_app
 from server.db import Database
+from server.pages.reply import Read
 from server.settings import Settings
 from server.store import search
 from server.store.features import SORT_KEYS
@@ -363,6 +365,24 @@ def test_a_page_of_another_site_changes_nothing(visit: Visit) -> None:
     assert answer.status_code == 403
     assert answer.json()["error"]["code"] == "cross_origin"
     assert got(maren, f"{API}/lists")["lists"] == []
+
+
+def test_the_api_answers_below_the_path_of_a_server_that_it_is_part_of(filled: Settings) -> None:
+    with TestClient(create_app(filled), base_url="http://127.0.0.1:8000", root_path="/lab") as client:
+        assert got(client, f"/lab{API}/models") == got(client, f"{API}/models") != []
+
+
+def test_a_route_whose_session_would_be_closed_or_no_session_is_refused() -> None:
+    router = api_router("Broken")
+
+    async def late(read: BriefRead) -> None: ...
+
+    def of_a_page(read: Read) -> None: ...
+
+    with pytest.raises(AssertionError, match="late is async"):
+        router.get("/late")(late)
+    with pytest.raises(AssertionError, match="of_a_page is no BriefRead"):
+        router.get("/page")(of_a_page)
 
 
 def test_a_former_name_leads_to_the_present_one(visit: Visit) -> None:

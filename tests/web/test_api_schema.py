@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import jsonschema_rs
 import pytest
@@ -16,7 +16,10 @@ from server.api.common import EXAMPLES, PREFIX
 from server.api.described import WORDS
 from server.api.v1 import DOCUMENT
 from server.app import create_app
-from tests.web.api_examples import recorded
+from server.circuits.asked import CircuitQuestion
+from server.live import InLine, PromptQuestion, SteerQuestion
+from server.settings import Settings
+from tests.web.api_examples import CALLS, Answers, recorded
 from tests.web.conftest import at, listened, put, queued
 from tests.web.factory import Shape
 
@@ -129,11 +132,70 @@ def test_answers_have_an_etag_where_the_document_says_so_and_nowhere_else(client
             assert (headers, said, "304" in one["responses"]) == ([], [], False), path
 
 
-def test_examples_have_the_fields_that_are_answered(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What every route answers, whole, by its operation's id."""
+    return recorded(tmp_path_factory.mktemp("answers"))
+
+
+def test_examples_have_the_fields_that_are_answered(answers: dict[str, Any]) -> None:
     known = json.loads(EXAMPLES.read_text(encoding="utf-8"))
-    assert {name: sorted(answer) for name, answer in recorded(tmp_path).items()} == {
-        name: sorted(answer) for name, answer in known.items()
-    }
+    assert {name: sorted(answer) for name, answer in answers.items()} == {name: sorted(answer) for name, answer in known.items()}
+
+
+def closed(schema: Any) -> Any:
+    """A schema whose objects have no other fields than those that it names."""
+    if isinstance(schema, list):
+        return list(map(closed, schema))
+    if not isinstance(schema, dict):
+        return schema
+    named = {"additionalProperties": False} if isinstance(schema.get("properties"), dict) else {}
+    return named | {key: closed(value) for key, value in schema.items()}
+
+
+def documented(operation: str) -> Any:
+    """What tells whether a body is, field by field, what the document says of the operation's answer."""
+    every = (one for operations in DOCUMENT.openapi["paths"].values() for one in operations.values())
+    found = next(one for one in every if one["operationId"] == operation)
+    answer = next(reply for status, reply in found["responses"].items() if status.startswith("2"))
+    components = {"schemas": closed(DOCUMENT.openapi["components"]["schemas"])}
+    return jsonschema_rs.validator_for(closed(answer["content"]["application/json"]["schema"]) | {"components": components})
+
+
+def test_every_answer_has_the_fields_that_the_document_names_and_no_other(answers: dict[str, Any]) -> None:
+    live = {one["operationId"] for path, of in DOCUMENT.openapi["paths"].items() if "/live/" in path for one in of.values()}
+    assert live <= set(answers), "no engine runs where schemathesis asks, so this is where live answers are seen"
+    for operation, body in answers.items():
+        documented(operation).validate(body)
+        assert not documented(operation).is_valid({**body, "of_nobody": 1}), operation
+        assert not documented(operation).is_valid(dict(list(body.items())[1:])), operation
+
+
+class AtOnce(Answers):
+    """An engine that has answered as soon as it is asked."""
+
+    def leave(self, ticket: str, question: PromptQuestion, wait: float) -> InLine:
+        return super().leave(ticket, question, max(wait, 1.0)).model_copy(update={"place": None})
+
+    def leave_steer(self, ticket: str, question: SteerQuestion, wait: float) -> InLine:
+        return super().leave_steer(ticket, question, max(wait, 1.0)).model_copy(update={"place": None})
+
+    def leave_circuit(self, ticket: str, question: CircuitQuestion, wait: float) -> InLine:
+        return super().leave_circuit(ticket, question, max(wait, 1.0)).model_copy(update={"place": None})
+
+
+@pytest.mark.parametrize(
+    ("operation", "kind"), [("leave_prompt", "answer"), ("leave_steer", "steered"), ("leave_circuit", "circuit")]
+)
+def test_an_answer_in_the_line_is_the_one_that_the_document_describes(filled: Settings, operation: str, kind: str) -> None:
+    app = create_app(filled)
+    app.state.live = AtOnce()
+    (method, path, question) = next(call[1:] for call in CALLS if call[0] == operation)
+    with TestClient(app, base_url="http://127.0.0.1:8000") as client:
+        body = client.request(method, f"{PREFIX}{path}", json=question).json()
+    assert {name for name in ("answer", "steered", "circuit") if body[name] is not None} == {kind}
+    assert body["place"] is None
+    documented(operation).validate(body)
 
 
 def names_a_field(answer: Response) -> None:

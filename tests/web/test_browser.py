@@ -11,7 +11,7 @@ from server.db import Database
 from server.settings import Settings
 from server.store import jobs as store
 from tests.web.conftest import at, listened, put
-from tests.web.walk import listening, walk
+from tests.web.walk import walk
 
 pytestmark = pytest.mark.browser
 
@@ -27,12 +27,6 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 def site(served: Settings) -> Iterator[str]:
     """The web process, really listening; gives its address."""
     yield from listened(served)
-
-
-@pytest.fixture
-def quiet_page(page: Page) -> Iterator[Page]:
-    """A page on which any complaint of the browser fails the test."""
-    yield from listening(page)
 
 
 def test_the_walk_from_home_to_a_tokens_numbers(quiet_page: Page, site: str) -> None:

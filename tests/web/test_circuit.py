@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 import re
 from collections.abc import Iterator
 from itertools import pairwise
@@ -12,6 +13,7 @@ from fastapi.testclient import TestClient
 from pydantic import BaseModel, ConfigDict
 
 from sae_core.errors import EngineAway, NotFound
+from server.app import create_app
 from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit, LogitRoot, ScoreAt, place_id
 from server.circuits.tracer import as_tracer
 from server.circuits.view import View, drawn, said, strongest_paths
@@ -22,7 +24,7 @@ from server.store import transcoders
 from server.store.prompts import ModelChoice, SaeChoice
 from server.store.transcoders import TranscoderRecord
 from server.tables import Prompt
-from tests.web.circuit_answers import LOWER, OF_MLP, ROOT, TEXTS, UPPER, circuit_of, through_mlps
+from tests.web.circuit_answers import LOWER, OF_MLP, ROOT, TEXTS, UPPER, circuit_of, node, through_mlps
 from tests.web.conftest import database_of
 from tests.web.reading import PART, table_rows
 
@@ -95,6 +97,20 @@ def test_a_group_is_one_node_with_the_sum_of_its_own(answer: LiveCircuit) -> Non
     assert into[("x@1", "g:tides")] == pytest.approx(0.75)
 
 
+def test_of_a_negative_root_shares_are_of_its_own_sign(answer: LiveCircuit) -> None:
+    """The root -2: what held it down is a positive share, and widths and sizes are as those of the root 2."""
+    nodes = [node.model_copy(update={"effect": -node.effect}) for node in answer.nodes]
+    edges = [edge.model_copy(update={"effect": -edge.effect}) for edge in answer.edges]
+    found = drawn(answer.model_copy(update={"nodes": nodes, "edges": edges}), View())
+    shares = {node.id: (node.effect, node.share) for node in found.nodes}
+    assert shares[ROOT] == (-2.0, 1.0)
+    assert shares["x@1"] == (-0.75, pytest.approx(0.375))
+    assert shares["b:SAE-bias"] == (0.2, pytest.approx(-0.1))
+    assert {node.id: node.share for node in found.nodes} == {node.id: node.share for node in answer.nodes}
+    assert [edge.share for edge in found.edges] == [edge.share for edge in drawn(answer, View()).edges]
+    assert next(edge for edge in found.edges if edge.source == "m2@2").effect == -0.6
+
+
 def test_the_view_goes_through_its_address(answer: LiveCircuit) -> None:
     view = View.model_validate(View(pins="x@1").toggled("pins", UPPER))
     assert view.pinned == ("x@1", UPPER)
@@ -124,6 +140,8 @@ def test_the_strongest_ways_are_those_of_all_that_there_are(answer: LiveCircuit)
     found = strongest_paths(answer)
     assert [(path.ids, pytest.approx(path.share)) for path in found[: len(known)]] == known
     assert known[0] == ((ROOT, UPPER, "x@1"), pytest.approx(0.375))
+    followed = [node.model_copy(update={"followed": node.followed or node.id == LOWER}) for node in answer.nodes]
+    assert strongest_paths(answer.model_copy(update={"nodes": followed})) == found, "one of which nothing is listed is an end"
     two = strongest_paths(answer, most=2)
     assert [path.ids for path in two] == [known[0][0], known[1][0], (ROOT, UPPER, LOWER)]
 
@@ -272,6 +290,29 @@ def test_typed_text_goes_by_post_and_is_stored_only_when_it_is_shared(
     assert asked[-1].text == TYPED["text"]
     maren.post(address.partition("/circuit")[0] + "/delete")
     assert maren.get(address).status_code == 404
+
+
+def test_typed_text_is_in_no_log(filled: Settings, caplog: pytest.LogCaptureFixture) -> None:
+    """With every logger at its most talkative, whether the question is answered, refused or meets no engine."""
+    caplog.set_level(logging.DEBUG)
+    secret = "quixotic"  # pragma: allowlist secret
+    app = create_app(filled)
+    with TestClient(app, base_url="http://127.0.0.1:8000", follow_redirects=False) as client:
+        for path, data in (
+            ("/circuit", {**TYPED, "text": f"The {secret} tide"}),
+            ("/circuit", {**TYPED, "text": f"The {secret} tide", "root": f"{secret}@x"}),
+            ("/circuit", {**TYPED, "text": secret * 20_000}),
+            ("/circuit", {**TYPED, "text": f"The {secret} tide", "share": secret}),
+            ("/circuit/look", {**TYPED, "text": f"The {secret} tide", "ticket": secret}),
+            ("/prompt", {"text": f"The {secret} tide", "saes": f"sae:{SAE}"}),
+            ("/interventions", {"text": f"The {secret} tide", "f.0.sae": SAE, "f.0.index": "3", "f.0.value": secret}),
+        ):
+            assert client.post(path, data=data).status_code in (200, 422, 503), path
+        question = {"saes": [SAE], "text": f"The {secret} tide", "root": {"sae": SAE, "index": 3, "dest": secret}}
+        assert client.post("/api/v1/live/circuit", json=question).status_code == 422
+    assert any(record.name.startswith("headscope") for record in caplog.records)
+    told = [f"{record.getMessage()} {record.exc_text or ''} {vars(record)}" for record in caplog.records]
+    assert [one for one in told if secret in one] == []
 
 
 def test_while_it_waits_the_page_says_its_place_and_offers_to_cancel(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,7 +481,7 @@ def test_the_export_is_what_circuit_tracers_viewer_reads(client: TestClient) -> 
     assert graph.qParams.clickedId == "17_3_3"
     assert graph.metadata.prompt_tokens == TEXTS
     by_id = {node.node_id: node for node in graph.nodes}
-    assert (by_id["E_504_1"].layer, by_id["0_8_1"].feature_type) == ("E", "attention reconstruction error")
+    assert (by_id["E_504_1"].layer, by_id["error_8_1"].feature_type) == ("E", "attention reconstruction error")
     # The viewer takes layer and index apart again: the inverse of Cantor's pairing.
     z = by_id["17_3_3"].feature
     w = int(((8 * z + 1) ** 0.5 - 1) // 2)
@@ -455,9 +496,17 @@ def test_features_of_mlps_are_the_viewers_own_kind() -> None:
     by_id = {node.node_id: node for node in graph.nodes}
     assert len(by_id) == len(graph.nodes)
     assert (by_id["2_4_2"].feature_type, by_id["2_4_2"].feature, by_id["2_4_2"].layer) == ("cross layer transcoder", 25, "2")
-    assert by_id["0_2_2"].feature_type == "mlp reconstruction error"
+    assert by_id["error_2_2"].feature_type == "mlp reconstruction error"
     assert by_id[ROOT].feature_type == "attention feature"
     assert graph.qParams.pinnedIds == ["2_4_2"]
+
+
+def test_an_error_is_not_taken_for_a_feature_of_layer_0(answer: LiveCircuit) -> None:
+    more = answer.model_copy(update={"nodes": [*answer.nodes, node("f0.8@1", 0.01)]})
+    graph = Graph.model_validate_json(json.dumps(as_tracer(more, View(), slug="x", labels={})))
+    ids = [one.node_id for one in graph.nodes]
+    assert len(ids) == len(set(ids)) == 8
+    assert {"0_8_1", "error_8_1"} <= set(ids)
 
 
 def test_a_logits_node_has_its_probability_where_the_viewer_looks_for_it() -> None:

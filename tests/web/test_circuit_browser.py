@@ -1,6 +1,8 @@
 """The graph of a circuit in a real browser: by keyboard, by pointer, without a script, on a phone, in both schemes."""
 
+from collections import Counter
 from collections.abc import Iterator
+from urllib.parse import parse_qs, urlsplit
 
 import pytest
 from playwright.sync_api import Browser, Page, expect
@@ -10,40 +12,38 @@ from server.live import InLine, Live
 from tests.web.circuit_answers import ROOT, UPPER, circuit_of
 from tests.web.conftest import at, listened, put
 from tests.web.factory import Shape
-from tests.web.test_accessibility import Scheme, violations
-from tests.web.walk import listening
+from tests.web.test_accessibility import Scheme, violations, visited
 
 pytestmark = pytest.mark.browser
 HERE = "/saes/smollm2-l17/features/3/circuit"
+BUSY = (0.001, 0.02, 0.05)
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Pages with an engine that is busy when it is asked with 5 % and else answers by `circuit_of`."""
+    """Pages with an engine that answers by `circuit_of`; asked for BUSY shares it is busy until it was looked at twice."""
     waiting: dict[str, CircuitQuestion] = {}
     answered: list[CircuitQuestion] = []
+    looks: Counter[str] = Counter()
 
     def leave(_: Live, ticket: str, question: CircuitQuestion, __: float) -> InLine:
-        if question.share == 0.05 and question not in answered:
+        if question.share in BUSY and question not in answered:
             waiting[ticket] = question
-            answered.append(question)  # an engine keeps what it has answered
             return InLine(ticket=ticket, place=1, answer=None)
         return InLine(ticket=ticket, place=None, answer=None, circuit=circuit_of(question))
 
+    def look(_: Live, ticket: str, __: float = 0.0) -> InLine:
+        looks[ticket] += 1
+        if looks[ticket] < 2:
+            return InLine(ticket=ticket, place=0, answer=None)
+        answered.append(waiting[ticket])  # an engine keeps what it has answered
+        return InLine(ticket=ticket, place=None, answer=None, circuit=circuit_of(waiting[ticket]))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Live, "leave_circuit", leave)
-        patch.setattr(
-            Live,
-            "look",
-            lambda _, ticket, __=0.0: InLine(ticket=ticket, place=None, answer=None, circuit=circuit_of(waiting[ticket])),
-        )
+        patch.setattr(Live, "look", look)
         patch.setattr(Live, "warm", lambda *_: None)
         yield from listened(put(at(tmp_path_factory.mktemp("circuit")), Shape(n_features=24, n_dead=2)))
-
-
-@pytest.fixture
-def quiet_page(page: Page) -> Iterator[Page]:
-    yield from listening(page)
 
 
 def test_a_graph_is_walked_by_keyboard_and_its_address_keeps_what_is_seen(quiet_page: Page, site: str) -> None:
@@ -107,12 +107,28 @@ def test_typed_text_is_traced_from_the_prompt_page_s_form_and_shared(quiet_page:
     expect(page.locator("#picked-title")).to_contain_text("11.5")
 
 
+def test_a_busy_engine_is_looked_at_until_it_answers_and_the_address_has_no_part_in_it(quiet_page: Page, site: str) -> None:
+    page, looks = quiet_page, []
+    page.on("request", lambda request: looks.append(request) if request.url.endswith("/circuit/look") else None)
+    page.goto(f"{site}{HERE}?share=0.02&pins={UPPER}")
+    expect(page.locator("figure.circuit a.node")).to_have_count(7)
+    assert len(looks) == 2
+    assert page.url == f"{site}{HERE}?share=0.02&pins={UPPER}"
+    page.get_by_label("from a share of").select_option("0.001")
+    page.get_by_role("button", name="Trace again").click()
+    expect(page.get_by_text("question before yours")).to_be_visible()
+    expect(page.locator("figure.circuit a.node")).to_have_count(7)
+    assert len(looks) == 4
+    assert parse_qs(urlsplit(page.url).query) == {"band": ["0"], "rank": ["0"], "share": ["0.001"], "pins": [UPPER]}
+
+
 def test_it_works_without_a_script_and_waits_for_a_busy_engine(browser: Browser, site: str) -> None:
     context = browser.new_context(java_script_enabled=False)
     page = context.new_page()
     page.goto(f"{site}{HERE}?share=0.05")
     expect(page.get_by_text("question before yours")).to_be_visible()
-    page.get_by_role("button", name="Look again").click()
+    for _ in range(2):
+        page.get_by_role("button", name="Look again").click()
     page.locator(f'figure.circuit [data-node="{UPPER}"] .hit').click()
     expect(page.locator("#picked-title")).to_contain_text("11.5")
     assert HERE in page.url, "the answer stands at its address"
@@ -131,15 +147,11 @@ def test_it_works_without_a_script_and_waits_for_a_busy_engine(browser: Browser,
 def test_axe_finds_no_violation_and_nothing_is_wider_than_the_window(
     browser: Browser, site: str, scheme: Scheme, width: int
 ) -> None:
-    context = browser.new_context(
-        color_scheme="dark" if scheme == "dark" else "light", viewport={"width": width, "height": 844}, bypass_csp=True,
-        reduced_motion="reduce",
-    )  # fmt: skip
-    page = context.new_page()
-    page.goto(f"{site}{HERE}?pick={ROOT}&edge={UPPER}&pins={UPPER}&groups=tides:m2@2")
-    expect(page.get_by_role("heading", name="Why head 17.0 looked from")).to_be_visible()
-    for details in page.locator("#circuit details").all():
-        details.locator("summary").first.click()
-    assert "\n".join(violations(page, scheme)) == ""
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    context.close()
+    with visited(browser, width) as page:
+        page.emulate_media(color_scheme=scheme)
+        page.goto(f"{site}{HERE}?pick={ROOT}&edge={UPPER}&pins={UPPER}&groups=tides:m2@2")
+        expect(page.get_by_role("heading", name="Why head 17.0 looked from")).to_be_visible()
+        for details in page.locator("#circuit details").all():
+            details.locator("summary").first.click()
+        assert "\n".join(violations(page, scheme)) == ""
+        assert page.evaluate("document.documentElement.scrollWidth") <= width

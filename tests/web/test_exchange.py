@@ -16,9 +16,9 @@ from server.db import Database
 from server.exchange import bundle, dashboards, written
 from server.settings import Settings
 from server.store import exports, labels, lists
-from server.store.chunks import ForeignFeature
 from server.store.exports import ExportedFeature
 from server.store.features import FeaturePage, feature_page
+from server.store.foreign import ForeignFeature
 from server.store.lists import list_page
 from server.store.saes import Door, find_sae
 

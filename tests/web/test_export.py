@@ -3,19 +3,23 @@
 import csv
 import io
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 from fastapi.testclient import TestClient
+from pydantic import TypeAdapter
 
-from server.api import export
+from server.api import export, parts
 from server.api.export import NoParquet, Selection, Source
-from server.api.parts import PARTS
+from server.api.parts import PARTS, ExampleParts, FeatureParts
 from server.app import create_app
 from server.db import Database
 from server.settings import Settings
@@ -104,6 +108,43 @@ def test_csv_has_the_same_columns_with_lists_as_json(client: TestClient, lines: 
         assert all(one["dfa"] is None for one in json.loads(row["examples"]))
 
 
+def test_what_a_csv_file_holds_is_read_back_and_runs_nothing() -> None:
+    nested = {"text": 'said "so",\nthen', "of": [1, None, 0.5]}
+    given = ['say "so"', "two\r\nlines", "a,b", "", None, "=1+1", "+1", " @sum", "\tx", "a\0b", "東京", nested, (1, 2)]
+    numbers = [3, -2, 0.1, 1e-9, math.inf, np.float64(1 / 3)]
+    (read,) = csv.reader(io.StringIO(export._line([*given, *numbers]).decode(), newline=""), strict=True)
+    assert read[:11] == [
+        'say "so"', "two\r\nlines", "a,b", "", "", "'=1+1", "'+1", "' @sum", "'\tx", "a\u2400b", "東京",
+    ]  # fmt: skip
+    assert [json.loads(text) for text in read[11:13]] == [nested, [1, 2]]
+    assert [float(text) for text in read[13:]] == numbers
+    assert read[13:15] == ["3", "-2"]
+
+
+def test_the_api_writes_the_json_that_pydantic_makes(source: Source) -> None:
+    with source.db.read() as session:
+        pages = feature_pages(session, source.door, range(60), every=True)
+    made = [parts.of_page(page, frozenset(PARTS)) for page in pages]
+    assert made[3].families is not None
+    odd = replace(made[3].families, sample={"of": [math.nan, -math.inf, None, "\u2028é\0"]})
+    broken = replace(made[3], mean_act=math.nan, family_score=math.inf, families=odd)
+    theirs = TypeAdapter(FeatureParts)
+    assert sum(len(example.dfa.entries) for one in made for example in one.examples or () if example.dfa) > 1000
+    for one in (*made, parts.of_page(pages[3], frozenset()), broken):
+        assert json.loads(parts.to_json(one)) == json.loads(theirs.dump_json(with_plain_entries(one)))
+
+
+def with_plain_entries(one: FeatureParts) -> FeatureParts:
+    """The same with DFA entries as pydantic knows them: as the mappings that the document describes."""
+    return replace(one, examples=one.examples and tuple(map(with_mappings, one.examples)))
+
+
+def with_mappings(example: ExampleParts) -> ExampleParts:
+    assert example.dfa is not None
+    entries: Any = tuple({"src": entry.src, "head": entry.head, "value": entry.value} for entry in example.dfa.entries)
+    return replace(example, dfa=replace(example.dfa, entries=entries))
+
+
 def test_a_table_without_parts_has_numbers_alone(client: TestClient) -> None:
     answer = client.get(EXPORT, params={"format": "csv", "family": "induction", "sort": "-density"})
     rows = list(csv.DictReader(io.StringIO(answer.text, newline="")))
@@ -136,9 +177,9 @@ def source(peopled: Settings) -> Iterator[Source]:
 
 def test_features_are_read_some_at_a_time_and_each_once(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "WALKED", 7)
-    parts = list(source.read(3))
-    assert max(map(len, parts)) == 3
-    found = [one.index for part in parts for one in part]
+    read = list(source.read(3))
+    assert max(map(len, read)) == 3
+    found = [one.index for part in read for one in part]
     assert len(found) == 60
     with source.db.read() as session:
         acts = {page.index: page.max_act for page in feature_pages(session, source.door, found)}
@@ -148,12 +189,12 @@ def test_features_are_read_some_at_a_time_and_each_once(source: Source, monkeypa
 @pytest.mark.parametrize("walked", [100, 3], ids=["in one walk", "between two walks"])
 def test_an_export_whose_harvest_is_deleted_breaks_off(source: Source, monkeypatch: pytest.MonkeyPatch, walked: int) -> None:
     monkeypatch.setattr(export, "WALKED", walked)
-    parts = source.read(3)
-    next(parts)
+    read = source.read(3)
+    next(read)
     assert source.door.sae.harvest is not None
     delete(source.db, source.door.sae.harvest.id, force=True)
     with pytest.raises(RuntimeError, match="it changed meanwhile"):
-        list(parts)
+        list(read)
 
 
 def test_without_pyarrow_parquet_is_refused_and_the_rest_works(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

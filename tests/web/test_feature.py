@@ -16,7 +16,7 @@ from server.live import Live, LiveAttribution, LiveQuestion
 from server.pages.reply import to_json
 from server.rendering import signed
 from server.settings import Settings
-from server.store.features import feature_page
+from server.store.features import DfaColumns, DfaEntry, feature_page
 from server.store.saes import find_sae
 from server.tables import FeatureDetail
 from tests.web.conftest import SAE, at, put
@@ -446,3 +446,17 @@ def test_a_token_that_was_looked_for_is_marked(client: TestClient) -> None:
     shown = client.get(FEATURE, params={"mark": token.strip().upper()}).text
     assert re.search(rf'<b class="[^"]*found">{re.escape(token.strip())}</b>', shown)
     assert "found" not in {c for _, marked in texts_of(client.get(FEATURE).text) for _, what in marked for c in what.split()}
+
+
+def test_entries_in_columns_are_a_sequence_as_tuples_are() -> None:
+    entries = (DfaEntry(5, 0, 1.5), DfaEntry(2, 3, -0.25), DfaEntry(5, 1, 0.5))
+    kept = DfaColumns.of(entries)
+    assert (len(kept), list(kept), kept[-1], kept[1:], kept[3:]) == (3, list(entries), entries[2], entries[1:], ())
+    assert all(type(one) is DfaEntry for one in (*kept, kept[0]))
+    with pytest.raises(IndexError):
+        kept[3]
+    assert (kept == entries, entries == kept, kept == DfaColumns.of(entries)) == (True, True, True)
+    assert (kept == entries[:2], kept == list(entries), kept != entries) == (False, False, False)
+    assert hash(kept) == hash(entries)
+    assert repr(kept) == repr(entries)
+    assert (tuple(DfaColumns.of(())), DfaColumns.of(()) == ()) == ((), True)

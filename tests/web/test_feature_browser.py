@@ -8,7 +8,6 @@ from playwright.sync_api import Page, expect
 
 from tests.web.conftest import SAE, at, listened, put
 from tests.web.factory import Shape
-from tests.web.walk import listening
 
 pytestmark = pytest.mark.browser
 
@@ -20,12 +19,6 @@ WORDS = (" the", " tide", "<0xE6>", "<0x97>", "<0xA5>", " \u200b", "\n", " came"
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The web process on a database of tokens that split characters."""
     yield from listened(put(at(tmp_path_factory.mktemp("bytes")), Shape(n_features=12, n_dead=1, vocabulary=WORDS)))
-
-
-@pytest.fixture
-def quiet_page(page: Page) -> Iterator[Page]:
-    """A page on which any complaint of the browser fails the test."""
-    yield from listening(page)
 
 
 def test_a_source_is_split_by_head_below_its_example_and_let_go_again(quiet_page: Page, site: str) -> None:
@@ -98,7 +91,7 @@ def pages_of(page: Page) -> list[str]:
     return asked
 
 
-SENT = "performance.getEntriesByType('navigation')[0].transferSize"
+SENT = "performance.getEntriesByName(location.href).at(-1).transferSize"
 """Bytes of the page that really came: a few hundred where the server said that nothing has changed."""
 
 
@@ -109,14 +102,55 @@ def test_the_next_feature_is_asked_for_once_ahead_and_not_sent_again_when_it_is_
     page.wait_for_load_state("networkidle")
     assert asked == [f"{site}{SAE}/features/3", f"{site}{SAE}/features/4"]
     assert page.evaluate(SENT) > 3000
-    page.keyboard.press("j")
+    with page.expect_response(re.compile(r"/features/5$")):
+        page.keyboard.press("j")
     expect(page).to_have_url(f"{site}{SAE}/features/4")
-    page.wait_for_load_state("networkidle")
     assert page.evaluate(SENT) < 1000
     assert asked[2:] == [f"{site}{SAE}/features/4", f"{site}{SAE}/features/5"]
     with page.expect_response(re.compile(r"/features/2$")):  # that is the way now
         page.keyboard.press("k")
     expect(page).to_have_url(f"{site}{SAE}/features/3")
+
+
+def test_another_feature_comes_in_the_place_of_this_one_and_so_does_a_step_back(quiet_page: Page, site: str) -> None:
+    page = quiet_page
+    page.goto(f"{site}{FEATURE}?head=2")
+    page.evaluate("window.mark = 1; scrollTo(0, 300)")
+    page.keyboard.press("j")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Feature 4")
+    expect(page).to_have_url(f"{site}{SAE}/features/4?head=2")
+    expect(page).to_have_title(re.compile("^Feature 4 of "))
+    expect(page.get_by_label("Where you are")).to_contain_text("feature 4")
+    expect(page.get_by_role("link", name="this page as JSON")).to_have_attribute("href", f"{SAE}/features/4.json")
+    expect(page.locator("#main")).to_be_focused()
+    assert page.evaluate("[window.mark, scrollY]") == [1, 0]
+    page.locator("#next").focus()
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Feature 5")
+    expect(page.locator("#next")).to_be_focused()
+    for back in (4, 3):
+        page.go_back()
+        expect(page.get_by_role("heading", level=1)).to_contain_text(f"Feature {back}")
+        expect(page).to_have_url(f"{site}{SAE}/features/{back}?head=2")
+        expect(page.get_by_label("Where you are")).to_contain_text(f"feature {back}")
+    page.keyboard.press("?")
+    expect(page.locator("#help")).to_be_visible()
+    page.keyboard.press("Escape")
+    assert page.evaluate("window.mark") == 1
+    page.reload()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Feature 3")
+
+
+def test_the_browser_goes_where_a_page_cannot_come_in_place(page: Page, site: str) -> None:
+    page.goto(site + FEATURE)
+    page.wait_for_load_state("networkidle")
+    page.evaluate("window.mark = 1")
+    page.route(
+        re.compile(r"/features/4$"), lambda route: route.abort() if "hx-request" in route.request.headers else route.continue_()
+    )
+    page.keyboard.press("j")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Feature 4")
+    assert page.evaluate("window.mark") is None
 
 
 def test_nothing_is_asked_for_ahead_where_data_is_saved_or_the_page_is_hidden(quiet_page: Page, site: str) -> None:

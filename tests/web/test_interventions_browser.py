@@ -8,7 +8,7 @@ from playwright.sync_api import Browser, Page, expect
 from server.live import InLine, Live, SteerQuestion
 from tests.web.conftest import at, listened, put
 from tests.web.factory import Shape
-from tests.web.test_accessibility import Scheme, violations
+from tests.web.test_accessibility import Scheme, violations, visited
 from tests.web.test_interventions import SAE, steered
 
 pytestmark = pytest.mark.browser
@@ -47,21 +47,17 @@ def ask(page: Page, site: str) -> None:
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1440), ("dark", 390)])
 def test_a_busy_engine_is_waited_for_and_axe_finds_no_violation(browser: Browser, site: str, scheme: Scheme, width: int) -> None:
-    context = browser.new_context(
-        color_scheme="dark" if scheme == "dark" else "light", viewport={"width": width, "height": 844}, bypass_csp=True,
-        reduced_motion="reduce",
-    )  # fmt: skip
-    page = context.new_page()
-    ask(page, site)
-    expect(page.locator("#outcome")).to_be_visible()  # looked for twice, by itself
-    expect(page.locator(".edit")).to_have_count(2)
-    assert page.url.startswith(f"{site}/interventions")
-    assert "tide" not in page.url, "a text is in no address"
-    assert "\n".join(violations(page, scheme)) == ""
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    page.locator("button.loss").nth(2).click()
-    expect(page.locator("button.loss[aria-current]")).to_contain_text("tide")
-    context.close()
+    with visited(browser, width) as page:
+        page.emulate_media(color_scheme=scheme)
+        ask(page, site)
+        expect(page.locator("#outcome")).to_be_visible()  # looked for twice, by itself
+        expect(page.locator(".edit")).to_have_count(2)
+        assert page.url.startswith(f"{site}/interventions")
+        assert "tide" not in page.url, "a text is in no address"
+        assert "\n".join(violations(page, scheme)) == ""
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        page.locator("button.loss").nth(2).click()
+        expect(page.locator("button.loss[aria-current]")).to_contain_text("tide")
 
 
 def test_it_works_without_a_script(browser: Browser, site: str) -> None:

@@ -8,9 +8,8 @@ from playwright.sync_api import Browser, Page, expect
 from server.live import InLine, Live, PromptQuestion
 from tests.web.conftest import at, listened, put
 from tests.web.factory import Shape
-from tests.web.test_accessibility import Scheme, violations
+from tests.web.test_accessibility import Scheme, violations, visited
 from tests.web.test_prompt import answer_to
-from tests.web.walk import listening
 
 pytestmark = pytest.mark.browser
 TEXT = "The tide came back"
@@ -34,11 +33,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         )
         patch.setattr(Live, "warm", lambda *_: None)
         yield from listened(put(at(tmp_path_factory.mktemp("prompt")), Shape(n_features=24, n_dead=2)))
-
-
-@pytest.fixture
-def quiet_page(page: Page) -> Iterator[Page]:
-    yield from listening(page)
 
 
 def test_a_prompt_is_walked_by_keyboard(quiet_page: Page, site: str) -> None:
@@ -75,24 +69,20 @@ def test_a_busy_engine_is_waited_for_by_itself(quiet_page: Page, site: str) -> N
 def test_axe_finds_no_violation_and_nothing_is_wider_than_the_window(
     browser: Browser, site: str, scheme: Scheme, width: int
 ) -> None:
-    context = browser.new_context(
-        color_scheme="dark" if scheme == "dark" else "light", viewport={"width": width, "height": 844}, bypass_csp=True,
-        reduced_motion="reduce",
-    )  # fmt: skip
-    page = context.new_page()
-    page.goto(f"{site}/prompt")
-    for against in ("", "The tide came in"):
-        page.get_by_label("Text", exact=True).fill(TEXT)
-        if against:
-            page.get_by_text("compare with a second text").click()
-            page.get_by_label("Second text").fill(against)
-        page.get_by_role("button", name="See what fires").click()
-        page.locator(".grid button.tok").nth(3).click()
-        page.get_by_role("button", name="Take feature 3 of layer 17 apart").click()
-        expect(page.locator(".dfa tfoot")).to_contain_text("pre-activation")
-        assert "\n".join(violations(page, scheme)) == ""
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
-    context.close()
+    with visited(browser, width) as page:
+        page.emulate_media(color_scheme=scheme)
+        page.goto(f"{site}/prompt")
+        for against in ("", "The tide came in"):
+            page.get_by_label("Text", exact=True).fill(TEXT)
+            if against:
+                page.get_by_text("compare with a second text").click()
+                page.get_by_label("Second text").fill(against)
+            page.get_by_role("button", name="See what fires").click()
+            page.locator(".grid button.tok").nth(3).click()
+            page.get_by_role("button", name="Take feature 3 of layer 17 apart").click()
+            expect(page.locator(".dfa tfoot")).to_contain_text("pre-activation")
+            assert "\n".join(violations(page, scheme)) == ""
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def test_it_works_without_a_script(browser: Browser, site: str) -> None:
