@@ -679,6 +679,8 @@ class TranscoderConfig(Config):
     """Of the files that it was made from."""
     source: str = ""
     """Where these were."""
+    model_fingerprint: str = ""
+    """Of the model that it was given to; empty where it was given to none."""
 
 
 class TranscoderFiles(Config):

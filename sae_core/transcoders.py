@@ -139,6 +139,12 @@ def check_fits(transcoder: Transcoder, model: "LensInfo") -> None:
             "that it was made for. (An SAE on z is imported with `headscope import sae`.)",
             field="model",
         )
+    if transcoder.cfg.model_fingerprint not in ("", model.fingerprint):
+        raise SAEMismatch(
+            f"The transcoder of layer {layer} was given to other weights than {model.name} has now; put these back, or import "
+            "one that was trained on the new ones.",
+            field="model",
+        )
 
 
 def save_transcoder(transcoder: Transcoder, path: Path) -> str:

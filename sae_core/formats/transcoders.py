@@ -114,7 +114,10 @@ def fitted(peer: PeerTranscoder, lens: "Lens", said: TranscoderFiles) -> Transco
     layer = _told(peer, "layer", "which layer it is of", peer.layer if said.layer is None else said.layer)
     reads = _told(peer, "reads", "what it reads", said.reads or _meant(peer, lens, layer))
     writes = _told(peer, "writes", "what it writes", said.writes or peer.writes)
-    cfg = TranscoderConfig(layer=layer, reads=reads, writes=writes, k=peer.k, format=peer.format, source=said.location)
+    cfg = TranscoderConfig(
+        layer=layer, reads=reads, writes=writes, k=peer.k, format=peer.format, source=said.location,
+        model_fingerprint=lens.info.fingerprint,
+    )  # fmt: skip
     found = Transcoder(cfg, **peer.tensors)
     check_fits(found, lens.info)
     return found.to(lens.device)

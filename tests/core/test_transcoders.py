@@ -390,6 +390,9 @@ def test_one_of_another_model_is_refused(tiny_lens: Callable[[str], Lens]) -> No
     wide = replace(one, W_enc=torch.zeros(40, 48), W_dec=torch.zeros(48, 40), b_dec=torch.zeros(40))
     with pytest.raises(SAEMismatch, match="reads 40 numbers a token, and the stream of llama has 32"):
         trace(lens, TOKENS, {}, LogitRoot(17, 8), transcoders={1: wide})
+    other = replace(one, cfg=one.cfg.model_copy(update={"model_fingerprint": "weights:other"}))
+    with pytest.raises(SAEMismatch, match="layer 1 was given to other weights than llama has now"):
+        trace(lens, TOKENS, {}, LogitRoot(17, 8), transcoders={1: other})
     far = replace(one, cfg=one.cfg.model_copy(update={"layer": 9}))
     with pytest.raises(LayerOutOfRange, match="one of layer 9, and llama has layers 0 to 3"):
         trace(lens, TOKENS, {}, LogitRoot(17, 8), transcoders={1: far})
