@@ -21,9 +21,18 @@ threshold.
 Frozen means: no number here says what would be missing without a feature. Patterns, scales and thresholds would change as well.
 
 Positions that an SAE leaves out (row starts, attention sinks) have no features: what z is there is error as a whole.
+
+An MLP is no linear function of the stream, so what it added stays whole, unless a **transcoder** of its layer is given:
+
+    MLP l [s] = (sum over m of t_m[s] d_m + b_dec + skip . x[s] + error[s]) / scale of a norm after it      x[s] = LN(stream)[s]
+    t_m[s]    = w_m . x[s] + b_m                                                                             where it fires
+
+which is a sum over the stream before that MLP, and the attention of its own layer is in it (not so where a block runs both side
+by side). A skip is no node: it is linear, so whoever reads the MLP reads the stream before it through the skip as well. Row
+starts have no MLP features either.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -31,12 +40,16 @@ import torch
 from torch import Tensor
 
 from sae_core.errors import NotFound, UsageError
+from sae_core.norms import plain
 from sae_core.saes import SAE, row_starts
+from sae_core.transcoders import Sight, Transcoder, check_fits
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens, ValueMap, WholeRead
 
-Kind = Literal["logit", "feature", "error", "attention", "MLP", "embedding", "position", "bias"]
+Kind = Literal["logit", "feature", "error", "attention", "MLP feature", "MLP error", "MLP", "embedding", "position", "bias"]
+FEATURES: tuple[Kind, ...] = ("feature", "MLP feature")
+"""Kinds that are followed."""
 KINDS: Mapping[str, Kind] = {"attention": "attention", "MLP": "MLP", "embedding": "embedding", "position": "position"}
 """Of the stream's parts, by the first word of their names."""
 LISTED = 0.1
@@ -83,7 +96,7 @@ class Edge(NamedTuple):
     value: float
     """In units of the reader's value; negative where it held it down."""
     heads: tuple[float, ...]
-    """By head of the reader's layer, which sum to it; empty where no head carried it: into a logit, and of biases."""
+    """By head of the reader's layer, which sum to it; empty where no head carried it: into a logit or an MLP, and of biases."""
 
 
 @dataclass(frozen=True)
@@ -124,11 +137,9 @@ class Circuit:
 
 
 @dataclass
-class LayerRead:
-    """An SAE on the row: what fires, and what it writes to the stream."""
+class Written:
+    """A dictionary on the row: what fires, and what it writes to the stream."""
 
-    sae: SAE
-    values: "ValueMap"
     token: Tensor
     """[n] of each firing."""
     feature: Tensor
@@ -142,13 +153,39 @@ class LayerRead:
     directions: Tensor
     """[n features that fire, d_model]: what each adds to the stream."""
     error: Tensor
-    """[pos, d_model]: what the SAE's error adds."""
+    """[pos, d_model]: what its error adds."""
     biases: dict[str, Tensor]
     """[pos, d_model] each: what b_dec, b_O and a norm after it add."""
 
     def written(self, which: Tensor) -> Tensor:
         """[m, d_model]: what some firings add to the stream."""
         return self.directions[self.direction[which]] * self.amount[which, None]
+
+    def activation_at(self, place: Place) -> float:
+        """Of a feature at a position; 0 where it does not fire."""
+        return float(self.activation[(self.token == place.position) & (self.feature == place.index)].sum())
+
+
+@dataclass
+class LayerRead(Written):
+    """An SAE on the row."""
+
+    sae: SAE
+    values: "ValueMap"
+
+
+@dataclass
+class MLPLayer(Written):
+    """A transcoder on the row."""
+
+    transcoder: Transcoder
+    sight: Sight
+    n_parts: int
+    """How many of the row's parts its MLP reads."""
+    skip: Tensor | None
+    """[d_model, d_model]: from a part of the stream to what the skip adds of it, but for `through`; None where there is none."""
+    through: Tensor
+    """[pos]: what that is multiplied by; 0 at row starts."""
 
 
 def trace(
@@ -157,29 +194,38 @@ def trace(
     saes: Mapping[int, SAE],
     root: FeatureRoot | LogitRoot,
     *,
+    transcoders: Mapping[int, Transcoder] | None = None,
     share: float = 0.02,
     most: int = 200,
     depth: int | None = None,
     widest: int = 60,
     check: Callable[[], None] = lambda: None,
 ) -> Circuit:
-    """What made the root, followed back through the features of `saes` (by layer) on one row of tokens, row start first.
+    """What made the root, followed back through the features of `saes` and `transcoders`, both by layer, on one row of tokens,
+    row start first.
 
     A feature is followed where the size of its effect is at least `share` of the root's value (of a root that is itself less than
     that share of its parts' sizes: of as much). At most `most` nodes are taken apart, with `depth` none that is more than so many
     edges from the root; a node has at most `widest` edges from features and as many from other parts. `check` is called between
-    steps, and may raise. Raises UsageError and NotFound for a root that is not there, and UnsupportedModel where the model's
-    stream cannot be seen part by part.
+    steps, and may raise. Raises UsageError and NotFound for a root that is not there, SAEMismatch for a transcoder of another
+    model, and UnsupportedModel where the stream cannot be seen part by part, or what enters an MLP that has a transcoder cannot.
     """
     _check(lens, tokens, saes, root)
     top = lens.info.n_layers if isinstance(root, LogitRoot) else root.layer + 1
     saes = {layer: sae for layer, sae in saes.items() if layer < top}
-    whole = lens.read_whole(torch.tensor([list(tokens)], device=lens.device), sorted(saes))
-    layers = {}
+    below = lens.info.n_layers if isinstance(root, LogitRoot) else root.layer
+    transcoders = {layer: one for layer, one in (transcoders or {}).items() if layer < below}
+    for one in transcoders.values():
+        check_fits(one, lens.info)
+    whole = lens.read_whole(torch.tensor([list(tokens)], device=lens.device), sorted(saes), sorted(transcoders))
+    layers, mlps = {}, {}
     for layer, sae in saes.items():
         check()
         layers[layer] = _read(lens, tokens, sae, whole, layer)
-    return _Tracing(lens, whole, layers, _fixed(whole, layers), share, most, depth, widest, check).from_(root)
+    for layer, one in transcoders.items():
+        check()
+        mlps[layer] = _read_mlp(lens, tokens, one, whole, layer)
+    return _Tracing(lens, whole, layers, mlps, _fixed(whole, layers, mlps), share, most, depth, widest, check).from_(root)
 
 
 def read_layers(
@@ -193,6 +239,16 @@ def read_layers(
         check()
         found[layer] = _read(lens, tokens, sae, whole, layer)
     return found
+
+
+def left_by(lens: "Lens", tokens: Sequence[int], transcoder: Transcoder) -> tuple[float, float]:
+    """Of a row, its start left out: the fraction of the variance of what the MLP adds to the stream that the transcoder leaves as
+    error, and how many features fire a token."""
+    layer = transcoder.cfg.layer
+    whole = lens.read_whole(torch.tensor([list(tokens)], device=lens.device), [], [layer])
+    here, added = _read_mlp(lens, tokens, transcoder, whole, layer), whole.parts[whole.names.index(f"MLP {layer}"), 1:]
+    fvu = here.error[1:].square().sum() / (added - added.mean(0)).square().sum()
+    return float(fvu), len(here.token) / (len(tokens) - 1)
 
 
 def _check(lens: "Lens", tokens: Sequence[int], saes: Mapping[int, SAE], root: FeatureRoot | LogitRoot) -> None:
@@ -231,11 +287,42 @@ def _read(lens: "Lens", tokens: Sequence[int], sae: SAE, whole: "WholeRead", lay
         biases[f"output bias {layer}"] = to.bias / out_scale
     if to.norm_bias.any():
         biases[f"bias of the norm after attention {layer}"] = to.norm_bias.expand_as(error)
-    return LayerRead(sae, lens.value_map(layer), token, feature, activation, which, amount, directions, error, biases)
+    return LayerRead(token, feature, activation, which, amount, directions, error, biases, sae, lens.value_map(layer))
+
+
+def _read_mlp(lens: "Lens", tokens: Sequence[int], transcoder: Transcoder, whole: "WholeRead", layer: int) -> MLPLayer:
+    """What the transcoder makes of its MLP, in units of the stream."""
+    read, (before, after) = whole.mlps[layer], lens.mlp_norms(layer)
+    sight, out_scale = transcoder.sight(read, before), read.out_scale[:, None]
+    d_model, device = sight.x.shape[1], sight.x.device
+    if transcoder.cfg.writes == "stream":
+        after, out_scale = plain(d_model, device), torch.ones_like(out_scale)
+    inside = ~row_starts(torch.tensor([list(tokens)]), lens.row_start)[0].to(device)
+    found = transcoder.encode_sparse(sight.x)
+    token, feature, activation = (part[inside[found.token]] for part in found)
+    used, which = torch.unique(feature, return_inverse=True)
+    directions, amount = after.map(transcoder.W_dec[used]), activation / out_scale[token, 0]
+    per_token = inside[:, None] / out_scale
+    biases = {f"transcoder bias {layer}": after.map(transcoder.b_dec) * per_token}
+    if after.bias.any():
+        biases[f"bias of the norm after MLP {layer}"] = after.bias.expand_as(sight.x)
+    codes = torch.zeros(len(sight.x), len(used), device=device).index_put((token, which), amount)
+    error = whole.parts[whole.names.index(f"MLP {layer}")] - codes @ directions
+    skip, through = None, per_token[:, 0] / sight.scale
+    if transcoder.skip is not None:
+        linear = after.map(transcoder.skip)
+        skip = sight.norm.map(torch.eye(d_model, device=device)) @ linear
+        error = error - read.stream @ skip * through[:, None]
+        if sight.norm.bias.any():
+            biases[f"skip bias {layer}"] = sight.norm.bias @ linear * per_token
+    error = error - torch.stack(list(biases.values())).sum(0)
+    return MLPLayer(
+        token, feature, activation, which, amount, directions, error, biases, transcoder, sight, read.n_parts, skip, through
+    )
 
 
 class _Block(NamedTuple):
-    """Some parts of a node, side by side: of one kind, or biases."""
+    """Some parts of a node, side by side: of one kind and layer, or biases."""
 
     kind: Kind
     layer: int
@@ -262,27 +349,26 @@ class _Fixed(NamedTuple):
     """Kind, layer, and the name of a bias."""
     vectors: Tensor
     """[n, pos, d_model]"""
-    before: dict[int, int]
-    """By layer: how many stand before its attention; -1 at the end."""
+    starts: tuple[int, ...]
+    """By part of the stream: how many stand before it; of all at the end."""
 
 
-def _fixed(whole: "WholeRead", layers: Mapping[int, LayerRead]) -> _Fixed:
+def _fixed(whole: "WholeRead", layers: Mapping[int, LayerRead], mlps: Mapping[int, MLPLayer]) -> _Fixed:
     what: list[tuple[Kind, int, str]] = []
     vectors: list[Tensor] = []
-    before = {}
+    starts = []
     for name, part in zip(whole.names, whole.parts, strict=True):
         kind, _, number = name.partition(" ")
         of = int(number) if number else -1
-        if kind == "attention":
-            before[of] = len(what)
-        here = layers.get(of) if kind == "attention" else None
+        starts.append(len(what))
+        here: Written | None = {"attention": layers, "MLP": mlps}.get(kind, {}).get(of)
         if here is None:
             what.append((KINDS[kind], of, ""))
             vectors.append(part)
             continue
-        what += [("error", of, ""), *(("bias", of, bias) for bias in here.biases)]
+        what += [("error" if kind == "attention" else "MLP error", of, ""), *(("bias", of, bias) for bias in here.biases)]
         vectors += [here.error, *here.biases.values()]
-    return _Fixed(what, torch.stack(vectors), before | {-1: len(what)})
+    return _Fixed(what, torch.stack(vectors), (*starts, len(what)))
 
 
 def _biases(names: Sequence[str], values: Tensor) -> _Block:
@@ -305,6 +391,7 @@ class _Tracing:
     lens: "Lens"
     whole: "WholeRead"
     layers: dict[int, LayerRead]
+    mlps: dict[int, MLPLayer]
     fixed: _Fixed
     share: float
     most: int
@@ -321,25 +408,26 @@ class _Tracing:
 
     def from_(self, root: FeatureRoot | LogitRoot) -> Circuit:
         if isinstance(root, FeatureRoot):
-            place, read = Place("feature", root.layer, root.dest, root.index), self._feature(root.layer, root.index, root.dest)
+            place = Place("feature", root.layer, root.dest, root.index)
+            read = self._feature(place)
         else:
             place, read = self._logit(root)
-        blocks = self._blocks(root.layer if isinstance(root, FeatureRoot) else -1, read)
+        blocks = self._blocks(place, read)
         # Where parts nearly cancel, the root's value alone would make everything large.
         size = sum(float(block.values.abs().sum()) for block in blocks)
         self.least = self.share * max(abs(read.value), self.share * size)
         self.effects[place], self.steps[place] = read.value, 0
         self._keep(place, read, blocks)
         while self.waiting and len(self.nodes) < self.most:
-            # All who read a layer stand above it, so the last layer's effects are whole.
-            last = max(one.layer for one in self.waiting)
-            here = {one for one in self.waiting if one.layer == last}
+            # All who read a part of the stream stand above it, so the last one's effects are whole.
+            last = max(self._order(one) for one in self.waiting)
+            here = {one for one in self.waiting if self._order(one) == last}
             self.waiting -= here
             followed = sorted((one for one in here if self._follows(one)), key=lambda one: -abs(self.effects[one]))
             for one in followed[: self.most - len(self.nodes)]:
                 self.check()
-                read = self._feature(one.layer, one.index, one.position)
-                self._keep(one, read, self._blocks(one.layer, read))
+                read = self._feature(one) if one.kind == "feature" else self._mlp_feature(one)
+                self._keep(one, read, self._blocks(one, read))
         return Circuit(place, self.nodes, self.effects, self._activations())
 
     def _follows(self, one: Place) -> bool:
@@ -356,11 +444,33 @@ class _Tracing:
         towards[root.dest] = row / self.whole.final_scale[root.dest]
         return place, _Read(float(value), towards, {"final bias": float(constant)})
 
-    def _feature(self, layer: int, index: int, dest: int) -> _Read:
+    def _order(self, one: Place) -> int:
+        """Where in the stream's order a feature's layer adds to it: how many fixed parts stand before."""
+        return self.fixed.starts[self.whole.names.index(f"{'attention' if one.kind == 'feature' else 'MLP'} {one.layer}")]
+
+    def _sight(self, one: Place) -> int:
+        """How many fixed parts a node reads."""
+        if one.kind == "MLP feature":
+            return self.fixed.starts[self.mlps[one.layer].n_parts]
+        return self._order(one) if one.kind == "feature" else self.fixed.starts[-1]
+
+    def _mlp_feature(self, one: Place) -> _Read:
+        """The same of a transcoder's feature, from what enters its MLP, and how it reads the stream before that."""
+        transcoder, sight = self.mlps[one.layer].transcoder, self.mlps[one.layer].sight
+        w, b = transcoder.W_enc[:, one.index], float(transcoder.b_enc[one.index])
+        towards = torch.zeros_like(sight.x)
+        towards[one.position] = sight.norm.read(w) / sight.scale[one.position]
+        constants = {"encoder bias": b}
+        if sight.norm.bias.any():
+            constants["norm bias"] = float(sight.norm.bias @ w)
+        return _Read(float(sight.x[one.position] @ w) + b, towards, constants)
+
+    def _feature(self, one: Place) -> _Read:
         """A feature's pre-activation, from z alone, and how it reads the stream before its layer."""
+        layer, dest = one.layer, one.position
         here, read = self.layers[layer], self.whole.attention[layer]
         sae, values = here.sae, here.values
-        w, c = sae.affine(torch.tensor([index], device=read.z.device))
+        w, c = sae.affine(torch.tensor([one.index], device=read.z.device))
         scale = sae.token_scale(read.z[0])
         preact = float(sae.scaled(read.z[0])[dest] @ w[0] + c[0])
         by_head = (w[0] if scale is None else w[0] * scale[dest]).view(sae.cfg.n_heads, sae.cfg.d_head)
@@ -376,31 +486,49 @@ class _Tracing:
                 constants[name] = float((pattern.sum(1) * given).sum())
         return _Read(preact, towards, constants, seen)
 
-    def _blocks(self, layer: int, read: _Read) -> list[_Block]:
-        """Every part of what is read before the layer (-1: at the end)."""
+    def _blocks(self, reader: Place, read: _Read) -> list[_Block]:
+        """Every part of what a node reads."""
         positions = read.towards.any(1).nonzero()[:, 0]
-        towards, fixed = read.towards[positions], self.fixed
-        at, before = positions.cpu(), fixed.before[layer]
+        at, before = positions.cpu(), self._sight(reader)
         blocks = [_biases(list(read.constants), torch.tensor(list(read.constants.values()), dtype=torch.float64))]
-        seen = fixed.vectors[:before] if len(positions) == len(read.towards) else fixed.vectors[:before, positions]
-        given = torch.einsum("npd,pd->np", seen, towards).double().cpu()
-        for row, (kind, of, name) in enumerate(fixed.what[:before]):
-            if kind == "bias":
-                blocks.append(_biases([name], given[row].sum()[None]))
-            else:
-                blocks.append(_Block(kind, of, given[row], at, rows=torch.full_like(at, row)))
         column = torch.full((len(read.towards),), -1, device=positions.device)
         column[positions] = torch.arange(len(positions), device=positions.device)
-        for of, here in self.layers.items():
-            if 0 <= layer <= of:
-                continue
-            found = (column[here.token] >= 0).nonzero()[:, 0]
-            by_position = here.directions @ towards.T
-            values = by_position[here.direction[found], column[here.token[found]]] * here.amount[found]
-            blocks.append(
-                _Block("feature", of, values.double().cpu(), here.token[found].cpu(), here.feature[found].cpu(), rows=found.cpu())
-            )
+        for first, end, towards in self._through(read.towards[positions], positions, before):
+            seen = self.fixed.vectors[first:end] if len(positions) == len(column) else self.fixed.vectors[first:end, positions]
+            given = torch.einsum("npd,pd->np", seen, towards).double().cpu()
+            for row, (kind, of, name) in enumerate(self.fixed.what[first:end]):
+                if kind == "bias":
+                    blocks.append(_biases([name], given[row].sum()[None]))
+                else:
+                    blocks.append(_Block(kind, of, given[row], at, rows=torch.full_like(at, first + row)))
+            for source, here in self._written():
+                if not first <= self._order(source) < end:
+                    continue
+                found = (column[here.token] >= 0).nonzero()[:, 0]
+                by_position = here.directions @ towards.T
+                values = by_position[here.direction[found], column[here.token[found]]] * here.amount[found]
+                fires = here.token[found].cpu(), here.feature[found].cpu(), found.cpu()
+                blocks.append(_Block(source.kind, source.layer, values.double().cpu(), fires[0], fires[1], rows=fires[2]))
         return blocks
+
+    def _written(self) -> list[tuple[Place, Written]]:
+        """All layers with features."""
+        return [
+            *((Place("feature", of, -1, -1), here) for of, here in self.layers.items()),
+            *((Place("MLP feature", of, -1, -1), here) for of, here in self.mlps.items()),
+        ]
+
+    def _through(self, towards: Tensor, positions: Tensor, before: int) -> Iterator[tuple[int, int, Tensor]]:
+        """Runs of fixed parts (first, end) below `before`, and how they are read [n, d_model] at positions [n]: through the
+        skips of all MLPs between them and the reader as well."""
+        end = before
+        for of, here in sorted(self.mlps.items(), reverse=True):
+            if here.skip is None or self._order(Place("MLP feature", of, -1, -1)) >= before:
+                continue
+            first = self.fixed.starts[here.n_parts]
+            yield first, end, towards
+            towards, end = towards + towards @ here.skip.T * here.through[positions, None], first
+        yield 0, end, towards
 
     def _keep(self, place: Place, read: _Read, blocks: Sequence[_Block]) -> None:
         """The node, with the parts that matter as edges; features among them wait to be followed."""
@@ -408,7 +536,7 @@ class _Tracing:
         total, size = float(values.sum()), float(values.abs().sum())
         effect = self.effects[place]
         through = effect / read.value if read.value else 0.0
-        fires = torch.cat([torch.full((len(block.values),), block.kind == "feature") for block in blocks])
+        fires = torch.cat([torch.full((len(block.values),), block.kind in FEATURES) for block in blocks])
         listed = ((values * through).abs() >= LISTED * self.least).nonzero()[:, 0]
         order = listed[values[listed].abs().argsort(descending=True)]
         # Features have a limit of their own: what can be followed is not crowded out by what cannot.
@@ -424,7 +552,7 @@ class _Tracing:
             edges.append(Edge(source, given, self._heads(place, read, block, row)))
             self.effects[source] = self.effects.get(source, 0.0) + given * through
             self.steps[source] = min(self.steps.get(source, self.steps[place] + 1), self.steps[place] + 1)
-            if source.kind == "feature":
+            if source.kind in FEATURES:
                 self.waiting.add(source)
         self.nodes[place] = Node(
             place=place,
@@ -441,19 +569,20 @@ class _Tracing:
         if read.heads is None or block.rows is None:
             return ()
         source, which = int(block.positions[row]), int(block.rows[row])
-        vector = (
-            self.layers[block.layer].written(block.rows[row : row + 1])[0]
-            if block.kind == "feature"
-            else self.fixed.vectors[which, source]
-        )
+        if block.kind in FEATURES:
+            here: Written = self.layers[block.layer] if block.kind == "feature" else self.mlps[block.layer]
+            vector, order = here.written(block.rows[row : row + 1])[0], self._order(block.place(row))
+        else:
+            vector, order = self.fixed.vectors[which, source], which
+        for of, mlp in sorted(self.mlps.items()):
+            if mlp.skip is not None and of < place.layer and order < self.fixed.starts[mlp.n_parts]:
+                vector = vector + vector @ mlp.skip * mlp.through[source]
         carried = self.whole.attention[place.layer].pattern[0, :, place.position, source] / self.whole.scale[place.layer][source]
         return tuple((carried * (read.heads @ vector)).tolist())
 
     def _activations(self) -> dict[Place, float]:
-        found = {}
-        for place in self.effects:
-            if place.kind == "feature":
-                here = self.layers[place.layer]
-                fires = (here.token == place.position) & (here.feature == place.index)
-                found[place] = float(here.activation[fires].sum())  # 0 of a root that does not fire
-        return found
+        return {
+            place: (self.layers if place.kind == "feature" else self.mlps)[place.layer].activation_at(place)  # 0 of a silent root
+            for place in self.effects
+            if place.kind in FEATURES
+        }

@@ -660,6 +660,48 @@ class ImportJob(Config):
     """Branch, tag or commit on the hub; None takes the default branch."""
 
 
+Reads = Literal["normed", "ungained", "stream"]
+Writes = Literal["mlp", "stream"]
+
+
+class TranscoderConfig(Config):
+    """What of a transcoder is no tensor."""
+
+    layer: Annotated[int, Field(ge=0)]
+    """Layer of its MLP."""
+    reads: Reads
+    """See `transcoders.py`."""
+    writes: Writes
+    """The same."""
+    k: Annotated[int, Field(ge=1)] | None = None
+    """At most so many features fire at a token; None where thresholds alone say which."""
+    format: str = ""
+    """Of the files that it was made from."""
+    source: str = ""
+    """Where these were."""
+    model_fingerprint: str = ""
+    """Of the model that it was given to; empty where it was given to none."""
+
+
+class TranscoderFiles(Config):
+    """A transcoder of a peer to be given to a model."""
+
+    location: str
+    """A file, a folder, or <owner>/<repository>/<file or folder> on the hub."""
+    format: str | None = None
+    """The format of its files; None looks at what is there."""
+    layer: Annotated[int, Field(ge=0)] | None = None
+    """Layer of its MLP, where its files do not say."""
+    reads: Reads | None = None
+    """What it reads: what enters the MLP (normed), the same before the norm's gain and bias (ungained), or the stream before the
+    norm; None takes what its format says."""
+    writes: Writes | None = None
+    """What it writes: the MLP's output (mlp), or what is added to the stream, after a norm after the MLP; None takes what its
+    format says."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; None takes the default branch."""
+
+
 class DashboardsJob(Config):
     """Dashboards of another tool to be made a harvest of an SAE that is here."""
 

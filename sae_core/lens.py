@@ -34,7 +34,7 @@ from sae_core import vocabulary, weights
 from sae_core.config import ModelSource
 from sae_core.errors import LayerOutOfRange, UnsupportedModel, UsageError
 from sae_core.machine import pick_device
-from sae_core.norms import norm_parts, norm_scale, through_frozen_norm, through_norm
+from sae_core.norms import Norm, norm_parts, norm_scale, through_frozen_norm, through_norm
 from sae_core.products import onednn_is_faster, through_onednn
 from sae_core.weights import short
 
@@ -44,6 +44,7 @@ CHECK_TOKENS = 24  # length of the load-time batch, unless a sliding window asks
 CHECK_WINDOW = 512  # ... up to this; beyond a longer window the fast handle is not trusted
 ATTENTION_HOOKS: tuple[str, ...] = ("hook_z", "hook_v", "hook_pattern")
 CHECK_HOOKS: tuple[str, ...] = (*ATTENTION_HOOKS, "hook_out")
+IN_AND_OUT = ("hook_in", "hook_out")
 ALONE_AT_ONCE = 4096  # rows of one token in a pass
 LOGITS_AT_ONCE = 2**26  # elements of one logits tensor (256 MiB in fp32)
 TURNED_AT_ONCE = 64  # positions whose rotations are asked for in a pass
@@ -131,6 +132,22 @@ class Alone(NamedTuple):
     """[n, d_model]: after the first block, in which a token alone attends to itself; `first` in a model of one block."""
 
 
+class MLPRead(NamedTuple):
+    """One layer's MLP on a row, fp32: given = through its norm(stream), which divides by `scale`."""
+
+    n_parts: int
+    """How many of the row's parts add up to the stream that it reads: its own layer's attention is among them, but in a block
+    that runs both side by side, as GPT-J and Pythia do."""
+    stream: Tensor
+    """[pos, d_model]: before the norm before it."""
+    scale: Tensor
+    """[pos]: what that norm divides by; 1 where there is none."""
+    given: Tensor
+    """[pos, d_model]: what enters the MLP."""
+    out_scale: Tensor
+    """[pos]: what the norm after it divides by; 1 where there is none."""
+
+
 class WholeRead(NamedTuple):
     """One row's whole pass, in the parts that the residual stream is made of; fp32."""
 
@@ -148,6 +165,8 @@ class WholeRead(NamedTuple):
     """[pos, d_model]: what enters the final norm."""
     final_scale: Tensor
     """[pos]: what that divides by."""
+    mlps: dict[int, MLPRead]
+    """By layer."""
 
     def before(self, layer: int) -> int:
         """How many parts stand before the layer's attention."""
@@ -575,13 +594,14 @@ class Lens:
             logits: Tensor = handle(input_ids=tokens, use_cache=False, **some).logits
         return logits[:, -1].float()
 
-    def read_whole(self, tokens: Tensor, layers: Sequence[int]) -> WholeRead:
-        """One row [1, pos] from end to end: every part of the stream, and the attention of some layers; one pass.
+    def read_whole(self, tokens: Tensor, layers: Sequence[int], mlps: Sequence[int] = ()) -> WholeRead:
+        """One row [1, pos] from end to end: every part of the stream, the attention of some layers, the MLP of some; one pass.
 
         Raises LayerOutOfRange, UsageError for tokens that the model cannot take, and UnsupportedModel where the parts that can be
-        seen do not add up to the stream at the layers or at the end, or z does not give what the attention adds.
+        seen do not add up to the stream at the layers or at the end, z does not give what the attention adds, or the stream not
+        what enters an MLP.
         """
-        for layer in layers:
+        for layer in (*layers, *mlps):
             self.check_layer(layer)
         tokens = self._checked_tokens(tokens)
         position = ["pos_embed.hook_out"] if "pos_embed" in self._bridge._modules else []
@@ -591,10 +611,11 @@ class Lens:
             for kind, hook in (("attention", "hook_attn_out"), ("MLP", "hook_mlp_out"))
         }
         own = [f"blocks.{layer}.attn.{hook}" for layer in layers for hook in (*ATTENTION_HOOKS, "hook_out")]
+        around = [f"blocks.{layer}.mlp.{hook}" for layer in mlps for hook in IN_AND_OUT]
         ends = {"blocks.0.hook_in", "ln_final.hook_in", *(f"blocks.{layer}.hook_in" for layer in layers)}
-        with self._taps([*ends, *position, *added.values(), *own], stop=True) as found:
+        with self._taps([*ends, *position, *added.values(), *own, *around], stop=True) as found:
             _run(self._model, tokens)
-        if missing := [hook for hook in (*ends, *position, *added.values()) if hook not in found]:
+        if missing := [hook for hook in (*ends, *position, *added.values(), *around) if hook not in found]:
             self._refuse_parts(f"{missing[0]} cannot be seen")
         names, parts = ["embedding"], [found["blocks.0.hook_in"]]
         if position:
@@ -626,7 +647,30 @@ class Lens:
         if not gap <= PARTS_GAP:
             self._refuse_parts(f"what its blocks are seen to add misses the stream at the end by {gap:.1%}")
         last = norm_scale(final, self._bridge.ln_final.original_component)
-        return WholeRead(tuple(names), whole[:, 0], scale, out_scale, attention, final[0], last[0])
+        around_mlp = {
+            layer: self._mlp_read(layer, names, whole[:, 0], *(found[f"blocks.{layer}.mlp.{hook}"][0] for hook in IN_AND_OUT))
+            for layer in mlps
+        }
+        return WholeRead(tuple(names), whole[:, 0], scale, out_scale, attention, final[0], last[0], around_mlp)
+
+    def _mlp_read(self, layer: int, names: Sequence[str], parts: Tensor, given: Tensor, out: Tensor) -> MLPRead:
+        """What the MLP reads: the stream after its layer's attention, or before it where both run side by side; whichever its
+        norm makes into what was seen to enter it."""
+        before, after = self.mlp_norms(layer)
+        out_scale = norm_scale(out, self._mlp_post_norm(layer))
+        gap = _gap(after.map(out) / out_scale[:, None] + after.bias, parts[names.index(f"MLP {layer}")])
+        if not gap <= 10 * PARTS_GAP:
+            self._refuse_parts(f"the output of the MLP of layer {layer} is not what it adds (off by {gap:.1%})")
+        norm, gaps = self._mlp_norm(layer), []
+        for n_parts in (names.index(f"MLP {layer}"), names.index(f"attention {layer}")):
+            stream = parts[:n_parts].sum(0)
+            scale = norm_scale(stream, norm)
+            gaps.append(_gap(before.map(stream) / scale[:, None] + before.bias, given))
+            if gaps[-1] <= 10 * PARTS_GAP:
+                return MLPRead(n_parts, stream, scale, given, out_scale)
+        return self._refuse_parts(
+            f"the stream and a norm do not give what enters the MLP of layer {layer} (off by {min(gaps):.1%})"
+        )
 
     def read_scores(self, tokens: Tensor, layer: int) -> ScoreRead:
         """The scores of one layer's attention on one row [1, pos], and how the stream's parts make them; one pass.
@@ -852,6 +896,12 @@ class Lens:
         both = (both - both.mean(-1, keepdim=True) if centres else both) * gain
         return OutMap(both[:-1], both[-1], norm_bias)
 
+    def mlp_norms(self, layer: int) -> tuple[Norm, Norm]:
+        """What of the norms before and after the layer's MLP is the same for every token."""
+        self.check_layer(layer)
+        d_model, device = self.info.d_model, self.device
+        return norm_parts(self._mlp_norm(layer), d_model, device), norm_parts(self._mlp_post_norm(layer), d_model, device)
+
     def logit_map(self, tokens: Sequence[int]) -> LogitMap:
         """How the final stream becomes the logits of these tokens, and, in a last row, the mean over the vocabulary."""
         ids = torch.tensor(list(tokens), device=self.device)
@@ -1025,6 +1075,18 @@ class Lens:
         """The norm between the attention's output and the stream, where a model has one, as Gemma 2 and OLMo 2 do."""
         block = self._bridge.blocks[layer]
         return block.ln1_post.original_component if "ln1_post" in block._modules else None
+
+    def _mlp_norm(self, layer: int) -> nn.Module | None:
+        """The norm before the layer's MLP: one of its own, or in a block that runs attention and MLP side by side the one before
+        both; None where there is none, as in OLMo 2."""
+        modules = self._bridge.blocks[layer]._modules
+        name = "ln2" if "ln2" in modules else "" if "ln2_post" in modules else "ln1"
+        return modules[name].original_component if name in modules else None
+
+    def _mlp_post_norm(self, layer: int) -> nn.Module | None:
+        """The norm between the MLP's output and the stream, where a model has one, as Gemma 2 and OLMo 2 do."""
+        block = self._bridge.blocks[layer]
+        return block.ln2_post.original_component if "ln2_post" in block._modules else None
 
     def _check_parts(self, read: StreamRead, stream: Tensor, layer: int) -> None:
         """Per token, against the sizes of what is summed: large parts cancel, and fp32 rounds each."""

@@ -15,13 +15,27 @@ class Norm(NamedTuple):
     """[d]"""
     centres: bool
 
+    def map(self, x: Tensor) -> Tensor:
+        """x [..., d] as its centring and gain make it, which is linear; not its 1/rms, not its bias."""
+        return (x - x.mean(-1, keepdim=True) if self.centres else x) * self.gain
+
+    def read(self, w: Tensor) -> Tensor:
+        """The transpose of `map`: what x is read by where w [..., d] reads `map(x)`."""
+        folded = w * self.gain
+        return folded - folded.mean(-1, keepdim=True) if self.centres else folded
+
+
+def plain(d: int, device: torch.device, *, centres: bool = False) -> Norm:
+    """A norm with no gain and no bias."""
+    return Norm(torch.ones(d, device=device), torch.zeros(d, device=device), centres)
+
 
 def norm_parts(norm: nn.Module | None, d: int, device: torch.device) -> Norm:
     """The norm itself is asked, since models store gains as w or as 1 + w. A vector of +s and -s has mean 0 and rms s, so
     the norm gives back gain x sign + bias; a constant vector gives just the bias if, and only if, the norm centres."""
-    sign = torch.ones(d, device=device)
     if norm is None:
-        return Norm(sign, torch.zeros_like(sign), centres=False)
+        return plain(d, device)
+    sign = torch.ones(d, device=device)
     sign[1::2] = -1
     with torch.no_grad():
         bias = norm(torch.zeros(1, 1, d, device=device))[0, 0]
@@ -32,9 +46,7 @@ def norm_parts(norm: nn.Module | None, d: int, device: torch.device) -> Norm:
 
 def through_norm(x: Tensor, norm: nn.Module) -> Tensor:
     """x as the norm's centring, if it is a LayerNorm, and gain make it; not its 1/rms, not its bias."""
-    gain, _, centres = norm_parts(norm, x.shape[-1], x.device)
-    through: Tensor = (x - x.mean(-1, keepdim=True) if centres else x) * gain
-    return through
+    return norm_parts(norm, x.shape[-1], x.device).map(x)
 
 
 def norm_scale(x: Tensor, norm: nn.Module | None) -> Tensor:

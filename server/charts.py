@@ -218,8 +218,9 @@ MARKS = (
     "M0,-5.2L5.2,0L0,5.2L-5.2,0Z",
     "M0,4.9L4.5,-3.4H-4.5Z",
     "M-1.5,-4.6H1.5V-1.5H4.6V1.5H1.5V4.6H-1.5V1.5H-4.6V-1.5H-1.5Z",
+    "M-4.7,0L-2.35,-4.1H2.35L4.7,0L2.35,4.1H-2.35Z",
 )
-"""Circle, square, triangle, diamond, triangle on its tip, cross: told apart without their colours."""
+"""Circle, square, triangle, diamond, triangle on its tip, cross, hexagon: told apart without their colours."""
 
 
 def scatter(

@@ -9,7 +9,19 @@ import typer
 
 from sae_core.errors import DatabaseAway, DataFolderNotWritable, DiskFull, HeadscopeError, MachineError
 from server import up
-from server.commands import doctor, exchange, harvests, keeping, people, processes, registers, saes, studies, training
+from server.commands import (
+    doctor,
+    exchange,
+    harvests,
+    keeping,
+    people,
+    processes,
+    registers,
+    saes,
+    studies,
+    training,
+    transcoders,
+)
 from server.commands.environment import report_to_nobody
 
 app = typer.Typer(
@@ -35,6 +47,7 @@ app.add_typer(exchange.import_app, name="import")
 app.add_typer(exchange.export_app, name="export")
 app.add_typer(harvests.harvests_app, name="harvests")
 app.add_typer(saes.saes_app, name="saes")
+app.add_typer(transcoders.transcoders_app, name="transcoders")
 app.add_typer(people.user_app, name="user")
 app.add_typer(people.key_app, name="key")
 app.add_typer(studies.study_app, name="study")

@@ -32,7 +32,8 @@ from sae_core.errors import HeadscopeError, NotFound, UsageError
 from sae_core.interventions import Ablation, Edit, FeatureEdit, mean_z, measure, write
 from sae_core.lens import AttentionRead, Lens, load_lens
 from sae_core.saes import SAE, SparseActs, row_starts
-from server.circuits.asked import CircuitQuestion, LiveCircuit
+from sae_core.transcoders import Transcoder, load_transcoder
+from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit
 from server.db import Database
 from server.engine_circuits import Kept, answer_circuit
 from server.gpus import gpus
@@ -69,6 +70,7 @@ from server.live import (
 )
 from server.settings import Settings
 from server.store import interventions, registry
+from server.store.transcoders import of_model as transcoders_of
 from server.watch import FORMAT, Watch, Watched
 from server.work.opening import open_sae
 
@@ -87,11 +89,13 @@ class Warm:
     """By name and sha256."""
     means: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     """[d_in]: means of z by harvest and layer, once they were asked for."""
+    transcoders: OrderedDict[str, Transcoder] = field(default_factory=OrderedDict)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""
-        return self.lens.nbytes + sum(_sae_bytes(sae) for sae in self.saes.values())
+        held = [_sae_bytes(sae) for sae in self.saes.values()] + [one.nbytes for one in self.transcoders.values()]
+        return self.lens.nbytes + sum(held)
 
 
 def _sae_bytes(sae: SAE) -> int:
@@ -314,9 +318,31 @@ class Engine:
         model = self._model_of(question.saes)
         lens, saes = self._one_of_each_layer(question.saes, "saes")
         tokens = self._tokens(lens, question.text, question.tokens, "text")
-        of = {id(sae): version for version, sae in self._warm_of(lens).saes.items()}
-        versions = [of[id(sae)] for sae in saes.values()]
-        return answer_circuit(lens, saes, tokens, question, model, versions, self._circuits, self.line.check)
+        warm = self._warm_of(lens)
+        transcoders, keys = self._transcoders(warm, model, saes, question) if question.transcoders else ({}, [])
+        of = {id(sae): version for version, sae in warm.saes.items()}
+        versions = [*(of[id(sae)] for sae in saes.values()), *keys]
+        return answer_circuit(lens, saes, transcoders, tokens, question, model, versions, self._circuits, self.line.check)
+
+    def _transcoders(
+        self, warm: Warm, model: str, saes: dict[str, SAE], question: CircuitQuestion
+    ) -> tuple[dict[int, Transcoder], list[str]]:
+        """The model's transcoders as far as they lie below the root, by layer; and what tells them from others."""
+        top = saes[question.root.sae].cfg.site.layer if isinstance(question.root, FeatureRoot) else warm.lens.info.n_layers
+        with self.db.read() as session:
+            records = [one for one in transcoders_of(session, model) if one.layer < top]
+        found: dict[int, Transcoder] = {}
+        keys = [f"{one.layer}@{one.sha256}" for one in records]
+        for record, key in zip(records, keys, strict=True):
+            self.line.check()
+            if key not in warm.transcoders:
+                for other in [held for held in warm.transcoders if held.startswith(f"{record.layer}@")]:
+                    del warm.transcoders[other]
+                warm.transcoders[key] = load_transcoder(self.settings.data / record.file, warm.lens.device)
+            warm.transcoders.move_to_end(key)
+            found[record.layer] = warm.transcoders[key]
+            self._let_go(int(self.settings.engine_memory_gb * 1e9), beside=len(saes), transcoders=len(found))
+        return found, keys
 
     def _one_of_each_layer(self, names: Sequence[str], field: str) -> tuple[Lens, dict[str, SAE]]:
         """The SAEs, and their model; UsageError where two read one layer."""
@@ -358,13 +384,15 @@ class Engine:
     def _names(self) -> list[str]:
         return [warm.model.name for warm in self._warm.values()]
 
-    def _let_go(self, room: int, *, beside: int = 0) -> None:
+    def _let_go(self, room: int, *, beside: int = 0, transcoders: int = 0) -> None:
         """Unload what was asked for longest ago until no more than `room` bytes are held; with `beside` the model asked last and
-        so many of its SAEs stay, whatever they need."""
+        so many of its SAEs stay, whatever they need, and so many transcoders."""
         while self._warm and self.nbytes > room and (len(self._warm) > 1 or not beside):
             _, warm = self._warm.popitem(last=False)
             log.info("%s unloaded", warm.model.name)
         for warm in self._warm.values():
+            while len(warm.transcoders) > transcoders and self.nbytes > room:
+                warm.transcoders.popitem(last=False)
             while len(warm.saes) > beside and self.nbytes > room:
                 warm.saes.popitem(last=False)
         if torch.cuda.is_available():

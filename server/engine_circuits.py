@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
@@ -10,12 +11,14 @@ from sae_core.circuits import Circuit, Place
 from sae_core.errors import NotFound, UsageError
 from sae_core.lens import Lens
 from sae_core.saes import SAE
+from sae_core.transcoders import Transcoder
 from server.circuits.asked import (
     CircuitEdge,
     CircuitNode,
     CircuitPlace,
     CircuitQuestion,
     CircuitSae,
+    CircuitTranscoder,
     FeatureRoot,
     LikelyToken,
     LiveCircuit,
@@ -32,6 +35,8 @@ LARGEST = 2e9
 KEPT = 4
 """Answers that are kept for a moment: each step on the page asks about the same graph again."""
 LIKELY = 8
+FIRE = 64
+"""Features a token of a transcoder that does not say how many, about."""
 
 
 class Kept:
@@ -55,9 +60,16 @@ class Kept:
         return self._answers[key]
 
 
-def needs(lens: Lens, n_tokens: int, saes: Mapping[int, SAE], score: int | None = None) -> int:
-    """Bytes of a circuit's tensors, about: every part of the stream twice; of each SAE pattern, features and error. For a score
-    of the layer `score` the SAEs are read again, beside the stream's parts before it and what its scores are made of."""
+def needs(
+    lens: Lens,
+    n_tokens: int,
+    saes: Mapping[int, SAE],
+    score: int | None = None,
+    transcoders: Mapping[int, Transcoder] = MappingProxyType({}),
+) -> int:
+    """Bytes of a circuit's tensors, about: every part of the stream twice; of each SAE pattern, features and error; of each
+    transcoder features, error and skip. For a score of the layer `score` the SAEs are read again, beside the stream's parts
+    before it and what its scores are made of."""
     info = lens.info
     stream = 2 * (2 * info.n_layers + 1) * n_tokens * info.d_model
     each = info.n_heads * n_tokens**2 + 6 * n_tokens * max(info.d_in, info.d_model)
@@ -66,13 +78,18 @@ def needs(lens: Lens, n_tokens: int, saes: Mapping[int, SAE], score: int | None 
     if score is not None:
         parts = (2 * min(score, info.n_layers) + 3) * info.d_model
         beside = n_tokens * (parts + 4 * info.d_in + info.d_head**2 + 3 * info.n_heads * n_tokens)
-    return 4 * (stream + each * len(saes) + fires + beside)
+    of_mlps = 0
+    for one in transcoders.values():
+        fire = min(one.n_features, 2 * (one.cfg.k or FIRE) * n_tokens)
+        of_mlps += (fire + 8 * n_tokens) * info.d_model + fire * n_tokens + (3 * info.d_model**2 if one.skip is not None else 0)
+    return 4 * (stream + each * len(saes) + fires + beside + of_mlps)
 
 
 @torch.no_grad()
 def answer_circuit(
     lens: Lens,
     saes: Mapping[str, SAE],
+    transcoders: Mapping[int, Transcoder],
     tokens: list[int],
     question: CircuitQuestion,
     model: str,
@@ -80,18 +97,19 @@ def answer_circuit(
     kept: Kept,
     check: Callable[[], None],
 ) -> LiveCircuit:
-    """The circuit on these tokens; `saes` by name, and `versions` what tells their weights from others of those names. `check` is
-    called between steps."""
+    """The circuit on these tokens; `saes` by name, `transcoders` by layer, and `versions` what tells the weights of both from
+    others. `check` is called between steps."""
     by_layer = {sae.cfg.site.layer: sae for sae in saes.values()}
-    size = needs(lens, len(tokens), by_layer, None if question.score is None else question.score.layer)
+    size = needs(lens, len(tokens), by_layer, None if question.score is None else question.score.layer, transcoders)
     if size > LARGEST:
+        through = f"{len(saes)} SAEs" + (f" and {len(transcoders)} transcoders" if transcoders else "")
         raise UsageError(
-            f"A circuit of {len(tokens)} tokens through {len(saes)} SAEs needs about {size / 1e9:.1f} GB; at most "
+            f"A circuit of {len(tokens)} tokens through {through} needs about {size / 1e9:.1f} GB; at most "
             f"{LARGEST / 1e9:.0f} are taken, so shorten the text or choose fewer SAEs.",
             field="text",
         )
     key = repr((question.model_dump_json(exclude={"score", "text"}), tokens, lens.info.fingerprint, versions))
-    found = kept.get(key, lambda: _graph(lens, saes, by_layer, tokens, question, model, check))
+    found = kept.get(key, lambda: _graph(lens, saes, by_layer, transcoders, tokens, question, model, check))
     if question.score is None:
         return found
     check()
@@ -102,6 +120,7 @@ def _graph(
     lens: Lens,
     saes: Mapping[str, SAE],
     by_layer: Mapping[int, SAE],
+    transcoders: Mapping[int, Transcoder],
     tokens: list[int],
     question: CircuitQuestion,
     model: str,
@@ -118,8 +137,8 @@ def _graph(
     else:
         root, likely = _logit(lens, tokens, asked)
     found = circuits.trace(
-        lens, tokens, by_layer, root, share=question.share, most=question.most, depth=question.depth, widest=question.widest,
-        check=check,
+        lens, tokens, by_layer, root, transcoders=transcoders, share=question.share, most=question.most, depth=question.depth,
+        widest=question.widest, check=check,
     )  # fmt: skip
     return LiveCircuit(
         model=model,
@@ -129,6 +148,7 @@ def _graph(
         saes=[
             CircuitSae(sae=name, layer=layer) for layer, name in sorted((sae.cfg.site.layer, name) for name, sae in saes.items())
         ],
+        transcoders=[CircuitTranscoder(layer=layer, n_features=one.n_features) for layer, one in sorted(transcoders.items())],
         root=_id(found.root),
         likely=likely,
         nodes=_nodes(found),

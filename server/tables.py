@@ -537,6 +537,21 @@ class Rating(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
 
 
+class Transcoder(Base):
+    """A transcoder of one MLP of a model, for circuits. Its weights are a file on disk."""
+
+    __tablename__ = "transcoder"
+    __table_args__ = (sa.UniqueConstraint("model_id", "layer"),)
+    id: Mapped[int] = mapped_column(primary_key=True)
+    model_id: Mapped[int] = mapped_column(sa.ForeignKey("model.id"))
+    layer: Mapped[int]
+    n_features: Mapped[int]
+    config: Mapped[dict[str, Any]]  # sae_core.transcoders.TranscoderConfig, and what it was found to leave: `fvu`, `l0`
+    file: Mapped[str] = mapped_column(sa.Text)  # relative to the data folder
+    sha256: Mapped[str] = mapped_column(sa.String(64))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
 # Who may come in. Of what lets somebody in, only a hash is kept.
 
 

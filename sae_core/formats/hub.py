@@ -10,6 +10,7 @@ AT_TOP = (
     "sae_weights.safetensors",
     "sae.safetensors",
     "params.npz",
+    "params.safetensors",
     "ae.pt",
     "config.json",
     "activation_scaler.json",
@@ -20,8 +21,8 @@ HUB = re.compile(r"^(?:hf:)?([\w.-]+/[\w.-]+)(?:/(.+?))?/?$")
 def fetched(location: str, revision: str | None = None) -> Path:
     """The SAE's files on this machine: `location` itself where it is a path, else what the hub has under that name.
 
-    Of a repository only what is named is fetched: a folder, a `.pt` with its config, an `.npz`. Raises UnreadableSAE for a name
-    that cannot be one, DownloadFailed where the hub does not have it or is away.
+    Of a repository only what is named is fetched: a folder, a `.pt` or a `.safetensors` with its config, an `.npz`. Raises
+    UnreadableSAE for a name that cannot be one, DownloadFailed where the hub does not have it or is away.
     """
     path = Path(location).expanduser()
     if path.exists():
@@ -56,4 +57,6 @@ def _wanted(inside: str | None) -> list[str]:
     file = Path(inside)
     if file.suffix == ".pt":
         return [inside, file.with_name(f"{file.stem}_cfg.json").as_posix(), file.with_name("config.json").as_posix()]
+    if file.suffix == ".safetensors":
+        return [inside, *(file.with_name(name).as_posix() for name in ("config.yaml", "config.json"))]
     return [inside] if file.suffix == ".npz" else [f"{inside}/{name}" for name in AT_TOP]

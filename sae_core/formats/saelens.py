@@ -52,7 +52,7 @@ def matches(path: Path) -> bool:
 def read(path: Path, scale: float | None = None) -> PeerSAE:
     """The SAE in a folder; `scale` is the factor of `expected_average_only_in` where the folder does not have it."""
     config_path, weights_path = path / CONFIG, path / WEIGHTS
-    config = _flat(read_json(config_path))
+    config = flat(read_json(config_path))
     kind = _kind(config, config_path)
     d_in, d_sae = whole(config, "d_in", config_path), whole(config, "d_sae", config_path)
     stored = read_safetensors(weights_path)
@@ -89,7 +89,7 @@ def read(path: Path, scale: float | None = None) -> PeerSAE:
     )
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
+def flat(config: dict[str, Any]) -> dict[str, Any]:
     """Fields of all versions by the names that version 6 gives them, those of its metadata among the others."""
     found = {OLD_NAMES.get(key, key): value for key, value in config.items() if key != "metadata"}
     if isinstance(metadata := config.get("metadata"), dict):

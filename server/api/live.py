@@ -84,8 +84,9 @@ def steer(request: Request, question: SteerQuestion, read: BriefRead) -> LiveSte
 @needs("reader", live=True)
 def circuit(request: Request, question: CircuitQuestion, read: BriefRead) -> LiveCircuit:
     """Recursive direct feature attribution, patterns and norms frozen: from a feature at a token, a logit or a logit difference
-    back through the features of earlier attention layers, with errors, MLPs, embeddings and biases. Each node's edges and `rest`
-    sum to its value. With `score`, why one head looked from one token to another, in pairs of features. Nothing is stored."""
+    back through the features of earlier attention layers, and of MLPs where the model has transcoders of them, with errors, MLPs
+    that stay whole, embeddings and biases. Each node's edges and `rest` sum to its value. With `score`, why one head looked from
+    one token to another, in pairs of features. Nothing is stored."""
     _checked_circuit(read, question)
     return engine(request).circuit(question)
 

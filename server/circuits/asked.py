@@ -1,8 +1,8 @@
 """What the engine is asked of circuits, and what it answers.
 
-A node's id says what it is: `f17.755@8` feature 755 of layer 17 at position 8, `e17@8` the error there, `a3@8` and `m3@8` an
-attention (without an SAE) and an MLP, `x@8` the embedding, `p@8` its position, `b:SAE-bias` a bias, `l504@9` a logit, `l504-31@9`
-a difference.
+A node's id says what it is: `f17.755@8` feature 755 of layer 17 at position 8, `e17@8` the error there, `t10.33@8` and `u10@8` a
+feature of layer 10's transcoder and what that leaves of its MLP, `a3@8` and `m3@8` an attention without an SAE and an MLP without
+a transcoder, `x@8` the embedding, `p@8` its position, `b:SAE-bias` a bias, `l504@9` a logit, `l504-31@9` a difference.
 """
 
 from typing import Annotated, Literal, Self
@@ -14,8 +14,10 @@ from sae_core.errors import Unfitting
 _STRICT = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, hide_input_in_errors=True)
 _FROZEN = ConfigDict(frozen=True, use_attribute_docstrings=True)
 
-Kind = Literal["logit", "feature", "error", "attention", "MLP", "embedding", "position", "bias"]
-LETTERS: dict[Kind, str] = {"error": "e", "attention": "a", "MLP": "m", "embedding": "x", "position": "p"}
+Kind = Literal["logit", "feature", "error", "attention", "MLP feature", "MLP error", "MLP", "embedding", "position", "bias"]
+FEATURES: tuple[Kind, ...] = ("feature", "MLP feature")
+"""Kinds that can be taken apart, beside a logit."""
+LETTERS: dict[Kind, str] = {"error": "e", "attention": "a", "MLP error": "u", "MLP": "m", "embedding": "x", "position": "p"}
 
 
 class FeatureRoot(BaseModel):
@@ -98,6 +100,8 @@ class CircuitQuestion(BaseModel):
     """None is taken apart that is more than so many edges from the root; null follows to the first layer."""
     widest: Annotated[int, Field(ge=1, le=100)] = 25
     """A node has at most so many edges from features, and as many from other parts; the rest is summed."""
+    transcoders: bool = True
+    """Go through MLPs, where the model has transcoders of them; false leaves every MLP whole."""
     score: ScoreAt | None = None
     """A score to take apart beside it."""
 
@@ -120,7 +124,8 @@ class CircuitPlace(BaseModel):
     id: str
     """As the module's text says; the same wherever it comes up in a text."""
     kind: Kind
-    """`attention` is one without an SAE; `error` is what an SAE left out."""
+    """`attention` is one without an SAE, `MLP` one without a transcoder; `error` is what an SAE left out, `MLP error` what a
+    transcoder left of its MLP."""
     layer: int
     """Layer of the model, counted from 0; -1 where there is none, the number of layers for a logit."""
     position: int
@@ -137,7 +142,7 @@ class CircuitNode(CircuitPlace):
     value: float | None
     """Computed on its own: a feature's pre-activation, a logit; null of what is not taken apart."""
     activation: float | None
-    """Of a feature."""
+    """Of a feature, an SAE's or a transcoder's."""
     effect: float
     """Its part of the root's value, along all ways that were followed; the root's own is that value."""
     share: float
@@ -168,7 +173,7 @@ class CircuitEdge(BaseModel):
     effect: float
     """By this edge alone: its part of the root's value."""
     heads: list[float]
-    """By head of the target's layer, which sum to `value`; empty into a logit, and of biases."""
+    """By head of the target's layer, which sum to `value`; empty into a logit or an MLP, and of biases."""
 
 
 class CircuitSae(BaseModel):
@@ -180,6 +185,17 @@ class CircuitSae(BaseModel):
     """Name of the SAE."""
     layer: int
     """Layer that it reads."""
+
+
+class CircuitTranscoder(BaseModel):
+    """A transcoder that the circuit goes through."""
+
+    model_config = _FROZEN
+
+    layer: int
+    """Layer of its MLP."""
+    n_features: int
+    """How many features it has."""
 
 
 class LikelyToken(BaseModel):
@@ -274,6 +290,8 @@ class LiveCircuit(BaseModel):
     """Tokens as shown, one per position."""
     saes: list[CircuitSae]
     """Those that were asked for, by layer."""
+    transcoders: list[CircuitTranscoder]
+    """The model's, of layers below the root, by layer; empty where it has none or they were not asked for."""
     root: str
     """Id of the node that it begins at."""
     likely: list[LikelyToken]
@@ -290,8 +308,8 @@ class LiveCircuit(BaseModel):
 
 def place_id(kind: Kind, layer: int, position: int, index: int, name: str) -> str:
     """The id of a node."""
-    if kind == "feature":
-        return f"f{layer}.{index if index >= 0 else 'others'}@{position}"
+    if kind in FEATURES:
+        return f"{'f' if kind == 'feature' else 't'}{layer}.{index if index >= 0 else 'others'}@{position}"
     if kind == "logit":
         return f"l{index}{'-' + name if name else ''}@{position}"
     if kind == "bias":

@@ -13,11 +13,15 @@ from server.figures import Data, keep
 from server.markup import made, visible
 from server.rendering import percent
 
-SHAPES = {"feature": 0, "MLP": 1, "embedding": 2, "error": 3, "position": 4, "bias": 5, "logit": 0, "attention": 1, "group": 1}
+SHAPES = {
+    "feature": 0, "MLP": 1, "embedding": 2, "error": 3, "MLP error": 3, "position": 4, "bias": 5, "MLP feature": 6, "logit": 0,
+    "attention": 1, "group": 1,
+}  # fmt: skip
 LEFT, TOP, ROW, PITCH, LETTER = 58, 32, 44, 38, 5.6
 MOST_EDGES = 160
 NAMES = {
     "feature": "feature",
+    "MLP feature": "feature of an MLP",
     "MLP": "MLP",
     "embedding": "embedding",
     "error": "error",
@@ -93,7 +97,7 @@ def _row(node: DrawnNode) -> tuple[int, int]:
     """(layer, 1 for its MLP)."""
     if node.position < 0 or node.kind in ("embedding", "position"):
         return (-1, 0)
-    return (node.layer, int(node.kind == "MLP"))
+    return (node.layer, int(node.kind.startswith("MLP")))
 
 
 def _frame(
@@ -125,7 +129,7 @@ def _node(
     size = 0.75 + 1.1 * min(1.0, math.sqrt(abs(node.share)))
     words = f"{told(node, answer)}: {percent(node.share)} of the root"
     states = [
-        "node", node.kind, "up" if node.effect >= 0 else "down", *(["followed"] if node.followed else ()),
+        "node", node.kind.replace(" ", "-"), "up" if node.effect >= 0 else "down", *(["followed"] if node.followed else ()),
         *(["near"] if near else ()), *(["picked"] if node.id == picked else ()), *(["pinned"] if node.pinned else ()),
     ]  # fmt: skip
     place = f"translate({at[0]:.1f} {at[1] - 4:.1f}) scale({size:.2f})"
@@ -156,11 +160,12 @@ def _reading_order(shown: Drawn, places: dict[str, tuple[float, float]]) -> Sequ
     return sorted(shown.nodes, key=lambda node: (places[node.id][1], places[node.id][0]))
 
 
-def key() -> Markup:
+def key(answer: LiveCircuit) -> Markup:
     """Which shape is which."""
     items = "".join(
-        f'<span><svg class="mark-key" aria-hidden="true" viewBox="-7 -7 14 14" width="14" height="14"><path class="mark {kind}" '
-        f'd="{MARKS[SHAPES[kind]]}"/></svg>{escape(words)}</span>'
+        f'<span><svg class="mark-key" aria-hidden="true" viewBox="-7 -7 14 14" width="14" height="14">'
+        f'<path class="mark {kind.replace(" ", "-")}" d="{MARKS[SHAPES[kind]]}"/></svg>{escape(words)}</span>'
         for kind, words in NAMES.items()
+        if answer.transcoders or kind != "MLP feature"
     )
     return made(f'<p class="marks circuit-key">{items}</p>')

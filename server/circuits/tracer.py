@@ -1,19 +1,22 @@
 """A circuit as the JSON that circuit-tracer's viewer reads (safety-research/circuit-tracer, its `graph_models.py`, schema 1).
 
-Its viewer knows features, errors, token embeddings and logits. Ours that it has no word for keep their numbers and get a type of
-their own with a text (`clerp`): attentions without an SAE, MLPs, positions, and biases, which stand at position 0. `weight` is an
-edge's value in units of its target's, as theirs; `influence` the share of the root, by size.
+Its viewer knows features of transcoders, their errors, token embeddings and logits; ours of MLPs are those. What it has no word
+for keeps its numbers and gets a type of its own with a text (`clerp`): features of attention and what their SAEs leave, whole
+attentions and MLPs, positions, and biases, which stand at position 0. `weight` is an edge's value in units of its target's, as
+theirs; `influence` the share of the root, by size.
 """
 
 from typing import Any
 
-from server.circuits.asked import CircuitNode, LiveCircuit
+from server.circuits.asked import FEATURES, CircuitNode, LiveCircuit
 from server.circuits.view import View, said, token_of
 
 TYPES = {
     "feature": "attention feature",
     "error": "attention reconstruction error",
     "attention": "attention output",
+    "MLP feature": "cross layer transcoder",
+    "MLP error": "mlp reconstruction error",
     "MLP": "mlp output",
     "embedding": "embedding",
     "position": "position embedding",
@@ -62,7 +65,7 @@ def _node(node: CircuitNode, answer: LiveCircuit, id_: str, label: str) -> dict[
     return {
         "node_id": id_,
         "feature": _cantor(node.layer, node.index)
-        if node.kind == "feature"
+        if node.kind in FEATURES
         else node.index
         if node.kind == "logit"
         else -1
@@ -83,10 +86,12 @@ def _node(node: CircuitNode, answer: LiveCircuit, id_: str, label: str) -> dict[
 
 
 def _id(node: CircuitNode, answer: LiveCircuit) -> str:
-    """As theirs where they have one, but for errors: layer, feature, position."""
-    if node.kind == "feature":
+    """As theirs where they have one, but for errors: layer, feature, position. Where MLPs have features theirs are those, else
+    attention's."""
+    mlps = bool(answer.transcoders)
+    if node.kind == ("MLP feature" if mlps else "feature"):
         return f"{node.layer}_{node.index}_{node.position}"
-    if node.kind == "error":
+    if node.kind == ("MLP error" if mlps else "error"):
         # Theirs begins with 0_, as does that of a feature of layer 0, which the index may make the same.
         return f"error_{node.layer}_{node.position}"
     if node.kind == "embedding":

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from server.circuits.asked import CircuitNode, CircuitPlace, LiveCircuit
+from server.circuits.asked import FEATURES, CircuitNode, CircuitPlace, LiveCircuit
 
 DRAWN = 70
 """Nodes that are drawn; pinned ones, those taken apart and the picked one are in any case."""
@@ -30,6 +30,8 @@ class View(BaseModel):
     """Features are followed from this share of the root."""
     depth: int | None = Field(None, ge=0, le=100)
     """How many edges from the root are followed; null for all."""
+    mlps: bool = True
+    """Go through MLPs where there are transcoders."""
     pins: str = Field("", max_length=2000)
     """Ids of pinned nodes, parted by commas."""
     closed: str = Field("", max_length=2000)
@@ -74,6 +76,7 @@ class View(BaseModel):
         """The address's parameters, with changes; what is as it is without them is left out."""
         chosen = {**self.model_dump(), **changes}
         chosen["lead"] = "1" if chosen["lead"] else None
+        chosen["mlps"] = None if chosen["mlps"] else "0"
         plain = {name: field.default for name, field in View.model_fields.items()}
         return {name: value for name, value in chosen.items() if value is not None and value != plain[name]}
 
@@ -219,7 +222,7 @@ def strongest_paths(answer: LiveCircuit, most: int = PATHS) -> tuple[Path, ...]:
     for edge in answer.edges:
         edges.setdefault(edge.target, []).append((edge.source, edge.share))
     best: dict[str, list[Path]] = {}
-    for node in sorted((node for node in answer.nodes if node.followed), key=lambda node: node.layer):
+    for node in sorted((node for node in answer.nodes if node.followed), key=lambda node: (node.layer, node.kind != "feature")):
         found = [
             Path((node.id, *below.ids), share * below.share)
             for source, share in edges.get(node.id, ())
@@ -234,13 +237,12 @@ def strongest_paths(answer: LiveCircuit, most: int = PATHS) -> tuple[Path, ...]:
 
 def short(node: CircuitNode, answer: LiveCircuit) -> str:
     """A word for a node where its layer and token are told beside it."""
-    if node.kind == "feature":
+    if node.kind in FEATURES:
         return str(node.index) if node.index >= 0 else "others"
     if node.kind == "logit":
         return token_of(node.index, answer)
-    return {"error": "error", "attention": "att.", "MLP": "MLP", "embedding": "token", "position": "pos."}.get(
-        node.kind, node.name
-    )
+    words = {"error": "error", "MLP error": "error", "attention": "att.", "MLP": "MLP", "embedding": "token", "position": "pos."}
+    return words.get(node.kind, node.name)
 
 
 def token_of(token: int, answer: LiveCircuit) -> str:
@@ -251,9 +253,9 @@ def token_of(token: int, answer: LiveCircuit) -> str:
 def said(node: CircuitPlace, answer: LiveCircuit) -> str:
     """What a node is, in words: for whoever does not see the drawing."""
     at = "" if node.position < 0 else f" at {node.position} {answer.texts[node.position]!r}"
-    if node.kind == "feature":
-        what = f"feature {node.index} of layer {node.layer}" if node.index >= 0 else f"other features of layer {node.layer}"
-        return what + at
+    if node.kind in FEATURES:
+        of = f"layer {node.layer}" if node.kind == "feature" else f"MLP {node.layer}"
+        return (f"feature {node.index} of {of}" if node.index >= 0 else f"other features of {of}") + at
     if node.kind == "logit":
         against = "" if not node.name else f" less {token_of(int(node.name), answer)!r}"
         return f"logit of {token_of(node.index, answer)!r}{against}{at}"
@@ -261,6 +263,7 @@ def said(node: CircuitPlace, answer: LiveCircuit) -> str:
         return node.name if "bias" in node.name else f"bias: {node.name}"
     words = {
         "error": "error of layer {}",
+        "MLP error": "error of MLP {}",
         "attention": "attention {}",
         "MLP": "MLP {}",
         "embedding": "embedding",

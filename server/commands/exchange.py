@@ -1,11 +1,12 @@
 """Commands that take in what others made, and write what others read."""
 
+import secrets
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from sae_core.config import DashboardsJob, ImportJob, Wishes
+from sae_core.config import DashboardsJob, ImportJob, TranscoderFiles, Wishes
 from sae_core.errors import UsageError
 from server import doctor as doctors
 from server.commands.arguments import OF_JOB, Data, Device, LanguageModel, Watch
@@ -13,14 +14,14 @@ from server.commands.environment import give_token
 from server.commands.opened import opened, settings_with
 from server.commands.printing import say
 from server.commands.running import carry_out, look_for_worker
-from server.commands.sources import find_model
-from server.jobs import Jobs
+from server.commands.sources import find_model, load_model
+from server.jobs import Jobs, slug
 from server.keeping import room
 from server.options import built, given, options, takes
-from server.store import registry, stored_harvests
+from server.store import registry, stored_harvests, transcoders
 from server.store.saes import find_sae
 
-import_app = typer.Typer(help="SAEs and dashboards that others made.", no_args_is_help=True)
+import_app = typer.Typer(help="SAEs, transcoders and dashboards that others made.", no_args_is_help=True)
 export_app = typer.Typer(help="SAEs and harvests, in the forms that others read.", no_args_is_help=True)
 
 
@@ -53,6 +54,56 @@ def import_sae(
             registry.add_model(session, found.name, found.source)
         job_id = queue.enqueue_import(cfg, name=name)
         carry_out(settings, db, job_id, alive=alive, watch=watch)
+
+
+@import_app.command(
+    "transcoder",
+    epilog="Examples: [bold]headscope import transcoder ./layer_10 --model smollm2[/bold]; "
+    "[bold]headscope import transcoder google/gemma-scope-2b-pt-transcoders/layer_5/width_16k/average_l0_74 "
+    "--model google/gemma-2-2b[/bold]",
+)
+@takes(options(TranscoderFiles, skip=("location",)))
+def import_transcoder(
+    location: Annotated[str, typer.Argument(help="A file, a folder, or <owner>/<repository>/<file or folder> on the hub.")],
+    model: LanguageModel,
+    replace: Annotated[bool, typer.Option("--replace", help="Put it in the place of the layer's transcoder.")] = False,
+    data: Data = None,
+    device: Device = None,
+    **values: Any,
+) -> None:
+    """Give a model a transcoder of one of its MLPs, for circuits: SAELens, Gemma Scope 1 and 2, sparsify, circuit-tracer."""
+    doctors.need_worker_extra()
+    from sae_core.formats import fetched
+    from sae_core.formats.transcoders import fitted, open_transcoder, tried
+    from sae_core.transcoders import save_transcoder
+
+    said = built(TranscoderFiles, {"location": location} | given(values, TranscoderFiles))
+    with opened(settings_with(data=data, device=device)) as (settings, db):
+        give_token(settings)
+        peer, found = open_transcoder(fetched(location, said.revision), said.format), find_model(db, model, None)
+        with db.read() as session:
+            transcoders.check_free(session, found.name, peer.layer if said.layer is None else said.layer, replace=replace)
+        lens = load_model(settings, found.name, found.source)
+        made = fitted(peer, lens, said)
+        fit, cfg = tried(lens, made), made.cfg
+        file = f"{transcoders.HOME}/{slug(found.name)}-l{cfg.layer}-{secrets.token_hex(4)}.safetensors"
+        sha256 = save_transcoder(made, settings.data / file)
+        with db.write() as session:
+            registry.add_model(session, found.name, found.source)
+            registry.note_shape(session, found.name, lens.info)
+            kept = {**cfg.model_dump(mode="json"), "fvu": fit.fvu, "l0": fit.l0}
+            new = transcoders.TranscoderRecord(found.name, cfg.layer, made.n_features, kept, file, sha256)
+            before = transcoders.put(session, new, replace=replace)
+        if before is not None:
+            (settings.data / before).unlink(missing_ok=True)
+    say(
+        f"Layer {cfg.layer} of {found.name} has a transcoder of {made.n_features:,} features; it reads {cfg.reads}, writes "
+        f"{cfg.writes}. On a short text {fit.l0:.0f} features fire a token, and {fit.fvu:.0%} of the variance of what the MLP "
+        "adds is left."
+    )
+    for other, fvu in fit.otherwise.items():
+        if fvu < 0.7 * fit.fvu:
+            say(f"With --reads {other} {fvu:.0%} would be left: see what it was trained on.")
 
 
 @import_app.command(

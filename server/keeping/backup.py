@@ -40,6 +40,8 @@ FORMAT = 1
 MANIFEST, DUMP = "manifest.json", "database.dump"
 FILES = {stored.OURS: "headscope.db", stored.QUEUE: "jobs.db"}
 SCHEMAS = {stored.OURS: "public", stored.QUEUE: "dbos"}
+HOMES = ("saes", "transcoders", "rows")
+"""Folders of the data folder that hold what the database refers to."""
 NO_ROOM = (27, 28, 122)  # EFBIG, ENOSPC, EDQUOT
 
 
@@ -108,7 +110,7 @@ def backup(settings: Settings, target: Path, *, keep: int | None = None) -> tupl
 def _expected(settings: Settings, folder: Path | None) -> float:
     """Bytes that a snapshot takes, at most: a folder has the files of earlier ones."""
     databases = sum(size_of(path) for path in map(sqlite_path, (settings.url, sa.make_url(settings.jobs_url))) if path)
-    files = sum(size_of(settings.data / name) for name in ("saes", "rows"))
+    files = sum(size_of(settings.data / name) for name in HOMES)
     return databases + max(0, files - (size_of(folder / "files") if folder else 0))
 
 
@@ -167,7 +169,7 @@ def _manifest(backend: str, revision: str, counts: dict[str, dict[str, int]]) ->
 
 
 def _files(settings: Settings, ask: stored.Ask, manifest: Manifest) -> None:
-    """Note the files that the database refers to: SAEs, and the rows of its corpora."""
+    """Note the files that the database refers to: SAEs, transcoders, and the rows of its corpora."""
     for sae in stored.saes(ask):
         folder = settings.data / sae.folder
         if not folder.resolve().is_relative_to(settings.data.resolve()):
@@ -176,6 +178,11 @@ def _files(settings: Settings, ask: stored.Ask, manifest: Manifest) -> None:
             manifest.notes.append(f"The files of the SAE {sae.name} are not in {folder}.")
         elif manifest.files[f"{sae.folder}/sae.safetensors"][0] != sae.sha256:
             manifest.notes.append(f"The weights of the SAE {sae.name} in {folder} are not those that were trained.")
+    for one in stored.transcoders(ask):
+        if not _note(settings.data, settings.data / one.file, manifest):
+            manifest.notes.append(f"The transcoder of layer {one.layer} of {one.model} is not in {settings.data / one.file}.")
+        elif manifest.files[one.file][0] != one.sha256:
+            manifest.notes.append(f"The transcoder of layer {one.layer} of {one.model} is not the file that was imported.")
     known = [json.loads(source) if isinstance(source, str) else source for source in stored.corpora(ask)]
     for about in sorted((settings.data / "rows").glob("*/rows.json")):
         with suppress(OSError, ValueError):  # rows that are deleted or damaged are made again from the corpus
@@ -184,10 +191,10 @@ def _files(settings: Settings, ask: stored.Ask, manifest: Manifest) -> None:
 
 
 def _note(data: Path, folder: Path, manifest: Manifest) -> bool:
-    """Note every file of a folder; False when it has none, or loses one meanwhile."""
+    """Note a file, or every one of a folder; False when there is none, or one is lost meanwhile."""
     found = {}
     with suppress(FileNotFoundError):
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in sorted(path for path in [folder, *folder.rglob("*")] if path.is_file()):
             found[str(path.relative_to(data))] = list(_digest(path))
         manifest.files.update(found)
         return bool(found)
@@ -426,7 +433,7 @@ def _check_fits(settings: Settings, manifest: Manifest) -> None:
         raise DatabaseTooNew(
             f"This backup was taken by a newer Headscope ({manifest.version}, schema {manifest.revision}); install that version."
         )
-    places = [*sqlite_files(settings), settings.data / "saes", settings.data / "rows"]
+    places = [*sqlite_files(settings), *(settings.data / name for name in HOMES)]
     there = [path.name for path in places if _is_filled(path)]
     if there:
         raise UsageError(
@@ -475,7 +482,7 @@ def _put(settings: Settings, manifest: Manifest, aside: Path) -> None:
     """Give everything its name, the databases last: without them nothing refers to a file."""
     moved: list[Path] = []
     try:
-        for name in ("saes", "rows"):
+        for name in HOMES:
             if (made := aside / "files" / name).exists():
                 home = settings.data / name
                 if home.exists():

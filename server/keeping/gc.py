@@ -20,7 +20,7 @@ from server.jobs import names_taken
 from server.keeping.room import size_of
 from server.settings import Settings
 from server.store import jobs as store
-from server.store import registry, stored_harvests
+from server.store import registry, stored_harvests, transcoders
 
 DAY = 86_400.0
 HALF_WRITTEN = (".aside-*", ".restore-*", "rows/*.part-*", "rows/files.json.*", "jobs/*/*.part-*")
@@ -52,6 +52,7 @@ def find(settings: Settings, db: Database, *, days: float = 30.0, caches: bool =
             *_jobs(settings, session, days),
             *_rows(settings, session),
             *_saes(settings, session),
+            *_transcoders(settings, session),
             *_harvests(session, days),
             *_activations(settings, session, caches),
         ]
@@ -153,6 +154,17 @@ def _saes(settings: Settings, session: Session) -> Iterator[Garbage]:
 
         if unneeded(session):
             yield Garbage(place, "no SAE is kept there", size_of(folder), folder, unneeded=unneeded)
+
+
+def _transcoders(settings: Settings, session: Session) -> Iterator[Garbage]:
+    for file in sorted((settings.data / transcoders.HOME).glob("*")):
+        place = f"{transcoders.HOME}/{file.name}"
+
+        def unneeded(session: Session, place: str = place) -> bool:
+            return all(one.file != place for one in transcoders.every(session))
+
+        if unneeded(session) and _age(file) > WRITTEN_WITHIN:
+            yield Garbage(place, "no transcoder is kept there", size_of(file), file, unneeded=unneeded)
 
 
 def _harvests(session: Session, days: float) -> Iterator[Garbage]:

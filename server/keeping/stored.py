@@ -61,6 +61,24 @@ def saes(ask: Ask) -> list[Sae]:
     return [Sae(*row) for row in ask("select name, folder, sha256 from sae order by name")]
 
 
+@dataclass(frozen=True)
+class Transcoder:
+    """A transcoder's file as its row names it."""
+
+    model: str
+    layer: int
+    file: str
+    sha256: str
+
+
+def transcoders(ask: Ask) -> list[Transcoder]:
+    """Every transcoder; none of a database of before there were any."""
+    if revision(ask) < "0017":
+        return []
+    query = "select model.name, layer, file, transcoder.sha256 from transcoder join model on model.id = model_id order by 1, 2"
+    return [Transcoder(*row) for row in ask(query)]
+
+
 def corpora(ask: Ask) -> list[Any]:
     """Sources of the corpora, as their rows have them: JSON text on SQLite."""
     return [source for (source,) in ask("select source from corpus")]

@@ -37,6 +37,7 @@ from server.pages.feature import engine
 from server.pages.reply import Read, file_name, link, reply, sae_path, to_json, wants_json, wants_part
 from server.pages.writing import Form, see, writing
 from server.store import prompts as store
+from server.store import transcoders
 from server.store.examples import example_row
 from server.store.features import FeatureRow, check_index
 from server.store.prompts import ModelChoice
@@ -123,6 +124,8 @@ class Shown:
     """What is known of features, by their nodes."""
     addresses: dict[str, str]
     """Of features' pages, by their nodes."""
+    mlps: bool
+    """Whether there are transcoders to go through below the root."""
 
 
 # ---- the pages ----
@@ -217,7 +220,8 @@ def _answered(request: Request, read: Session, source: Source, view: View, found
     picked = nodes.get(view.pick, nodes[answer.root])
     edges = tuple(edge for edge in answer.edges if edge.target == picked.id)
     readers = tuple(sorted((edge for edge in answer.edges if edge.source == picked.id), key=lambda edge: -abs(edge.effect)))
-    shown = Shown(source, nodes, picked, edges, readers, _apart(answer, view), rows, addresses)
+    mlps = any(one.layer < answer.nodes[0].layer for one in transcoders.of_model(read, answer.model))
+    shown = Shown(source, nodes, picked, edges, readers, _apart(answer, view), rows, addresses, mlps)
     page = CircuitPage(source.words, view, "", answer, drawn(answer, view), strongest_paths(answer))
     return _shown(request, page, source, shown=shown)
 
@@ -391,6 +395,7 @@ def question(read: Session, source: Source, view: View) -> CircuitQuestion:
         root=root,
         share=view.share,
         depth=view.depth,
+        transcoders=view.mlps,
         score=_score(view),
     )
 

@@ -37,6 +37,7 @@ from server.tables import (
     ReviewFeature,
     Star,
     Study,
+    Transcoder,
     Worker,
 )
 
@@ -144,7 +145,12 @@ def _criteria(account: int | None) -> tuple[Any, ...]:
     if account is None:
         shown = sa.select(sae.c.model_id).where(sa.not_(hidden_sae))
         swept = sa.select(harvest.c.corpus_id).join(sae, sae.c.id == harvest.c.sae_id).where(sa.not_(hidden_sae))
-        seen |= {Model: Model.id.in_(shown), Corpus: Corpus.id.in_(swept), Worker: sa.false()}
+        seen |= {
+            Model: Model.id.in_(shown),
+            Transcoder: Transcoder.model_id.in_(shown),
+            Corpus: Corpus.id.in_(swept),
+            Worker: sa.false(),
+        }
     return tuple(with_loader_criteria(table, condition, include_aliases=True) for table, condition in seen.items())
 
 

@@ -59,7 +59,7 @@ def adds_up(circuit: Circuit, within: float) -> None:
             if edge.heads:
                 assert sum(edge.heads) == pytest.approx(edge.value, abs=10 * within * size)
             else:
-                assert edge.source.kind == "bias" or node.place.kind == "logit"
+                assert edge.source.kind == "bias" or node.place.kind != "feature"
             readers[edge.source] = readers.get(edge.source, 0.0) + edge.value * node.effect / node.value
     root = circuit.nodes[circuit.root]
     size = sum(map(abs, circuit.effects.values()))
@@ -197,8 +197,8 @@ def test_broken_variants_miss_the_value(tiny_lens: Callable[[str], Lens], monkey
     assert trace(lens, TOKENS, saes, root).gap <= 1e-5
     real_read, real_layer = Lens.read_whole, circuits._read
 
-    def read(self: Lens, tokens: torch.Tensor, layers: Sequence[int]) -> object:
-        whole = real_read(self, tokens, layers)
+    def read(self: Lens, tokens: torch.Tensor, layers: Sequence[int], mlps: Sequence[int] = ()) -> object:
+        whole = real_read(self, tokens, layers, mlps)
         if broken == "shifted scale":
             return whole._replace(scale={layer: one.roll(1) for layer, one in whole.scale.items()})
         turn = {

@@ -52,6 +52,10 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
         vocab_size=D_VOCAB,
         max_position_embeddings=64,
     ),
+    # One norm before attention and MLP, which run side by side.
+    "gptj": lambda: transformers.GPTJConfig(
+        n_layer=4, n_head=4, n_embd=D_MODEL, vocab_size=D_VOCAB, n_positions=64, rotary_dim=4, tie_word_embeddings=False
+    ),
     "mistral": lambda: transformers.MistralConfig(**_llama_like, sliding_window=WINDOW),
     # A sink that is no token takes a part of every row of the pattern.
     "gpt_oss": lambda: transformers.GptOssConfig(
@@ -62,7 +66,7 @@ CONFIGS: dict[str, Callable[[], transformers.PretrainedConfig]] = {
     # A norm stands between pattern x v and W_O, so z is not pattern x v: must be refused.
     "bitnet": lambda: transformers.BitNetConfig(**{k: v for k, v in _llama_like.items() if k != "head_dim"}),
 }
-KINDS = [kind for kind in CONFIGS if kind not in ("gpt_oss", "olmo2", "bitnet")]
+KINDS = [kind for kind in CONFIGS if kind not in ("gptj", "gpt_oss", "olmo2", "bitnet")]
 
 
 def tiny_model(kind: str, seed: int = 0) -> Any:

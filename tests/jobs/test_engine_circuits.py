@@ -1,5 +1,6 @@
 """Circuits asked of the engine: its answers against `sae_core`'s own, the line, the bounds, and the sentences."""
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import astuple
 from typing import Any
@@ -9,14 +10,16 @@ import torch
 
 from sae_core import circuits, scores
 from sae_core.config import SAEConfig, Site
-from sae_core.errors import Cancelled, NotFound, UsageError
+from sae_core.errors import Cancelled, NotFound, UnreadableSAE, UsageError
 from sae_core.lens import load_lens
+from sae_core.transcoders import save_transcoder
 from server import engine_circuits
 from server.circuits.asked import CircuitQuestion, FeatureRoot, LiveCircuit, LogitRoot, ScoreAt, place_id
 from server.engine import Engine
 from server.engine_circuits import needs
 from server.live import Live, TextQuestion
-from server.store import registry
+from server.store import registry, transcoders
+from tests.core.test_transcoders import random_transcoder
 from tests.jobs.conftest import Home
 from tests.jobs.test_engine import add_sae, on_a_port
 
@@ -223,3 +226,70 @@ def test_a_circuit_waits_in_the_line(engine: Engine) -> None:
         assert found.circuit.edges == live.circuit(LOGIT).edges == engine.circuit(LOGIT).edges
         with pytest.raises(NotFound, match="features 0 to 15"):
             live.circuit(LOGIT.model_copy(update={"root": FeatureRoot(sae="hand", index=99, dest=2)}))
+
+
+# ---- through MLPs ----
+
+
+def give(home: Home, layers: Sequence[int]) -> None:
+    """Transcoders drawn at random, as an import leaves them."""
+    for layer in layers:
+        lens = load_lens(tiny(home).source, name="tiny", device="cpu", cache=home.settings.cache)
+        made, file = random_transcoder(lens, layer, rate=0.2), f"{transcoders.HOME}/tiny-l{layer}.safetensors"
+        sha256 = save_transcoder(made, home.settings.data / file)
+        new = transcoders.TranscoderRecord("tiny", layer, made.n_features, made.cfg.model_dump(), file, sha256)
+        with home.db.write() as session:
+            transcoders.put(session, new, replace=True)
+
+
+def tiny(home: Home) -> registry.ModelRecord:
+    with home.db.read() as session:
+        return registry.model(session, "tiny")
+
+
+def test_mlps_are_gone_through_where_there_are_transcoders_and_it_is_asked(home: Home, engine: Engine) -> None:
+    whole = engine.circuit(LOGIT)
+    assert whole.transcoders == []
+    give(home, [0, 2])
+    answer = engine.circuit(LOGIT)
+    adds_up(answer)
+    assert [(one.layer, one.n_features) for one in answer.transcoders] == [(0, 48), (2, 48)]
+    kinds = {node.kind for node in answer.nodes}
+    assert {"MLP feature", "MLP error", "MLP"} <= kinds
+    followed = [node for node in answer.nodes if node.followed and node.kind == "MLP feature"]
+    assert followed
+    assert all(node.id == f"t{node.layer}.{node.index}@{node.position}" for node in followed)
+    assert {node.layer for node in answer.nodes if node.kind == "MLP"} <= {1, 3}
+    assert engine.circuit(LOGIT.model_copy(update={"transcoders": False})) == whole
+    lower = engine.circuit(LOGIT.model_copy(update={"root": FeatureRoot(sae="hand", index=3, dest=4)}))
+    assert [one.layer for one in lower.transcoders] == [0], "those below the root"
+
+
+def test_transcoders_are_weights_that_are_held_and_let_go(home: Home, engine: Engine) -> None:
+    engine.circuit(LOGIT)
+    before = engine.nbytes
+    give(home, [0, 2])
+    first = engine.circuit(LOGIT)
+    warm = next(iter(engine._warm.values()))
+    assert engine.nbytes - before == sum(one.nbytes for one in warm.transcoders.values()) > 0
+    give(home, [2])  # another one in its place
+    with home.db.write() as session:
+        file = transcoders.delete(session, "tiny", 0)
+    (home.settings.data / file).unlink()
+    assert [one.layer for one in engine.circuit(LOGIT).transcoders] == [2]
+    assert engine.circuit(LOGIT) != first, "what was kept of the old ones is not told again"
+    engine.settings.engine_memory_gb = 1e-9
+    engine.circuit(LOGIT)
+    assert len(warm.transcoders) == 1, "what the question needs stays, whatever it needs"
+    engine._let_go(0)
+    assert engine.nbytes == 0
+    (home.settings.data / transcoders.HOME / "tiny-l2.safetensors").unlink()
+    with pytest.raises(UnreadableSAE, match="is missing; import the transcoder again"):
+        engine.circuit(LOGIT)
+
+
+def test_transcoders_count_as_memory(home: Home, engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    give(home, [0, 2])
+    monkeypatch.setattr(engine_circuits, "LARGEST", 1e5)
+    with pytest.raises(UsageError, match="through 2 SAEs and 2 transcoders needs about"):
+        engine.circuit(LOGIT)

@@ -34,7 +34,7 @@ from server.live import (
     WrittenText,
 )
 from server.store import search
-from tests.web.circuit_answers import circuit_of
+from tests.web.circuit_answers import through_mlps
 from tests.web.conftest import at, database_of, put, queued
 from tests.web.factory import Shape
 
@@ -160,7 +160,7 @@ class Answers:
         )  # fmt: skip
 
     def circuit(self, question: CircuitQuestion) -> LiveCircuit:
-        return circuit_of(question)
+        return through_mlps(question)
 
     def leave_circuit(self, ticket: str, question: CircuitQuestion, wait: float) -> InLine:
         return InLine(ticket=ticket, place=2, answer=None, circuit=None if wait == 0 else self.circuit(question))

@@ -20,9 +20,11 @@ from server.circuits.view import View, drawn, said, strongest_paths
 from server.live import InLine, Live
 from server.pages.circuit import through
 from server.settings import Settings
+from server.store import transcoders
 from server.store.prompts import ModelChoice, SaeChoice
+from server.store.transcoders import TranscoderRecord
 from server.tables import Prompt
-from tests.web.circuit_answers import LOWER, ROOT, TEXTS, UPPER, circuit_of, node
+from tests.web.circuit_answers import LOWER, OF_MLP, ROOT, TEXTS, UPPER, circuit_of, node, through_mlps
 from tests.web.conftest import database_of
 from tests.web.reading import PART, table_rows
 
@@ -62,6 +64,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[CircuitQuestion]:
 def test_ids_are_those_that_the_text_of_the_module_names() -> None:
     assert place_id("feature", 17, 8, 755, "") == "f17.755@8"
     assert place_id("error", 17, 8, -1, "") == "e17@8"
+    assert place_id("MLP feature", 10, 8, 33, "") == "t10.33@8"
+    assert place_id("MLP error", 10, 8, -1, "") == "u10@8"
     assert place_id("embedding", -1, 8, -1, "") == "x@8"
     assert place_id("bias", -1, -1, -1, "SAE bias") == "b:SAE-bias"
     assert place_id("logit", 30, 9, 504, "31") == "l504-31@9"
@@ -196,6 +200,59 @@ def test_an_edge_is_opened_by_head_with_the_score_behind_it(client: TestClient, 
     assert asked[-1].score.head == 1
     client.get(HERE, params={"pick": ROOT, "edge": "b:SAE-bias"})
     assert asked[-1].score is None, "no head carried a bias"
+
+
+@pytest.fixture
+def with_mlps(monkeypatch: pytest.MonkeyPatch, asked: list[CircuitQuestion]) -> None:
+    """The model has a transcoder of layer 2, and the engine goes through it where it is asked to."""
+    there = TranscoderRecord("smollm2-135m", 2, 16, {}, "transcoders/x.safetensors", "0" * 64)
+    monkeypatch.setattr(transcoders, "of_model", lambda _, model: [there] if model == "smollm2-135m" else [])
+
+    def answered(question: CircuitQuestion) -> LiveCircuit:
+        asked.append(question)
+        return through_mlps(question) if question.transcoders else circuit_of(question)
+
+    def leave(_: Live, ticket: str, question: CircuitQuestion, __: float) -> InLine:
+        return InLine(ticket=ticket, place=None, answer=None, circuit=answered(question))
+
+    monkeypatch.setattr(Live, "circuit", lambda _, question: answered(question))
+    monkeypatch.setattr(Live, "leave_circuit", leave)
+
+
+@pytest.mark.usefixtures("with_mlps")
+def test_features_of_mlps_are_nodes_like_others_and_can_be_left_whole(client: TestClient, asked: list[CircuitQuestion]) -> None:
+    page = client.get(HERE).text
+    assert asked[-1].transcoders
+    assert [row[0] for row in table_rows(page, "circuit-edges")] == ["11.5", "SAE bias", "MLP 2.4", "MLP error 2"]
+    assert "and 1 transcoder (2)" in page
+    assert page.count("feature of an MLP") == 1, "the key has its form"
+    drawn_one = re.search(rf'<a class="([^"]*)"[^>]*data-node="{OF_MLP}"', page)
+    assert drawn_one is not None
+    assert {"MLP-feature", "followed"} <= set(drawn_one[1].split())
+    assert re.search(r"<title>feature 4 of MLP 2 at 2 [^<]*tide[^<]*: 25[^<]* of the root</title>", page)
+    picked = client.get(HERE, params={"pick": OF_MLP, "pins": OF_MLP, "groups": f"tides:{UPPER},u2@2"}).text
+    assert [row[0] for row in table_rows(picked, "circuit-edges")] == ["embedding"]
+    assert "1.20 + 0.30 from 7 smaller parts = 1.50" in re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", picked))
+    assert "begin here" not in picked.split('id="picked"')[1].split("</section>")[0]
+    assert "group tides of 2 nodes" in picked
+    assert (ROOT, OF_MLP, "x@2") in [path.ids for path in strongest_paths(through_mlps(QUESTION))]
+    choice = re.search(r'<select name="mlps">.*?</select>', page)
+    assert choice is not None
+    assert '<option value="1" selected>' in choice[0]
+    whole = client.get(HERE, params={"mlps": "0"}).text
+    assert not asked[-1].transcoders
+    assert [row[0] for row in table_rows(whole, "circuit-edges")] == ["11.5", "MLP 2", "SAE bias"]
+    assert '<option value="0" selected>' in whole
+    assert "mlps=0" in whole, "every step keeps it"
+    assert "whole, as was asked" in client.get(HERE, params={"mlps": "0", "pick": "m2@2"}).text
+
+
+def test_without_transcoders_nothing_is_said_of_them(client: TestClient, asked: list[CircuitQuestion]) -> None:
+    page = client.get(HERE).text
+    assert 'name="mlps"' not in page
+    assert "feature of an MLP" not in page
+    assert "there is no transcoder of this one" in client.get(HERE, params={"pick": "m2@2"}).text
+    assert asked[-1].transcoders
 
 
 def test_naming_a_group_leads_to_its_permalink(client: TestClient, asked: list[CircuitQuestion]) -> None:
@@ -432,6 +489,16 @@ def test_the_export_is_what_circuit_tracers_viewer_reads(client: TestClient) -> 
     assert next(link.weight for link in graph.links if link.source == "E_504_1") == 3.0
     typed = client.post("/circuit", data={**TYPED, "do": "export"})
     assert Graph.model_validate_json(typed.text).metadata.prompt == " ".join(["The", "tide", "came", "back"])
+
+
+def test_features_of_mlps_are_the_viewers_own_kind() -> None:
+    graph = Graph.model_validate_json(json.dumps(as_tracer(through_mlps(QUESTION), View(pins=OF_MLP), slug="x", labels={})))
+    by_id = {node.node_id: node for node in graph.nodes}
+    assert len(by_id) == len(graph.nodes)
+    assert (by_id["2_4_2"].feature_type, by_id["2_4_2"].feature, by_id["2_4_2"].layer) == ("cross layer transcoder", 25, "2")
+    assert by_id["error_2_2"].feature_type == "mlp reconstruction error"
+    assert by_id[ROOT].feature_type == "attention feature"
+    assert graph.qParams.pinnedIds == ["2_4_2"]
 
 
 def test_an_error_is_not_taken_for_a_feature_of_layer_0(answer: LiveCircuit) -> None:
