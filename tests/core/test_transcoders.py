@@ -295,6 +295,9 @@ def test_a_peers_transcoder_computes_what_its_own_package_does(
     assert len(sha256) == 64
     again = load_transcoder(tmp_path / "one.safetensors")
     assert again.cfg == made.cfg
+    other = open_transcoder(tmp_path / "one.safetensors")
+    assert (other.format, other.layer, other.reads, other.writes) == ("headscope", peer.layer, peer.reads, peer.writes)
+    assert other.tensors["W_enc"].equal(made.W_enc), "a file of another data folder is taken as it is"
     expected = load_file(CASES / case / FILES[case] / "expected.safetensors")
     found = again.encode_sparse(expected["x"])
     acts = torch.zeros_like(expected["acts"]).index_put((found.token, found.feature), found.value)
