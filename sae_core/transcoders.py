@@ -161,6 +161,15 @@ def save_transcoder(transcoder: Transcoder, path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_ours(path: Path) -> bool:
+    """Whether it is a file that `save_transcoder` wrote."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return HEADER in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def load_transcoder(path: Path, device: str | torch.device = "cpu") -> Transcoder:
     """The transcoder that `save_transcoder` wrote; UnreadableSAE where it is missing or damaged."""
     try:

@@ -7,6 +7,7 @@
 | Gemma Scope 2 | `params.safetensors`, `config.json` | by transformers' modules |
 | sparsify | `cfg.json` with `transcode`, `sae.safetensors` | a module's input and output: that of the folder's name |
 | circuit-tracer | `layer_<l>.safetensors`, `config.yaml` for all layers | by its hooks |
+| Headscope | a file of another data folder | yes |
 
 TransformerLens' hooks mean another thing where the norms were folded into the weights, and `ln2.hook_normalized` comes before the
 gain of an RMSNorm, but after gain and bias of a LayerNorm.
@@ -26,7 +27,7 @@ from sae_core.errors import UnreadableSAE, UnsupportedSAE, UsageError
 from sae_core.formats import saelens, sparsify
 from sae_core.formats.gemma_scope import WEIGHTS as NPZ
 from sae_core.formats.read import read_json, read_npz, read_safetensors, taken, whole
-from sae_core.transcoders import Transcoder, check_fits
+from sae_core.transcoders import Transcoder, check_fits, is_ours, load_transcoder
 
 if TYPE_CHECKING:
     from sae_core.lens import Lens
@@ -144,12 +145,9 @@ def tried(lens: "Lens", transcoder: Transcoder) -> Tried:
 
 def _meant(peer: PeerTranscoder, lens: "Lens", layer: int) -> Reads | None:
     """What its files mean, of this model."""
-    if peer.reads is None:
-        return None
-    normalized = peer.reads == NORMED and (peer.folded or layer >= lens.info.n_layers or not lens.mlp_norms(layer)[0].centres)
-    return (
-        "ungained" if normalized or (peer.folded and peer.reads == "normed") else "normed" if peer.reads == NORMED else peer.reads
-    )
+    if peer.reads == NORMED:
+        return "normed" if lens.mlp_norms(layer)[0].centres and not peer.folded else "ungained"
+    return "ungained" if peer.reads == "normed" and peer.folded else peer.reads
 
 
 # ---- formats ----
@@ -263,11 +261,17 @@ def _circuit_tracer(path: Path) -> PeerTranscoder:
     )
 
 
+def _own(path: Path) -> PeerTranscoder:
+    made = load_transcoder(path)
+    return PeerTranscoder("headscope", path, made.tensors, made.cfg.k, made.cfg.layer, made.cfg.reads, made.cfg.writes)
+
+
 FORMATS: dict[str, tuple[Callable[[Path], bool], Callable[[Path], PeerTranscoder]]] = {
     "saelens": (saelens.matches, _saelens),
     "sparsify": (sparsify.matches, _sparsify),
     "gemma-scope": (lambda path: path.suffix == ".npz" if path.is_file() else (path / NPZ).is_file(), _gemma_scope),
     "gemma-scope-2": (lambda path: path.name == PARAMS if path.is_file() else (path / PARAMS).is_file(), _gemma_scope_2),
+    "headscope": (is_ours, _own),
     "circuit-tracer": (lambda path: path.is_file() and path.suffix == ".safetensors", _circuit_tracer),
 }
 

@@ -25,6 +25,7 @@ from sae_core.errors import (
     UnsupportedSAE,
     UsageError,
 )
+from sae_core.formats.hub import _wanted
 from sae_core.formats.transcoders import PASSAGE, fitted, open_transcoder, tried
 from sae_core.lens import Lens
 from sae_core.saes import SAE
@@ -294,6 +295,9 @@ def test_a_peers_transcoder_computes_what_its_own_package_does(
     assert len(sha256) == 64
     again = load_transcoder(tmp_path / "one.safetensors")
     assert again.cfg == made.cfg
+    other = open_transcoder(tmp_path / "one.safetensors")
+    assert (other.format, other.layer, other.reads, other.writes) == ("headscope", peer.layer, peer.reads, peer.writes)
+    assert other.tensors["W_enc"].equal(made.W_enc), "a file of another data folder is taken as it is"
     expected = load_file(CASES / case / FILES[case] / "expected.safetensors")
     found = again.encode_sparse(expected["x"])
     acts = torch.zeros_like(expected["acts"]).index_put((found.token, found.feature), found.value)
@@ -420,3 +424,8 @@ def test_on_smollm2_every_nodes_parts_sum_to_its_value(smollm2_lens: Lens) -> No
     assert [place.kind for place in found.nodes].count("MLP feature") > 3
     adds_up(found, 1e-3)
     assert found.gap < 1e-4
+
+
+def test_of_the_hub_a_file_comes_with_what_says_how_to_read_it() -> None:
+    assert _wanted("sets/layer_3.safetensors") == ["sets/layer_3.safetensors", "sets/config.yaml", "sets/config.json"]
+    assert "transcoders/layer_1/params.safetensors" in _wanted("transcoders/layer_1")
