@@ -40,8 +40,12 @@ def run(turns: int = 5) -> dict[str, Figure]:
     figures: dict[str, Figure] = {}
     for layer, one in transcoders.items():
         left = [left_by(lens, row.tolist(), one) for row in rows.heldout[:8]]
-        figures[f"fvu_{layer}"] = {"value": statistics.mean(fvu for fvu, _ in left), "unit": "", "target": None}
-        figures[f"l0_{layer}"] = {"value": statistics.mean(l0 for _, l0 in left), "unit": "features", "target": None}
+        figures[f"fvu_{layer}"] = {
+            "value": round(statistics.mean(fvu for fvu, _ in left), 3),
+            "unit": "of the variance",
+            "target": None,
+        }
+        figures[f"l0_{layer}"] = {"value": round(statistics.mean(l0 for _, l0 in left), 1), "unit": "features", "target": None}
     tokens, saes = [lens.row_start, *lens.encode([TEXT])[0]], {17: _smollm2.demo_sae(lens)}
     likeliest = int(lens.read_ending(torch.tensor([tokens]), 0).logits[0, -1].argmax())
     root, seconds = LogitRoot(likeliest, len(tokens) - 1), {False: list[float](), True: list[float]()}
@@ -51,8 +55,8 @@ def run(turns: int = 5) -> dict[str, Figure]:
         seconds[through].append(time.process_time() - began)
     followed = sum(place.kind == "MLP feature" for place in found.nodes)
     return figures | {
-        "whole_s": {"value": statistics.median(seconds[False]), "unit": "s", "target": None},
-        "through_s": {"value": statistics.median(seconds[True]), "unit": "s", "target": None},
-        "gap": {"value": found.gap, "unit": "", "target": "<= 1e-3"},
+        "whole_s": {"value": round(statistics.median(seconds[False]), 2), "unit": "s", "target": None},
+        "through_s": {"value": round(statistics.median(seconds[True]), 2), "unit": "s", "target": None},
+        "gap": {"value": found.gap, "unit": "of the parts' sizes", "target": "<= 1e-3"},
         "followed": {"value": followed, "unit": "nodes", "target": None},
     }
