@@ -302,6 +302,19 @@ def test_a_wrong_question_to_heads_is_too(at_home: Callable[..., Said], argument
     assert words in refused(at_home("study", "induction", "--model", "tiny", *arguments))
 
 
+@pytest.mark.parametrize(
+    ("kind", "wrong", "words"),
+    [
+        ("ioi", ("--features", 0), "--features 0: "),
+        ("prefix", ("--prefixes", 1), "--prefixes 1: "),
+        ("ioi", (), "There is no SAE nobody"),
+        ("prefix", (), "There is no SAE nobody"),
+    ],
+)
+def test_a_wrong_question_to_an_sae_is_too(at_home: Callable[..., Said], kind: str, wrong: tuple[Any, ...], words: str) -> None:
+    assert words in refused(at_home("study", kind, "--sae", "nobody", *wrong))
+
+
 def test_a_text_that_is_no_token_fails_with_how_it_splits(at_home: Callable[..., Said]) -> None:
     said = at_home("study", "specificity", "--sae", "x", "--feature", "3", "--induction", "mats", "--tokens-swept", 1024)
     assert said.returncode == 2

@@ -40,6 +40,7 @@ def test_the_map_leads_to_the_heads_and_to_their_table(client: TestClient) -> No
     for head in range(9):
         assert f"{SAE}/heads/{head}" in links
     assert "/models/smollm2-135m/heads" in links
+    assert links.count("/compare") == 1, "one SAE is not compared with another; the bar has the page"
 
 
 def test_a_cell_says_its_main_family_and_is_marked_where_that_is_much_of_it(client: TestClient) -> None:
