@@ -10,8 +10,7 @@ from server.commands.arguments import Data
 from server.commands.opened import opened, settings_with
 from server.commands.printing import say, table
 from server.db import Database
-from server.keeping import backup, migrate, room, stored
-from server.keeping import gc as garbage
+from server.keeping import room
 from server.store import search
 from server.store.saes import find_sae
 
@@ -83,6 +82,8 @@ def backup_(
     data: Data = None,
 ) -> None:
     """Take a snapshot of both databases and the files they refer to; web and workers may go on meanwhile."""
+    from server.keeping import backup, stored
+
     with opened(settings_with(data=data)) as (settings, _):
         where, made = backup.backup(settings, target, keep=keep)
     for note in made.notes:
@@ -102,6 +103,8 @@ def restore_(
     data: Data = None,
 ) -> None:
     """Put a backup back, into an empty data folder and, of PostgreSQL, an empty database. Nothing is overwritten."""
+    from server.keeping import backup, stored
+
     if check:
         whole = backup.verify(source, snapshot)
         say(f"The backup of {whole.made_at} is whole: {len(whole.files):,} files.")
@@ -125,6 +128,8 @@ def migrate_(
     data: Data = None,
 ) -> None:
     """Copy both databases, jobs that wait included, from SQLite to PostgreSQL or back, and compare what was written."""
+    from server.keeping import migrate
+
     with opened(settings_with(data=data)) as (settings, _):
         new = {"database_url": None if to == "sqlite" else to, "database_password_file": password_file}
         target = settings.model_copy(update=new)
@@ -146,6 +151,8 @@ def gc_(
     data: Data = None,
 ) -> None:
     """Give back the disk of what nothing refers to: jobs' files, rows, SAEs, caches, what was half written, old logs."""
+    from server.keeping import gc as garbage
+
     with opened(settings_with(data=data)) as (settings, db):
         found = garbage.find(settings, db, days=days, caches=caches)
         if yes:

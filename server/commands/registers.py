@@ -12,7 +12,7 @@ from server.commands.environment import give_token
 from server.commands.opened import opened, settings_with
 from server.commands.printing import say, table
 from server.commands.sources import check_text, corpus_location, load_model, model_source
-from server.keeping import removal, room
+from server.keeping import room
 from server.store import registry
 
 model_app = typer.Typer(help="Language models, registered by name.", no_args_is_help=True)
@@ -92,6 +92,8 @@ def corpus_remove_document(
     data: Data = None,
 ) -> None:
     """Remove a document's text from harvests, search, rows and activations, and leave it out of all that is made later."""
+    from server.keeping import removal
+
     if sum(given_ is not None for given_ in (text, file, digest, index)) != 1:
         raise UsageError("Name the document by one of --text, --file, --hash and --id.", field="text")
     with opened(settings_with(data=data)) as (settings, db):
