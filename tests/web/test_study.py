@@ -383,7 +383,7 @@ def test_a_study_of_indirect_objects_shows_each_condition_and_feature(pages: Tes
     assert f"{found['controls'][0]['as_large']['hits']} of 4" in read.text
     marks = answer.text.split("Change of the logit difference")[0].count('<path class="mark"')
     assert marks >= 2 * len(found["conditions"])
-    data = next(link for link in links if "figure=" in link and link.endswith(".csv"))
+    (data,) = (link for link in links if "figure=logit-difference-left" in link and link.endswith(".csv"))
     rows = pages.get(data if data.startswith("/") else f"/studies/6{data}").text.splitlines()
     assert rows[0] == "what,of,value,low,high"
     assert len(rows) == 1 + 2 * len(found["conditions"])
