@@ -306,7 +306,8 @@ document.addEventListener("click", (event) => event.target.closest?.("#help-open
 // Going to another page in place: where it cannot be had so, the browser goes, and says why it could not.
 document.addEventListener("htmx:error", ({ detail }) => {
   const link = detail.ctx?.sourceElement;
-  if (link?.matches?.("a[href]")) location.assign(link.href);
+  if (detail.ctx?.request.headers["HX-History-Restore-Request"]) location.reload();
+  else if (link?.matches?.("a[href]")) location.assign(link.href);
 });
 
 // After a swap the heads table says which head is painted, the ways to other features keep the view that was chosen, and

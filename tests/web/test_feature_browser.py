@@ -145,11 +145,19 @@ def test_the_browser_goes_where_a_page_cannot_come_in_place(page: Page, site: st
     page.goto(site + FEATURE)
     page.wait_for_load_state("networkidle")
     page.evaluate("window.mark = 1")
+    refused = {"hx-request", "hx-history-restore-request"}
     page.route(
-        re.compile(r"/features/4$"), lambda route: route.abort() if "hx-request" in route.request.headers else route.continue_()
+        re.compile(r"/features/4$"), lambda route: route.abort() if refused & {*route.request.headers} else route.continue_()
     )
     page.keyboard.press("j")
     expect(page.get_by_role("heading", level=1)).to_contain_text("Feature 4")
+    assert page.evaluate("window.mark") is None
+    page.keyboard.press("j")
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Feature 5")
+    page.evaluate("window.mark = 1")
+    page.go_back()
+    expect(page.get_by_role("heading", level=1)).to_contain_text("Feature 4")
+    expect(page).to_have_url(f"{site}{SAE}/features/4")
     assert page.evaluate("window.mark") is None
 
 
