@@ -164,6 +164,7 @@ def _uvicorn(web: Any, settings: Settings, host: str, port: int, what: str, proc
         log_config=None,  # `logs.begin` has said how
         access_log=False,  # its lines show queries; ours do not
         timeout_graceful_shutdown=3,
+        timeout_keep_alive=75,  # longer than proxies keep theirs: who closes first may meet a request on its way, and resets it
         server_header=False,
         forwarded_allow_ips=settings.proxies,
     )

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import APIRouter, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import RedirectResponse
 
 from sae_core.errors import UsageError
 from server.pages.csv_file import csv_stream
 from server.pages.feature import View
-from server.pages.reply import Read, etag, feature_path, known_schema, link, made_quickly, reply, sae_path, unchanged, wants_part
+from server.pages.reply import Read, etag, feature_path, known_schema, link, reply, sae_path, unchanged, wants_part
 from server.store.features import FeatureQuery, FeatureTable, beside, check_index, feature_table, random_feature, walk_of
 from server.store.heads import HeadLine, head_summaries
 from server.store.labels import ListName, lists_of
@@ -37,11 +38,12 @@ class SaePage:
 @router.get("/saes/{sae}.json", response_model=SaePage)
 async def sae_page(request: Request, sae: str, query: Annotated[FeatureQuery, Query()]) -> Response:
     """The overview and the part of the feature table that the address asks for."""
-    return await made_quickly(_sae, request, sae, query)
+    return await run_in_threadpool(_sae, request, sae, query)
 
 
 def _sae(request: Request, sae: str, query: FeatureQuery) -> Response:
-    # With a session of its own, as for a feature's page.
+    # One step into a thread, with a session of its own. A table is too long for the loop's thread: two hundred readers kept it
+    # from requests that were there, until their connections counted as idle and were reset.
     with known_schema(request).read() as read:
         door = find_sae(read, sae)
         # Without a published harvest the page tells how the running one goes, which no tag can follow.
