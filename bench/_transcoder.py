@@ -92,7 +92,7 @@ def train(
             optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / 10, 1.2 * (1 - step / steps))
             loss, _ = coder.loss(*seen[layer][turn[step % batches]])
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
         fvu = sum(coder.loss(x, y)[1] for x, y in unseen[layer]) / len(unseen[layer])
         found[layer] = Trained(_write(coder, layer, place), fvu, time.perf_counter() - began)

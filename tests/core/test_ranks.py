@@ -14,7 +14,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from torch import distributed
 from sae_core import checkpoint, sparse
 from sae_core.config import RowsConfig, TrainConfig
 from sae_core.errors import CacheMismatch, Diverged, ProcessLost, UsageError
+from sae_core.lens import Lens
 from sae_core.parallel import check_processes, train_parallel
 from sae_core.parallel_rank import _portable
 from sae_core.progress import Progress
@@ -35,6 +36,11 @@ from tests.core.test_train import CONTEXT, KnownDictionary, config
 
 PATIENCE = 120.0  # seconds, on a machine that has other things to do
 N_ROWS = 96
+
+
+def known_lens() -> Lens:
+    """A model whose z comes of a known dictionary; training asks no more of a lens than that it reads z."""
+    return cast("Lens", KnownDictionary())
 
 
 def tokens(n: int = N_ROWS) -> Any:
@@ -84,7 +90,7 @@ def _rank(rank: int, folder: Path) -> None:
     )
     ranks = Ranks(rank, 2)
     for name, cfg in CASES.items():
-        for _ in train(cfg, KnownDictionary(), tokens(), folder / name, ranks=ranks):  # type: ignore[arg-type]
+        for _ in train(cfg, known_lens(), tokens(), folder / name, ranks=ranks):
             pass
     code, cut = sparse.batch_top_k(tied()[ranks.part(50)], 333, guess=5.0, ranks=ranks)
     torch.save((code.value, cut), folder / f"tied-{rank}.pt")
@@ -101,7 +107,7 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for process in processes:
         process.start()
     for name, cfg in CASES.items():
-        for _ in train(cfg, KnownDictionary(), tokens(), one / name):  # type: ignore[arg-type]
+        for _ in train(cfg, known_lens(), tokens(), one / name):
             pass
     for process in processes:
         process.join(PATIENCE)
@@ -215,7 +221,7 @@ def finish(work: Generator[Progress, None, list[SAE]]) -> tuple[list[Progress], 
 
 def test_with_as_many_runs_as_ranks_each_rank_trains_its_own(tmp_path: Path) -> None:
     cfgs = [small(arch="topk", seed=1), small(seed=2, site={"layer": 1}), small(seed=3, passes=1)]
-    alone = train_many(cfgs, KnownDictionary(), tokens(), tmp_path / "one")  # type: ignore[arg-type]
+    alone = train_many(cfgs, known_lens(), tokens(), tmp_path / "one")
     expected = finish(alone)[1]
     reports, saes = finish(started(cfgs, tmp_path / "two"))
     for one, two in zip(expected, saes, strict=True):
@@ -321,7 +327,7 @@ def test_processes_that_torchrun_starts_make_and_say_what_one_does(
     undisturbed: tuple[list[Progress], list[SAE], Path], tmp_path: Path
 ) -> None:
     reports, saes, folder = undisturbed
-    assert same(saes, finish(train_many([LONG], KnownDictionary(), tokens(288), tmp_path))[1], 1e-6)  # type: ignore[arg-type]
+    assert same(saes, finish(train_many([LONG], known_lens(), tokens(288), tmp_path))[1], 1e-6)
     told = [report.values for report in reports if report.values]
     assert [values["loss"] for values in told] == [point["loss"] for point in curve(folder)]
     trained = [report for report in reports if report.phase == "train"]
@@ -361,7 +367,7 @@ ONE_POOL = small(n=288, passes=8, checkpoint_steps=10**6, pool_tokens=288 * CONT
 def test_closed_it_ends_its_ranks_with_a_checkpoint(tmp_path: Path) -> None:
     """In one pool no checkpoint is due before the end: what there is was written when it was closed."""
     two, one = (tmp_path / name / "runs/000/checkpoints" for name in ("two", "one"))
-    alone = finish(train_many([ONE_POOL], KnownDictionary(), tokens(288), tmp_path / "one"))[1]  # type: ignore[arg-type]
+    alone = finish(train_many([ONE_POOL], known_lens(), tokens(288), tmp_path / "one"))[1]
     for phase in ("collect", "train"):
         work = started([ONE_POOL], tmp_path / "two", partial(known, seconds=0.02), n=288)
         until(work, partial(beyond, phase, 23))
@@ -371,7 +377,7 @@ def test_closed_it_ends_its_ranks_with_a_checkpoint(tmp_path: Path) -> None:
         assert not any(lives(rank) for rank in ranks)
         kept = checkpoint.newest_step(two)
         assert kept == 0 if phase == "collect" else 23 < kept < checkpoint.newest_step(one)
-    by_one = finish(train_many([ONE_POOL], KnownDictionary(), tokens(288), tmp_path / "two"))[1]  # type: ignore[arg-type]
+    by_one = finish(train_many([ONE_POOL], known_lens(), tokens(288), tmp_path / "two"))[1]
     assert same(by_one, alone, 1e-6), "one process goes on where two were"
 
 
